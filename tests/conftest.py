@@ -1,0 +1,95 @@
+"""What every test stands on: a quiet environment, one thread, seeds, and where the data are."""
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports Flower, Ray, torch or a BLAS: they read these once. Ray's workers inherit them.
+for name, value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+    # The last bits of a product depend on the number of threads, and on a shared machine several are slower than one.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+# Not the user's: Flower writes its configuration, apps and SuperLink state here.
+FLWR_HOME = tempfile.mkdtemp(prefix="fedfrom-flwr-")
+os.environ["FLWR_HOME"] = FLWR_HOME
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones.
+settings.register_profile(
+    "fedfrom",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("explore", settings.get_profile("fedfrom"), derandomize=False, max_examples=1000)
+settings.load_profile("fedfrom")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(FLWR_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed a test starts from. Also sets the global generators, for the code of others that draws from them."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def task_identity() -> Iterator[None]:
+    """Let a test build Flower messages itself; what was set before is put back."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from tests.inprocess import set_task_identity
+
+    names = ("_run_id", "_node_id", "_task_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    set_task_identity()
+    yield
+    for name, value in before.items():
+        setattr(TaskIdentity, name, value)
+
+
+@pytest.fixture(scope="session")
+def glue_dir() -> Path:
+    """The folder of GLUE's TSV files: FEDFROM_GLUE_DIR, else the one beside the checkout; the test is skipped without."""
+    named = os.environ.get("FEDFROM_GLUE_DIR")
+    if named:
+        if not Path(named).is_dir():
+            pytest.fail(f"FEDFROM_GLUE_DIR={named}: no such folder")
+        return Path(named)
+    beside = ROOT.parent / "shared" / "data" / "glue"
+    if not beside.is_dir():
+        pytest.skip("needs GLUE: set FEDFROM_GLUE_DIR to a folder in GLUE's TSV layout")
+    return beside
