@@ -83,7 +83,7 @@ def task_identity() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def glue_dir() -> Path:
-    """The folder of GLUE's TSV files: FEDFROM_GLUE_DIR, else the one beside the checkout; the test is skipped without."""
+    """The folder of GLUE's TSV files: FEDFROM_GLUE_DIR, else the one beside the checkout. Skips without it."""
     named = os.environ.get("FEDFROM_GLUE_DIR")
     if named:
         if not Path(named).is_dir():

@@ -39,8 +39,8 @@ class InProcessGrid(Grid):
     """Run a ClientApp in this process, one message after the other, as a simulation would in many.
 
     Messages are serialised both ways, so server and clients share no memory. A client runs when its reply is first
-    pulled, in the order the messages were pushed. A client that raises gives the error reply that Flower gives, and what
-    it changed in its context is lost; the exception itself is kept in `errors`.
+    pulled, in the order the messages were pushed. A client that raises gives the error reply that Flower gives, and
+    what it changed in its context is lost; the exception itself is kept in `errors`.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ class InProcessGrid(Grid):
     partitions : Sequence[int], optional
         The partition of each node in the order the nodes registered; a permutation moves the data to other nodes.
     reply_order : int or Callable, optional
-        Shuffles the replies of each pull: a seed, or a function from the list of replies to a list of replies. None: in the
-        order the messages were pushed.
+        Shuffles the replies of each pull: a seed, or a function from the list of replies to a list of replies.
+        None: in the order the messages were pushed.
     silent : Collection[int]
         Partitions that never answer; the set `silent` may be changed between rounds.
     record : bool
