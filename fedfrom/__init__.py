@@ -1,0 +1,39 @@
+"""fedfrom: FroM (arXiv 2506.02478) in place of FedAvg, as a Flower strategy and as a merge of adapters on disk."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedfrom import client
+    from fedfrom.merging import Average, FactorAverage, FroM, LowRank, MergeReport, merge, methods
+    from fedfrom.strategy import FedFroM, FedMerge
+
+__version__ = "0.1.0"
+__all__ = [
+    "Average",
+    "FactorAverage",
+    "FedFroM",
+    "FedMerge",
+    "FroM",
+    "LowRank",
+    "MergeReport",
+    "client",
+    "merge",
+    "methods",
+]
+_HOME = {"FedFroM": "fedfrom.strategy", "FedMerge": "fedfrom.strategy"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import fedfrom` loads neither torch nor flwr."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fedfrom' has no attribute {name!r}")
+    if name == "client":
+        return importlib.import_module("fedfrom.client")
+    return getattr(importlib.import_module(_HOME.get(name, "fedfrom.merging")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

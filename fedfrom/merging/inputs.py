@@ -1,0 +1,150 @@
+"""The inputs of a merge, checked before a tensor is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+from fedfrom.merging.layers import Layer, State
+from fedfrom.merging.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Source:
+    """A state, where its layers lie, and the config that gives its scalings.
+
+    Attributes
+    ----------
+    who : str
+        What errors call it.
+    sliced : bool
+        The factors are leading parts of those that the config describes: its ranks do not hold, its scalings do.
+    """
+
+    who: str
+    state: State
+    layers: dict[str, Layer]
+    config: dict[str, Any] | None
+    sliced: bool = False
+
+    def scaling(self, name: str) -> float:
+        """Return s of an adapter layer; 1 without a config."""
+        return 1.0 if self.config is None else L.rank_and_scaling(self.config, name)[1]
+
+    def adapter(self, name: str) -> LowRank:
+        """Return an adapter layer's product s B A."""
+        product = L.read_adapter(self.layers[name], self.state, self.scaling(name), self.who)
+        if self.config is not None and not self.sliced:
+            expected = L.rank_and_scaling(self.config, name)[0]
+            if product.rank != expected:
+                raise ValueError(
+                    f"{self.who}, {name!r}: expected rank {expected} as its adapter config says, found {product.rank}"
+                )
+        return product
+
+    def tensor(self, name: str, part: str = "tensor") -> Tensor:
+        """Return one of a layer's tensors."""
+        return self.state[self.layers[name].keys[part]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What n clients sent and were sent.
+
+    Attributes
+    ----------
+    sent : list[Source]
+        W_i.
+    reference : Source | None
+        W.
+    received : list[Source | None]
+        ref_i; None is W. A state that several clients were sent is one Source.
+    examples : list[float] | None
+        n_i.
+    """
+
+    sent: list[Source]
+    reference: Source | None
+    received: list[Source | None]
+    examples: list[float] | None
+
+    def reference_of(self, name: str) -> Source | None:
+        """Return the source of a layer's W, None where it has none."""
+        return self.reference if self.reference is not None and name in self.reference.layers else None
+
+    def template(self, name: str) -> Source:
+        """Return the source whose keys, dtypes and dimensions a merged layer has."""
+        return self.reference_of(name) or self.sent[0]
+
+    def received_of(self, name: str) -> list[Source | None]:
+        """Return the source of each client's ref_i of a layer."""
+        W = self.reference_of(name)
+        return [W if W is None or source is None else source for source in self.received]
+
+
+def check_inputs(
+    states: Sequence[State],
+    reference: State | None,
+    received: Sequence[State | None] | None,
+    configs: Sequence[Any] | None,
+    reference_config: Any,
+    examples: Sequence[float] | None,
+    names: Sequence[str] | None,
+    pair: bool,
+    dora: bool,
+    same_base: bool,
+) -> Inputs:
+    """Return the inputs of `merge`, checked; see there."""
+    n = len(states)
+    if n == 0:
+        raise ValueError("states: expected at least one client's state, found none")
+    for label, values in {"received": received, "configs": configs, "examples": examples, "names": names}.items():
+        if values is not None and len(values) != n:
+            raise ValueError(f"{label}: expected one a client, {n}, found {len(values)}")
+    if received is not None and reference is None:
+        raise ValueError("received: expected together with reference, the state they were cut from, found None")
+    who = list(names) if names is not None else [f"client {i}" for i in range(n)]
+    for i, count in enumerate(examples or []):
+        if not (math.isfinite(count) and count > 0):
+            raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count}")
+
+    def source(state: State, config: Any, name: str, sliced: bool = False) -> Source:
+        found = L.find_layers(state, name, pair)
+        for layer in found.values():
+            L.check_dora(layer, name, dora)
+        checked = None if config is None else L.check_config(config, name, dora, same_base)
+        return Source(name, state, found, checked, sliced)
+
+    sent = [source(state, None if configs is None else configs[i], who[i]) for i, state in enumerate(states)]
+    for client in sent:
+        if client.layers.keys() != sent[0].layers.keys():
+            missing = sorted(sent[0].layers.keys() - client.layers.keys())
+            extra = sorted(client.layers.keys() - sent[0].layers.keys())
+            raise ValueError(
+                f"{client.who}: expected the layers of {sent[0].who}, found {len(missing)} missing {missing[:3]} and "
+                f"{len(extra)} more {extra[:3]}"
+            )
+        if (client.config is None) != (sent[0].config is None):
+            raise ValueError(f"{client.who}: expected an adapter config a client or none at all, found some without")
+    base = None if reference is None else source(reference, reference_config, "reference")
+    if base is not None:
+        shared = base.layers.keys() & sent[0].layers.keys()
+        if not shared:
+            raise ValueError(
+                f"reference: expected layers of the clients such as {next(iter(sent[0].layers), None)!r}, found "
+                f"others such as {next(iter(base.layers), None)!r}"
+            )
+        adapters = any(base.layers[name].is_adapter for name in shared)
+        if adapters and (base.config is None) != (sent[0].config is None):
+            raise ValueError("reference_config: expected together with configs, found one without the other")
+    unique: dict[int, Source] = {}
+    for i, state in enumerate(received or []):
+        if state is not None and id(state) not in unique:
+            unique[id(state)] = source(state, reference_config, f"what {who[i]} received", sliced=True)
+    cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
+    return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])

@@ -1,0 +1,44 @@
+"""The merging methods by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from fedfrom.merging.average import Average, FactorAverage
+from fedfrom.merging.frobenius import FroM
+
+Method = FroM | Average | FactorAverage
+
+_METHODS: dict[str, type[FroM] | type[Average] | type[FactorAverage]] = {
+    "from": FroM,
+    "average": Average,
+    "factor-average": FactorAverage,
+}
+
+
+def methods() -> list[str]:
+    """Return the names of the merging methods, as `merge(states, method=name)` and `FedMerge(name)` take them."""
+    return list(_METHODS)
+
+
+def make_method(method: str | Method, **options: Any) -> Method:
+    """Return the method of that name with those options, or the method object itself.
+
+    Raises
+    ------
+    ValueError
+        The name or an option is unknown, an option is out of range, or options come with a method object.
+    """
+    if not isinstance(method, str):
+        if options:
+            raise ValueError(
+                f"options {sorted(options)} go with a method's name; found {type(method).__name__}: set them there"
+            )
+        return method
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {method!r}")
+    known = {field.name for field in fields(_METHODS[method])}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"method {method!r}: expected options {', '.join(sorted(known))}, found {', '.join(unknown)}")
+    return _METHODS[method](**options)

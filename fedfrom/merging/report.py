@@ -1,0 +1,100 @@
+"""What a merge did, layer by layer, as plain numbers that json can write."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's merge.
+
+    Attributes
+    ----------
+    name : str
+        Module path of an adapter, key of a plain tensor.
+    kind : str
+        "adapter", "tensor", "buffer" (a running statistic: plain mean) or "kept" (integers).
+    norms : list[float]
+        ||theta_i||_F by client, in the order given; empty where nothing is weighed.
+    weights : list[float]
+        w_i by client, summing to 1.
+    clients_effective : float
+        1 / sum w_i^2: n for equal weights, 1 where one client has all.
+    has_reference : bool
+        False: a plain tensor without a reference has no delta and is merged with k = 0; an adapter's is zero.
+    ranks_in : list[int]
+        By client; empty for plain tensors.
+    rank_out : int
+        Rank of the merged factors; 0 for plain tensors.
+    energy_dropped : float
+        Share of ||T||_F^2 that the truncation to rank_out loses, in [0, 1].
+    objective : float
+        Eq. 6 (for plain tensors Eq. 5's): sum_i w_i ||merged - T_i||_F^2.
+    excess : float
+        How far the objective is above that of the best matrix of this rank, relative to sum_i w_i ||theta_i||_F^2.
+    iterations : int
+        Of Algorithm 1.
+    lambda_max : float
+        Largest eigenvalue of the weighted cosine Gram matrix sqrt(w_i w_j) cos(theta_i, theta_j), in [0, 1]: 1 where
+        all updates lie on one line, whatever their signs. Of tensors above 2^16 entries, on an even sample of them.
+    """
+
+    name: str
+    kind: str
+    norms: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    clients_effective: float = 0.0
+    has_reference: bool = True
+    ranks_in: list[int] = field(default_factory=list)
+    rank_out: int = 0
+    energy_dropped: float = 0.0
+    objective: float = 0.0
+    excess: float = 0.0
+    iterations: int = 0
+    lambda_max: float = 0.0
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did.
+
+    Attributes
+    ----------
+    method : dict[str, Any]
+        The method's name and settings.
+    clients : list[str]
+        Names of the clients, in the order of every list in the layers.
+    layers : list[LayerReport]
+        In the order of the state.
+    config : dict[str, Any] | None
+        The adapter config that goes with the merged state, where configs were given.
+    """
+
+    method: dict[str, Any]
+    clients: list[str]
+    layers: list[LayerReport]
+    config: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
+    """Return lambda_max of sqrt(w_i w_j) G_ij / sqrt(G_ii G_jj); zero deltas count as orthogonal to all.
+
+    Parameters
+    ----------
+    gram : Tensor
+        (n, n) float64 inner products of the deltas.
+    weights : Tensor
+        (n,) float64.
+    """
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, weights.to(gram.device).sqrt() / norms, torch.zeros_like(norms))
+    return float(torch.linalg.eigvalsh(scale[:, None] * gram * scale).max().clamp(0, 1))

@@ -1,0 +1,150 @@
+"""Eq. 6: the adapter of a given rank that is closest to the merged update, exactly or by Algorithm 1.
+
+With the weights fixed, Eq. 6, min over B, A of sum_i w_i ||BA - T_i||_F^2 with T_i = W + alpha theta_i, differs from
+||BA - T||_F^2, T = sum_i w_i T_i, by a constant. So its global optimum is T's truncated SVD (Eckart & Young, 1936), and
+Algorithm 1, which alternates Eq. 7 and Eq. 8, is subspace iteration towards it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.lowrank import LowRank, gauge, lift, random_normal
+
+SOLVERS = ("svd", "alternating")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The factors that solve Eq. 6 for one layer, and how well.
+
+    Attributes
+    ----------
+    matrix : LowRank
+        BA in the gauge, float64.
+    residual : float
+        ||BA - T||_F^2.
+    optimum : float
+        The least residual any matrix of this rank can have: the sum of T's squared singular values beyond it.
+    energy : float
+        ||T||_F^2.
+    iterations : int
+        Of Algorithm 1; 0 for the exact solver.
+    """
+
+    matrix: LowRank
+    residual: float
+    optimum: float
+    energy: float
+    iterations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """How Eq. 6 is solved: the settings that every method that merges adapters shares.
+
+    Parameters
+    ----------
+    rank : int | float | None (default: None)
+        Rank of the merged adapter: an int >= 1; a fraction, 0 < rank < 1, of the squared singular values to keep, in
+        each layer; None for the rank of the reference, or of the largest client where there is none.
+    solver : str (default: "svd")
+        "svd", the global optimum, or "alternating", the paper's Algorithm 1.
+    iterations : int (default: 300)
+        Algorithm 1 stops after so many iterations.
+    tolerance : float (default: 1e-8)
+        Algorithm 1 stops when an iteration lowers the objective by less than this share of sum_i w_i ||theta_i||^2.
+    seed : int (default: 0)
+        Of Algorithm 1's random A_0.
+    """
+
+    rank: int | float | None = None
+    solver: str = "svd"
+    iterations: int = 300
+    tolerance: float = 1e-8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+            if not (whole and self.rank >= 1 or isinstance(self.rank, float) and 0 < self.rank < 1):
+                raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, found {self.solver!r}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations: expected at least 1, found {self.iterations}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance}")
+
+    def solve(
+        self, target: LowRank, rank: int | float, name: str = "", scale: float = 1.0, rows: int | None = None
+    ) -> Solution:
+        """Solve Eq. 6 for one layer.
+
+        Parameters
+        ----------
+        target : LowRank
+            T = W + alpha theta*, (d_out, d_in).
+        rank : int | float
+            r, at least 1, or a fraction of the energy to keep.
+        name : str (default: "")
+            The layer's name: with the seed it fixes A_0 and the gauge's completion.
+        scale : float (default: 1.0)
+            sum_i w_i ||theta_i||^2, what the tolerance is relative to.
+        rows : int | None (default: None)
+            Rows of the A that comes out, at least r: the gauge fills those beyond r. None is r.
+        """
+        Q_B, C, Q_A = target.core()
+        U, S, Vh = torch.linalg.svd(C, full_matrices=False)
+        tail = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)])  # tail[r] = sum over j >= r
+        energy = float(tail[0])
+        if isinstance(rank, float):
+            # rounding of the tail's sums must not ask for one more
+            rank = max(1, int((tail > (1 - rank) * energy * (1 + 1e-12)).sum()))
+        optimum = residual = float(tail[min(rank, len(S))])
+        iterations = 0
+        if self.solver == "alternating" and energy > 0:
+            A_0 = random_normal(rank, target.shape[1], f"{self.seed}:{name}").to(C.device)
+            best = None
+            for Q, A, value in algorithm_1(C, A_0 if Q_A is None else A_0 @ Q_A):
+                iterations += 1
+                gain = float("inf") if best is None else residual - value
+                if gain > 0:  # the best iterate is kept, not the worse one after it
+                    best, residual = (Q, A), value
+                if gain <= self.tolerance * scale or iterations == self.iterations:
+                    break
+            assert best is not None
+            small, S, Vh = torch.linalg.svd(best[1], full_matrices=False)
+            U = best[0] @ small
+        U, Vh = lift(Q_B, U[:, :rank]), lift(Q_A, Vh[:rank].T).T
+        matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
+        return Solution(matrix, residual, optimum, energy, iterations)
+
+
+def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield Algorithm 1's iterates (B, A, ||BA - T||_F^2), without end: B by Eq. 7, then A by Eq. 8.
+
+    Eq. 7 is B = T A^T (A A^T)^-1 and Eq. 8 is A = (B^T B)^-1 B^T T. Only the spans of A's rows and B's columns enter
+    the product BA, so each half-step takes an orthonormal basis of that span by QR, in place of the normal equations,
+    which square its condition number: BA is the same, B comes out with orthonormal columns.
+
+    Parameters
+    ----------
+    T : Tensor
+        (p, q), the target or its core Q_B^T T Q_A (every iterate lies in T's row and column spaces).
+    A_0 : Tensor
+        (r, q), the start, or its core A_0 Q_A.
+    """
+    A = A_0
+    while True:
+        B = torch.linalg.qr(T @ _orthonormal_rows(A).T).Q
+        A = B.T @ T
+        yield B, A, float(torch.linalg.matrix_norm(B @ A - T)) ** 2
+
+
+def _orthonormal_rows(A: Tensor) -> Tensor:
+    return torch.linalg.qr(A.T).Q.T
