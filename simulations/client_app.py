@@ -1,0 +1,112 @@
+"""The Flower ClientApp: a client trains the global model on its own share of the data, and sends it back.
+
+Nothing here knows which strategy the server runs: `fedfrom.client` loads and replies, for FedAvg too.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from simulations import environment
+from simulations.options import Options
+
+environment.prepare()
+
+app = ClientApp()
+ABOUT = "simulation"  # the reply's record of who trained and how fast; aggregated by no strategy
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train for one round and reply with the weights, what they were trained on, and how it went."""
+    from fedfrom import client
+    from simulations import training
+
+    config = message.content["config"]
+    worker, partition_id = _worker_of(message, context)
+    options = worker.options
+    model = worker.model(options.client_rank(partition_id))
+    client.load(model, message)
+    tokens = worker.tokens(partition_id)[0]
+    done = training.train(
+        model, tokens, options, training.round_seed(options.seed, int(config["server-round"]), partition_id)
+    )
+    speed = done.examples / max(done.seconds, 1e-9)
+    metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
+    reply = client.reply(model, message, metrics=metrics)
+    reply.content[ABOUT] = _about(partition_id, loss=done.loss, seconds=done.seconds, speed=speed)
+    return reply
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the global model on the examples that the client keeps out of its training."""
+    from fedfrom import client
+    from simulations import training
+
+    worker, partition_id = _worker_of(message, context)
+    model = worker.model(worker.options.client_rank(partition_id))
+    client.load(model, message)
+    tokens = worker.tokens(partition_id)[1]
+    scores = training.evaluate(model, tokens, worker.shares[partition_id].task.name)
+    # One key for all clients, also where they have different tasks: aggregation wants equal keys.
+    metrics = MetricRecord({"num-examples": len(tokens), "loss": scores["loss"], "score": scores["score"]})
+    return Message(RecordDict({"metrics": metrics, ABOUT: _about(partition_id)}), reply_to=message)
+
+
+def _about(partition_id: int, **numbers: float) -> ConfigRecord:
+    return ConfigRecord({"partition-id": partition_id, **numbers})
+
+
+def _worker_of(message: Message, context: Context) -> tuple["Worker", int]:
+    options = Options.from_record(message.content["config"])
+    found = int(context.node_config["num-partitions"])
+    if found != options.clients:
+        raise RuntimeError(f"the simulation has {found} nodes, the options ask for {options.clients} clients")
+    return _worker(options), int(context.node_config["partition-id"])
+
+
+class Worker:
+    """What a client process keeps between rounds: data, tokens and models, so that a round costs its training."""
+
+    def __init__(self, options: Options) -> None:
+        environment.prepare(options.needs_hub)
+        import torch
+
+        from simulations import models, partitions, tasks
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # one process a core; more threads only take turns
+        self.options = options
+        self.shares = partitions.split(options, tasks.load(options))
+        self.head = models.Head(self.shares[0].task.num_labels, self.shares[0].task.regression)
+        self.tokenizer = models.tokenizer(options)
+        self._models: dict[int, Any] = {}
+        self._tokens: dict[int, Any] = {}
+
+    def model(self, rank: int) -> Any:
+        """Return the model of this rank; whatever was trained in it is overwritten by the next load."""
+        from simulations import models
+
+        if rank not in self._models:
+            self._models[rank] = models.build(self.options, self.head, rank)
+        return self._models[rank]
+
+    def tokens(self, partition_id: int) -> Any:
+        """Return a client's training examples and those it keeps for its own evaluation."""
+        from simulations.batches import tokenise
+
+        if partition_id not in self._tokens:
+            share = self.shares[partition_id]
+            tokens = tokenise(share.examples, self.tokenizer, self.options, self.head.regression)
+            kept = max(1, len(tokens) // 10) if self.options.federated_evaluation else 0
+            rows = list(range(len(tokens)))
+            self._tokens[partition_id] = (tokens.select(rows[kept:]), tokens.select(rows[:kept]))
+        return self._tokens[partition_id]
+
+
+@lru_cache(maxsize=1)
+def _worker(options: Options) -> Worker:
+    return Worker(options)

@@ -1,0 +1,38 @@
+"""The environment of a quiet run that talks to nobody: set before flwr, ray or Hugging Face are imported."""
+
+import os
+import warnings
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_MEMORY_MONITOR": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "MPLBACKEND": "Agg",
+}
+
+
+def prepare(online: bool = False) -> None:
+    """Set what is not set yet; the libraries read most of these once, when they are imported.
+
+    Parameters
+    ----------
+    online : bool
+        Something named in the options has to come from the Hugging Face Hub. Otherwise the Hub is never asked,
+        so a missing file is an error at once instead of a series of timeouts. A value of HF_HUB_OFFLINE that
+        the user has set stays as it is.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if online else "1")
+    # Raised by ray's and flwr's own imports; nothing a user of the simulation can act on.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,106 @@
+"""Everything that is the same for all strategies of one run: data, shares, initial weights, evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from simulations import models, partitions, strategies, tasks, training
+from simulations.batches import Tokens, tokenise
+from simulations.metrics import Scores
+from simulations.options import Options
+
+TARGET_ABOVE_BASELINE = 0.08
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked and loaded simulation, ready to start."""
+
+    options: Options
+    tasks: list[tasks.Task]
+    shares: list[partitions.Share]
+    model: nn.Module
+    initial: dict[str, Tensor]
+    held_out: list[Tokens]
+
+    @classmethod
+    def prepare(cls, options: Options) -> "Experiment":
+        """Load what the options name, so that whatever is wrong with them shows before anything is started.
+
+        Raises
+        ------
+        BadInput
+            An option, folder or package can't be used.
+        """
+        # What depends on files is settled here, once, and the answer travels to the clients.
+        options = replace(options.validated(), pooling=models.pooling(options), glue_dir=options.glue_folder)
+        loaded = tasks.load(options)
+        shares = partitions.split(options, loaded)
+        head = models.Head(loaded[0].num_labels, loaded[0].regression)
+        tokenizer = models.tokenizer(options)
+        model = models.build(options, head)
+        held_out = [tokenise(task.held_out, tokenizer, options, head.regression) for task in loaded]
+        initial = {name: tensor.detach().clone() for name, tensor in models.trained_state(model).items()}
+        experiment = cls(options, loaded, shares, model, initial, held_out)
+        for spec in options.strategies:
+            strategies.build(spec, options, experiment.lora_config)
+        return experiment
+
+    @property
+    def lora_config(self) -> dict[str, Any] | None:
+        """The server's PEFT configuration, None for full fine-tuning."""
+        if self.options.full:
+            return None
+        configuration: dict[str, Any] = self.model.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
+        return configuration
+
+    @property
+    def baseline(self) -> float:
+        """Score of a constant answer: the majority class; over several tasks the mean."""
+        return sum(task.baseline for task in self.tasks) / len(self.tasks)
+
+    @property
+    def target(self) -> float:
+        """Score whose first round is reported."""
+        asked = self.options.target
+        return self.baseline + TARGET_ABOVE_BASELINE if asked is None else asked
+
+    @property
+    def metric(self) -> str:
+        """What the score is."""
+        names = [task.metric if len(self.tasks) == 1 else f"{task.name} {task.metric}" for task in self.tasks]
+        return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return a fresh record of the initial weights."""
+        return ArrayRecord({name: tensor.clone() for name, tensor in self.initial.items()})
+
+    def evaluate(self, state: Mapping[str, Tensor]) -> Scores:
+        """Return the scores of a global state on the held-out examples of every task.
+
+        With several tasks, each task's metrics carry its name, and "score" and "loss" are means over tasks.
+        """
+        models.load_trained_state(self.model, state)
+        threads = torch.get_num_threads()
+        # The clients wait meanwhile: all cores are free, whatever torch was limited to.
+        torch.set_num_threads(max(threads, training.cores()))
+        try:
+            each = [
+                training.evaluate(self.model, tokens, task.name)
+                for tokens, task in zip(self.held_out, self.tasks, strict=True)
+            ]
+        finally:
+            torch.set_num_threads(threads)
+        if len(each) == 1:
+            return each[0]
+        named = {
+            f"{task.name}-{name}": value
+            for task, scores in zip(self.tasks, each, strict=True)
+            for name, value in scores.items()
+        }
+        means = {name: sum(scores[name] for scores in each) / len(each) for name in ("score", "loss")}
+        return {**named, **means}

@@ -1,0 +1,148 @@
+"""The pictures of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+
+# Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MANY_CLIENTS = 7  # above this, lines become a heat map
+STYLE = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.grid": True, "grid.color": "#E6E6E6",
+    "axes.axisbelow": True, "legend.frameon": False,
+}
+
+
+def display_name(label: str) -> str:
+    """Return a strategy's label as people write it."""
+    name, *settings = label.split(":")
+    proper = {"from": "FedFroM", "fedavg": "FedAvg"}.get(name, f"FedMerge {name}")
+    return f"{proper} ({', '.join(settings)})" if settings else proper
+
+
+def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> None:
+    """Draw the score by round of every strategy, and the weights by client of the first that reports any."""
+    weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, 2 if weighted else 1, figsize=(11 if weighted else 6, 4.4), dpi=150, layout="constrained", squeeze=False
+        )
+        _draw_scores(axes[0, 0], experiment, histories)
+        if weighted:
+            draw = _draw_weight_lines if experiment.options.clients <= MANY_CLIENTS else _draw_weight_map
+            draw(axes[0, 1], experiment, weighted)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
+    correlation = any(task.name in ("cola", "stsb") for task in experiment.tasks)
+    for position, history in enumerate(histories):
+        axes.plot(
+            [entry.number for entry in history.rounds], history.curve,
+            color=COLOURS[position % len(COLOURS)], marker=MARKERS[position % len(MARKERS)],
+            label=f"{display_name(history.label)}: {_value(history.final, correlation)}", linewidth=2, clip_on=False,
+        )
+    constant = "majority class" if not correlation and len(experiment.tasks) == 1 else "constant answer"
+    axes.axhline(
+        experiment.baseline, color="#555555", linestyle="--", linewidth=1.2,
+        label=f"{constant}: {_value(experiment.baseline, correlation)}",
+    )
+    names = ", ".join(task.name for task in experiment.tasks)
+    examples = sum(len(tokens) for tokens in experiment.held_out)
+    axes.set_title(f"Global model on held-out data ({names})")
+    axes.set_xlabel("round")
+    metric = experiment.metric if len(experiment.metric) < 40 else "mean of the tasks' metrics"
+    axes.set_ylabel(f"{metric}, {examples:,} examples")
+    if not correlation:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="best")
+
+
+def _value(score: float, correlation: bool) -> str:
+    return f"{score:.3f}" if correlation else f"{score:.1%}".replace("%", " %")
+
+
+def _weight_table(experiment: Any, history: Any) -> tuple[list[int], np.ndarray]:
+    rounds = [entry for entry in history.rounds if entry.number]
+    table = [[entry.weights.get(client, np.nan) for entry in rounds] for client in range(experiment.options.clients)]
+    return [entry.number for entry in rounds], np.array(table)
+
+
+def _draw_weight_lines(axes: Axes, experiment: Any, history: Any) -> None:
+    rounds, table = _weight_table(experiment, history)
+    total = sum(len(share.examples) for share in experiment.shares)
+    for client, share in enumerate(experiment.shares):
+        colour = COLOURS[client % len(COLOURS)]
+        label = f"client {client} ({_about(experiment, share)})"
+        axes.plot(rounds, table[client], color=colour, marker=MARKERS[client % len(MARKERS)], linewidth=2, label=label)
+        axes.axhline(len(share.examples) / total, color=colour, linestyle=":", linewidth=1.2)
+    axes.plot([], [], color="#555555", linestyle=":", label="FedAvg's weight: share of examples")
+    axes.set_title(f"Weight of each client in {display_name(history.label)}")
+    axes.set_xlabel("round")
+    axes.set_ylabel("weight, mean over layers")
+    axes.set_ylim(0, None)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8.5)
+
+
+def _about(experiment: Any, share: Any) -> str:
+    count = f"{len(share.examples):,}"
+    if len(experiment.tasks) > 1:
+        return f"{share.task.name}, {count} examples"
+    if share.task.regression:
+        return f"{count} examples"
+    label, most = max(share.label_counts.items(), key=lambda pair: pair[1])
+    return f"{count}, {most / len(share.examples):.0%} {label}".replace("%", " %")
+
+
+def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
+    rounds, table = _weight_table(experiment, history)
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest",
+                        extent=(0.5, len(rounds) + 0.5, len(table) - 0.5, -0.5))
+    axes.figure.colorbar(image, ax=axes, label="weight, mean over layers", format=PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"Weight of each client in {display_name(history.label)}")
+    axes.set_xlabel("round")
+    axes.set_ylabel("client")
+    axes.grid(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_partition(experiment: Any, path: Path) -> None:
+    """Draw each client's number of examples, divided by label."""
+    shares = experiment.shares
+    names = list(dict.fromkeys(label for share in shares for label in share.label_counts))
+    greys = len(names) > len(COLOURS)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 1.6 + 0.36 * len(shares)), dpi=150, layout="constrained")
+        start = np.zeros(len(shares))
+        for position, label in enumerate(names):
+            counts = np.array([share.label_counts.get(label, 0) for share in shares])
+            colour = plt.get_cmap("viridis")(position / max(len(names) - 1, 1)) if greys else COLOURS[position]
+            axes.barh(range(len(shares)), counts, left=start, color=colour, label=label, height=0.72)
+            start += counts
+        several = len(experiment.tasks) > 1
+        axes.set_yticks(range(len(shares)), [f"{c}  {s.task.name}" if several else str(c) for c, s in enumerate(shares)])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_ylabel("client")
+        axes.set_xlabel("training examples")
+        options = experiment.options
+        drawn = f" (alpha {options.alpha:g})" if options.partition == "dirichlet" else ""
+        axes.set_title(f"Who holds what: {options.partition}{drawn}, {', '.join(t.name for t in experiment.tasks)}")
+        axes.legend(title="score" if shares[0].task.regression else "label", loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path)
+        plt.close(figure)

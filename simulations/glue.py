@@ -1,0 +1,153 @@
+"""GLUE's tasks as columns of text and labels, from GLUE's own TSV files or from the Hugging Face Hub."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulations.errors import BadInput
+
+Columns = dict[str, list[str]]
+
+HUB_NAME = "nyu-mll/glue"
+CONSTANT_NAMES = ("text", "pair", "label")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a task's files keep its sentences and labels, and what its labels are called."""
+
+    folder: str
+    text: str
+    pair: str | None
+    label: str
+    classes: tuple[str, ...]  # empty: a score
+    names: tuple[str, ...]  # what the classes mean
+    hub: tuple[str, ...]  # column names of the Hub's copy: text and, if there is one, pair
+    header: tuple[str, ...] | None = None  # of a file that has none
+
+
+# WNLI's numbers run the other way round than RTE's and QNLI's. Class 0 is entailment in all four, so that one
+# head can serve several of them.
+ENTAILED = ("entailment", "not_entailment")
+THREE_WAY = ("entailment", "neutral", "contradiction")
+LAYOUTS = {
+    "cola": Layout(
+        "CoLA", "sentence", None, "label", ("0", "1"), ("unacceptable", "acceptable"), ("sentence",),
+        header=("source", "label", "judgement", "sentence"),
+    ),
+    "sst2": Layout("SST-2", "sentence", None, "label", ("0", "1"), ("negative", "positive"), ("sentence",)),
+    "mrpc": Layout(
+        "MRPC", "#1 String", "#2 String", "Quality", ("0", "1"), ("different", "equivalent"),
+        ("sentence1", "sentence2"),
+    ),
+    "qqp": Layout(
+        "QQP", "question1", "question2", "is_duplicate", ("0", "1"), ("different", "duplicate"),
+        ("question1", "question2"),
+    ),
+    "stsb": Layout("STS-B", "sentence1", "sentence2", "score", (), (), ("sentence1", "sentence2")),
+    "mnli": Layout("MNLI", "sentence1", "sentence2", "label", THREE_WAY, THREE_WAY, ("premise", "hypothesis")),
+    "qnli": Layout("QNLI", "question", "sentence", "label", ENTAILED, ENTAILED, ("question", "sentence")),
+    "rte": Layout("RTE", "sentence1", "sentence2", "label", ENTAILED, ENTAILED, ("sentence1", "sentence2")),
+    "wnli": Layout("WNLI", "sentence1", "sentence2", "label", ("1", "0"), ENTAILED, ("sentence1", "sentence2")),
+}
+FILES = {"train": ("train.tsv", "train_subset.tsv"), "held-out": ("dev.tsv", "dev_matched.tsv")}
+
+
+def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
+    """Read one part of a task from GLUE's TSV layout.
+
+    Parameters
+    ----------
+    task : str
+        Name of the task.
+    folder : Path
+        Folder that holds the tasks' folders (CoLA, SST-2, …).
+    part : str
+        "train" or "held-out" (GLUE's dev; MNLI's matched dev).
+
+    Returns
+    -------
+    tuple[Columns, str]
+        Columns text, pair (for pairs) and label (class number or score, as text) beside the file's other
+        columns; and a sentence on where they come from.
+
+    Raises
+    ------
+    BadInput
+        The folder, the task's folder or its file is missing or unreadable, or a label is unknown.
+    """
+    layout = LAYOUTS[task]
+    if not folder.is_dir():
+        raise BadInput(f"--glue-dir {folder}: no such folder")
+    candidates = [folder / layout.folder / name for name in FILES[part]]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise BadInput(
+            f"task {task}: found neither {' nor '.join(map(str, candidates))}; put GLUE's {layout.folder} there, "
+            "or leave --glue-dir out to read it from the Hub"
+        )
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            # Quoting off: GLUE's texts contain quotation marks that nobody closes.
+            lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            header = list(layout.header) if layout.header else next(lines, [])
+            rows = list(lines)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: can't be read: {error}") from None
+    label = "gold_label" if "gold_label" in header else layout.label
+    missing = [name for name in (layout.text, layout.pair, label) if name and name not in header]
+    if missing:
+        raise BadInput(f"{path}: expected a column {missing[0]!r}, found {', '.join(header)}")
+    whole = [row for row in rows if len(row) == len(header)]
+    columns = {name: [row[position] for row in whole] for position, name in enumerate(header)}
+    dropped = f", {len(rows) - len(whole)} broken lines left out" if len(whole) < len(rows) else ""
+    return _named(columns, layout, label, str(path)), f"{path}{dropped}"
+
+
+def from_hub(task: str, part: str) -> tuple[Columns, str]:
+    """Read one part of a task from the Hugging Face Hub; the same columns as `from_folder`.
+
+    Raises
+    ------
+    BadInput
+        The Hub can't be reached and has not been before.
+    """
+    import datasets
+
+    split = "train" if part == "train" else "validation_matched" if task == "mnli" else "validation"
+    try:
+        rows = datasets.load_dataset(HUB_NAME, task, split=split)
+    except Exception as error:  # the Hub's client raises a dozen unrelated types
+        raise BadInput(
+            f"task {task}: can't read {HUB_NAME} from the Hugging Face Hub ({type(error).__name__}); "
+            "give a folder with GLUE's TSV files (--glue-dir), or check the connection and HF_HUB_OFFLINE"
+        ) from None
+    layout = LAYOUTS[task]
+    renamed = dict(zip(layout.hub, (layout.text, layout.pair), strict=False))
+    columns = {str(renamed.get(name, name)): [str(value) for value in rows[name]] for name in rows.column_names}
+    if task in ("mnli", "qnli", "rte"):  # numbers on the Hub, names in the files
+        columns["label"] = [layout.classes[int(value)] for value in columns["label"]]
+    columns[layout.label] = columns.pop("label")
+    return _named(columns, layout, layout.label, HUB_NAME), f"{HUB_NAME} {task} {split}"
+
+
+def _named(columns: Columns, layout: Layout, label: str, source: str) -> Columns:
+    named = {"text": columns[layout.text], "label": _labels(columns[label], layout, source)}
+    if layout.pair:
+        named["pair"] = columns[layout.pair]
+    used = (layout.text, layout.pair, label, *CONSTANT_NAMES)
+    return {**named, **{name: values for name, values in columns.items() if name not in used}}
+
+
+def _labels(values: Iterable[str], layout: Layout, source: str) -> list[str]:
+    if layout.classes:
+        numbers = {name: str(number) for number, name in enumerate(layout.classes)}
+        try:
+            return [numbers[value] for value in values]
+        except KeyError as error:
+            raise BadInput(f"{source}: expected a label of {', '.join(layout.classes)}, found {error}") from None
+    try:
+        return [str(float(value)) for value in values]
+    except ValueError as error:
+        raise BadInput(f"{source}: expected a score, {error}") from None

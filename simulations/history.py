@@ -1,0 +1,100 @@
+"""What one strategy did, round by round."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Round:
+    """One round: the global model after it, and what it took. Round 0 is the model before any training."""
+
+    number: int
+    scores: dict[str, float]
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    server_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)  # partition id -> loss, seconds, speed
+    weights: dict[int, float] = field(default_factory=dict)  # partition id -> mean weight over the layers
+    train_metrics: dict[str, Any] = field(default_factory=dict)
+    evaluate_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the round as plain JSON types."""
+        names = {name.replace("_", "-"): value for name, value in vars(self).items()}
+        return {**names, "clients": _text_keys(self.clients), "weights": _text_keys(self.weights)}
+
+
+@dataclass
+class History:
+    """All rounds of one strategy, its reports of each merge, and the weights it ended with."""
+
+    label: str
+    rounds: list[Round] = field(default_factory=list)
+    reports: dict[int, Any] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def curve(self) -> list[float]:
+        """Score after every round, the untrained model's first."""
+        return [entry.scores["score"] for entry in self.rounds]
+
+    @property
+    def final(self) -> float:
+        """Score after the last round."""
+        return self.curve[-1]
+
+    @property
+    def best(self) -> float:
+        """Best score of any round."""
+        return max(self.curve)
+
+    def rounds_to(self, target: float) -> int | None:
+        """Return the first round that reaches the target, None if none does."""
+        return next((entry.number for entry in self.rounds if entry.scores["score"] >= target), None)
+
+    def total(self, name: str) -> float:
+        """Return the sum of a quantity over the rounds."""
+        return sum(getattr(entry, name) for entry in self.rounds)
+
+    def to_dict(self, target: float) -> dict[str, Any]:
+        """Return the history as plain JSON types, the weights apart."""
+        return {
+            "final": self.final,
+            "best": self.best,
+            "rounds-to-target": self.rounds_to(target),
+            "bytes-up": self.total("bytes_up"),
+            "bytes-down": self.total("bytes_down"),
+            "seconds": self.total("seconds"),
+            "server-seconds": self.total("server_seconds"),
+            "rounds": [entry.to_dict() for entry in self.rounds],
+            "reports": _text_keys(self.reports),
+        }
+
+
+def client_weights(report: Mapping[str, Any], client_of_node: Mapping[int, int]) -> dict[int, float]:
+    """Return each client's mean weight over the layers of a merge.
+
+    Parameters
+    ----------
+    report : Mapping[str, Any]
+        A strategy's report of one round: "nodes", and "weights" in their order for each of its "layers".
+    client_of_node : Mapping[int, int]
+        Partition id of each node; node ids are drawn anew in every run.
+    """
+    layers = report.get("layers", {})
+    entries = layers.values() if isinstance(layers, Mapping) else layers
+    weights = [entry["weights"] for entry in entries if entry.get("weights")]
+    if not weights:
+        return {}
+    means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
+    pairs = zip(report.get("nodes", []), means, strict=False)
+    return {client_of_node[int(node)]: mean for node, mean in sorted(pairs) if int(node) in client_of_node}
+
+
+def _text_keys(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(key): values[key] for key in sorted(values)}

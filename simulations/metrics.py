@@ -1,0 +1,66 @@
+"""GLUE's metrics: what each task is scored by, in [-1, 1] or [0, 1] and never in per cent."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = dict[str, float]
+
+METRICS = {
+    "reviews": ("accuracy",),
+    "cola": ("matthews",),
+    "sst2": ("accuracy",),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+    "mnli": ("accuracy",),
+    "qnli": ("accuracy",),
+    "rte": ("accuracy",),
+    "wnli": ("accuracy",),
+}
+
+
+def scores(task: str, predictions: NDArray[np.generic], labels: NDArray[np.generic]) -> Scores:
+    """Return a task's metrics and, under "score", their mean, which is the task's entry in GLUE's table.
+
+    Parameters
+    ----------
+    task : str
+        Name of the task.
+    predictions : NDArray
+        (n,) class numbers, or real numbers for STS-B.
+    labels : NDArray
+        (n,) of the same kind.
+
+    Notes
+    -----
+    A correlation with a constant is undefined; GLUE's own evaluation returns NaN there. Here it is 0, what a
+    constant answer is worth, so that a model that has learned nothing yet can be drawn and compared.
+    """
+    values = {name: _metric(name, predictions, labels) for name in METRICS[task]}
+    return {**values, "score": float(np.mean(list(values.values())))}
+
+
+def _metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
+    if name == "accuracy":
+        return float(np.mean(predictions == labels))
+    if name == "f1":
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
+    if name == "matthews":
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(labels, predictions))
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    from scipy.stats import pearsonr, spearmanr
+
+    return float((pearsonr if name == "pearson" else spearmanr)(predictions, labels)[0])
+
+
+def constant_score(task: str, labels: NDArray[np.generic]) -> float:
+    """Return the score of the answer that a model gives without reading: the majority class, or the mean."""
+    if task == "stsb":
+        return 0.0
+    values, counts = np.unique(labels, return_counts=True)
+    return scores(task, np.full_like(labels, values[counts.argmax()]), labels)["score"]

@@ -1,0 +1,119 @@
+"""What a run says while it goes on, and the tables before and after."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from simulations.experiment import Experiment
+from simulations.history import History, Round
+
+
+def size(count: float) -> str:
+    """Return a number of bytes with a unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class Narrator:
+    """Writes to a console. Lines, not a live display: they read the same in a terminal and in a log."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # Left to itself rich takes 80 columns where there is no terminal, and breaks the tables.
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def settings(self, experiment: Experiment) -> None:
+        """Say what is used: model, data, what is trained."""
+        options = experiment.options
+        total = sum(parameter.numel() for parameter in experiment.model.parameters())
+        trained = sum(tensor.numel() for tensor in experiment.initial.values())
+        layers = f"first {options.kept_layers} layers" if options.kept_layers else "all layers"
+        what = "full fine-tuning" if options.full else self._lora(experiment)
+        for task in experiment.tasks:
+            kind = "scores" if task.regression else "/".join(task.label_names)
+            self.console.print(
+                f"[bold]Task[/]   {task.name} ({kind}): {len(task.train):,} training and {len(task.held_out):,} "
+                f"held-out examples; {task.metric} of a constant answer {task.baseline:.3f}"
+            )
+            self.console.print(f"       from {task.source}")
+        pooling = "mean pooling" if options.pooling == "mean" else "the model's own head"
+        self.console.print(
+            f"[bold]Model[/]  {options.model}, {layers}, {pooling}; {total / 1e6:.1f} M parameters, "
+            f"{trained:,} of them travel ({what})"
+        )
+        work = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
+        self.console.print(
+            f"[bold]Rounds[/] {options.rounds} of {work} of {options.batch_size} examples on each of "
+            f"{options.clients} clients, AdamW at {options.learning_rate:g}, seed {options.seed}"
+        )
+
+    @staticmethod
+    def _lora(experiment: Experiment) -> str:
+        options = experiment.options
+        kind = "DoRA" if options.dora else "rsLoRA" if options.rslora else "LoRA"
+        ranks = ", ".join(map(str, options.ranks)) if options.ranks else str(options.lora_r)
+        return f"{kind}, rank {ranks}, and the head"
+
+    def partition(self, experiment: Experiment) -> None:
+        """Show who holds what."""
+        options = experiment.options
+        name = f"{options.partition}({options.alpha:g})" if options.partition == "dirichlet" else options.partition
+        table = Table(title=f"Partition: {name}", title_justify="left")
+        several = len(experiment.tasks) > 1
+        names = sorted({label for share in experiment.shares for label in share.label_counts})
+        for column in ["client", *(["task"] if several else []), "examples", *names, *(["rank"] if options.ranks else [])]:
+            table.add_column(column, justify="left" if column == "task" else "right")
+        for client, share in enumerate(experiment.shares):
+            total = len(share.examples)
+            shares = [f"{share.label_counts.get(label, 0) / total:.0%}" for label in names]
+            rank = [str(options.client_rank(client))] if options.ranks else []
+            table.add_row(str(client), *([share.task.name] if several else []), f"{total:,}", *shares, *rank)
+        self.console.print(table)
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        self.console.print(text)
+
+    def strategy(self, label: str) -> None:
+        """Say that a strategy starts."""
+        self.console.print(f"\n[bold]{label}[/]")
+
+    def client(self, number: int, rounds: int, client: int, loss: float, speed: float) -> None:
+        """Say that a client's reply has come."""
+        self.console.print(f"  round {number}/{rounds}  client {client}  loss {loss:.3f}  {speed:5.1f} examples/s")
+
+    def failure(self, number: int, reason: str) -> None:
+        """Say that a client has failed."""
+        self.console.print(f"  round {number}  [red]a client failed:[/] {reason.strip().splitlines()[-1]}", markup=True)
+
+    def round(self, entry: Round, rounds: int, metric: str) -> None:
+        """Say how good the global model is after a round."""
+        weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
+        self.console.print(
+            f"  round {entry.number}/{rounds}  [bold]{metric} {entry.scores['score']:.3f}[/]  "
+            f"loss {entry.scores['loss']:.3f}  {entry.seconds:.1f} s" + (f"  weights {weights}" if weights else "")
+        )
+
+    def table(self, experiment: Experiment, histories: Sequence[History]) -> None:
+        """Compare the strategies."""
+        title = f"{experiment.metric} on held-out examples; a constant answer scores {experiment.baseline:.3f}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("strategy")
+        for column in ("final", "best", f"rounds to {experiment.target:.3f}", "bytes up", "bytes down", "server s", "s"):
+            table.add_column(column, justify="right")
+        for history in histories:
+            reached = history.rounds_to(experiment.target)
+            table.add_row(
+                history.label,
+                f"{history.final:.3f}",
+                f"{history.best:.3f}",
+                "never" if reached is None else str(reached),
+                size(history.total("bytes_up")),
+                size(history.total("bytes_down")),
+                f"{history.total('server_seconds'):.2f}",
+                f"{history.total('seconds'):.0f}",
+            )
+        self.console.print(table)

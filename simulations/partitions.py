@@ -1,0 +1,102 @@
+"""Who holds which training examples: through the partitioners of flwr-datasets."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from simulations.errors import BadInput
+from simulations.options import Options
+from simulations.tasks import Task
+
+# A client with less than this has nothing to train on; flwr-datasets draws again until all have it.
+SMALLEST = 8
+GROUP = "group"
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's training examples and the task they belong to."""
+
+    task: Task
+    examples: datasets.Dataset
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """Number of examples of each class (of each whole score for regression)."""
+        counts = Counter(self.examples[self.task.stratum])
+        names = self.task.label_names
+        classes = range(len(names)) if names else sorted(counts)
+        return {names[c] if names else str(c): counts.get(c, 0) for c in classes}
+
+
+def split(options: Options, tasks: list[Task]) -> list[Share]:
+    """Divide the training examples over the clients.
+
+    Returns
+    -------
+    list[Share]
+        One share a client; every training example is in exactly one of them. The same options give the same
+        shares in every process.
+
+    Raises
+    ------
+    BadInput
+        There are fewer examples, or values of the natural column, than clients; or no draw of the Dirichlet
+        distribution leaves every client enough.
+    """
+    if options.partition == "tasks":
+        return [Share(task, task.train) for task in tasks]
+    task = tasks[0]
+    if len(task.train) < options.clients:
+        raise BadInput(f"--clients {options.clients}: task {task.name} has {len(task.train)} training examples only")
+    partitioner = _partitioner(options, task)
+    # Rows in a seeded order: the partitioners that don't draw take them as they come.
+    shuffled = task.train.shuffle(seed=options.seed)
+    partitioner.dataset = _grouped(shuffled, options, task) if options.partition == "natural" else shuffled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns at each draw; what counts is whether one succeeds
+        try:
+            return [Share(task, partitioner.load_partition(client)) for client in range(options.clients)]
+        except ValueError:
+            raise BadInput(
+                f"--alpha {options.alpha}: no draw for {options.clients} clients leaves each {SMALLEST} of "
+                f"{len(task.train)} examples; take a larger alpha or fewer clients"
+            ) from None
+
+
+def _partitioner(options: Options, task: Task) -> Any:
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
+
+    if options.partition == "iid":
+        return IidPartitioner(num_partitions=options.clients)
+    if options.partition == "dirichlet":
+        return DirichletPartitioner(
+            num_partitions=options.clients,
+            partition_by=task.stratum,
+            alpha=float(options.alpha),
+            min_partition_size=SMALLEST,
+            self_balancing=False,
+            seed=options.seed,
+        )
+    column = options.partition_by or task.natural_key
+    others = sorted(set(task.train.column_names) - {"text", "pair"})
+    if column not in others:
+        named = f"--partition-by {column}" if column else f"--partition natural: task {task.name} has no natural column"
+        raise BadInput(f"{named}; choose --partition-by from {', '.join(others)}")
+    values = len(task.train.unique(column))
+    if values < options.clients:
+        raise BadInput(f"--clients {options.clients}: column {column!r} has {values} values only")
+    return NaturalIdPartitioner(partition_by=GROUP)
+
+
+def _grouped(examples: datasets.Dataset, options: Options, task: Task) -> datasets.Dataset:
+    """Deal the values of the natural column to the clients, in the order in which they occur.
+
+    flwr-datasets groups values by a group's size, which can't make every number of groups.
+    """
+    column = options.partition_by or task.natural_key
+    client_of = {value: order % options.clients for order, value in enumerate(examples.unique(column))}
+    return examples.add_column(GROUP, [client_of[value] for value in examples[column]])

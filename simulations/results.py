@@ -1,0 +1,143 @@
+"""The results folder: JSON, pictures and the final adapters, there as a whole or not at all."""
+
+import json
+import math
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from simulations.errors import BadInput
+
+FORMAT = 1
+FILE = "results.json"
+PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers", "datasets", "ray")
+
+
+class Folder:
+    """A results folder, claimed before the run and filled at its end.
+
+    Everything is written into a hidden folder beside it, which takes its place when complete. An earlier result
+    is replaced; any other folder that is not empty is refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+
+    def __enter__(self) -> "Folder":
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"--out {self.path}: is a file")
+        try:
+            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / FILE).is_file():
+                raise BadInput(f"--out {self.path}: holds something else than earlier results; name another folder")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+            self._staging.chmod(0o755)
+        except OSError as error:
+            raise BadInput(f"--out {self.path}: can't be written: {error.strerror or error}") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def publish(self, experiment: Any, histories: Sequence[Any]) -> None:
+        """Write the results and put them in place."""
+        from simulations import figures
+
+        text = json.dumps(_finite(summary(experiment, histories)), indent=1, allow_nan=False)
+        (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
+        figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
+        figures.draw_partition(experiment, self._staging / "partition.png")
+        for history in histories:
+            save_model(experiment, history, self._staging / folder_name(history.label))
+        previous = self._staging.with_name(self._staging.name + "-previous")
+        if self.path.exists():
+            self.path.rename(previous)
+        self._staging.rename(self.path)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def folder_name(label: str) -> str:
+    """Return a strategy's label as a folder name: "from:k=1" is in from-k-1."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+
+
+def save_model(experiment: Any, history: Any, folder: Path) -> None:
+    """Write a strategy's final weights: a PEFT adapter, or model.safetensors for full fine-tuning."""
+    from safetensors.torch import save_file
+
+    from simulations import models
+
+    folder.mkdir()
+    models.load_trained_state(experiment.model, history.state)
+    model = experiment.model.cpu()
+    if experiment.options.full:
+        state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+
+
+def summary(experiment: Any, histories: Sequence[Any]) -> dict[str, Any]:
+    """Return all that is known of a run as plain JSON types."""
+    options = experiment.options
+    return {
+        "format": FORMAT,
+        "options": options.to_dict(),
+        "versions": {**{name: _version(name) for name in PACKAGES}, "python": platform.python_version()},
+        "tasks": [
+            {
+                "name": task.name,
+                "source": task.source,
+                "metric": task.metric,
+                "labels": list(task.label_names),
+                "training-examples": len(task.train),
+                "held-out-examples": len(task.held_out),
+                "constant-answer": task.baseline,
+            }
+            for task in experiment.tasks
+        ],
+        "metric": experiment.metric,
+        "constant-answer": experiment.baseline,
+        "target": experiment.target,
+        "partition": [
+            {
+                "client": client,
+                "task": share.task.name,
+                "examples": len(share.examples),
+                "labels": share.label_counts,
+                "rank": None if options.full else options.client_rank(client),
+            }
+            for client, share in enumerate(experiment.shares)
+        ],
+        "strategies": {
+            history.label: {"folder": folder_name(history.label), **history.to_dict(experiment.target)}
+            for history in histories
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with the numbers that JSON lacks as text."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

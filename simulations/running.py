@@ -1,0 +1,89 @@
+"""One simulated federation on this machine: Flower over Ray, started once for all strategies."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from simulations import environment
+from simulations.options import Options
+
+# Said by Flower in every run; none of it is about the run.
+CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
+
+
+class _Quiet(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(phrase in text for phrase in CHATTER)
+
+
+def run(options: Options) -> Path:
+    """Run a simulation and return the folder with its results.
+
+    Raises
+    ------
+    BadInput
+        An option, folder or package can't be used; nothing was written.
+    """
+    start = time.perf_counter()
+    environment.prepare(options.needs_hub)
+    from simulations.narration import Narrator
+    from simulations.results import Folder
+
+    narrator = Narrator()
+    with Folder(options.validated().out) as folder:
+        from simulations.experiment import Experiment
+
+        experiment = Experiment.prepare(options)
+        narrator.settings(experiment)
+        narrator.partition(experiment)
+        histories = simulate(experiment, narrator)
+        folder.publish(experiment, histories)
+    narrator.table(experiment, histories)
+    narrator.say(f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
+                 f"partition.png and the final {'models' if experiment.options.full else 'adapters'}")
+    return folder.path
+
+
+def simulate(experiment: Any, narrator: Any) -> list[Any]:
+    """Run a prepared experiment in Flower's simulation and return a history of every strategy."""
+    from flwr.simulation import run_simulation
+
+    from simulations import client_app, server_app, training
+    from simulations.history import History
+
+    options: Options = experiment.options
+    quiet = _Quiet()
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    if not options.verbose:
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(quiet)
+    processes = options.processes or min(training.cores(), options.clients)
+    gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
+    narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
+    histories: list[History] = []
+    try:
+        run_simulation(
+            server_app=server_app.app_for(experiment, narrator, histories),
+            client_app=client_app.app,
+            num_supernodes=options.clients,
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+                "init_args": {
+                    "num_cpus": processes,
+                    "include_dashboard": False,
+                    "_node_ip_address": "127.0.0.1",
+                    "logging_level": logging.INFO if options.verbose else logging.ERROR,
+                    "log_to_driver": options.verbose,
+                },
+            },
+            verbose_logging=options.verbose,
+        )
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(quiet)
+    if len(histories) != len(options.strategies):
+        raise RuntimeError("the simulation ended early; --verbose shows what Flower and Ray say")
+    return histories

@@ -1,0 +1,193 @@
+"""The Flower ServerApp: runs the strategies one after the other on the same clients, and compares them."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from simulations import environment
+from simulations.history import History, Round, client_weights
+from simulations.options import Options
+from simulations.traffic import CountingGrid
+
+environment.prepare()
+
+ABOUT = "simulation"  # the client's record of who trained; see client_app
+NODES_TIMEOUT = 120.0
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry of `flwr run`: the options are the run configuration, the clients are the nodes there are."""
+    options = Options.from_mapping(dict(context.run_config))
+    environment.prepare(options.needs_hub)
+    from simulations.experiment import Experiment
+    from simulations.narration import Narrator
+    from simulations.results import Folder
+
+    if options.partition != "tasks":
+        options = dataclasses.replace(options, clients=_number_of_nodes(grid))
+    narrator = Narrator()
+    with Folder(options.out) as folder:
+        experiment = Experiment.prepare(options)
+        narrator.settings(experiment)
+        narrator.partition(experiment)
+        histories = compare(grid, experiment, narrator)
+        folder.publish(experiment, histories)
+    narrator.table(experiment, histories)
+    narrator.say(f"Results in {folder.path}")
+
+
+def app_for(experiment: Any, narrator: Any, histories: list[History]) -> ServerApp:
+    """Return an app that runs a prepared experiment and appends what came out to `histories`."""
+    bound = ServerApp()
+
+    @bound.main()
+    def run(grid: Grid, context: Context) -> None:
+        histories.extend(compare(grid, experiment, narrator))
+
+    return bound
+
+
+def compare(grid: Grid, experiment: Any, narrator: Any) -> list[History]:
+    """Run every strategy of the options from the same initial weights.
+
+    Raises
+    ------
+    RuntimeError
+        A strategy ended without a model: every client failed.
+    """
+    return [run_strategy(grid, spec, experiment, narrator) for spec in experiment.options.strategies]
+
+
+def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any) -> History:
+    """Run one strategy over all rounds and return its history."""
+    from simulations import strategies
+
+    options = experiment.options
+    narrator.strategy(spec)
+    recorder = Recorder(spec, experiment, narrator)
+    strategy = strategies.build(spec, options, experiment.lora_config)
+    strategy.aggregate_train = recorder.timed(strategy.aggregate_train)  # type: ignore[method-assign]
+    counting = CountingGrid(grid, recorder.on_reply)
+    recorder.attach(counting, strategy)
+    result = strategy.start(
+        grid=counting,
+        initial_arrays=experiment.initial_arrays(),
+        num_rounds=options.rounds,
+        train_config=_config(options, spec),
+        evaluate_config=_config(options, spec),
+        evaluate_fn=recorder.evaluate,
+    )
+    if not recorder.trained:
+        raise RuntimeError(f"strategy {spec}: no client has trained; see the failures above")
+    return recorder.finish(result)
+
+
+def _config(options: Options, spec: str) -> ConfigRecord:
+    config = options.to_record()
+    config["strategy"] = spec
+    return config
+
+
+def _number_of_nodes(grid: Grid) -> int:
+    deadline = time.monotonic() + NODES_TIMEOUT
+    while time.monotonic() < deadline:
+        found = len(list(grid.get_node_ids()))
+        if found >= 2:
+            return found
+        time.sleep(0.5)
+    raise RuntimeError(f"fewer than two nodes within {NODES_TIMEOUT:.0f} seconds")
+
+
+class Recorder:
+    """Watches one strategy: times its merges, hears every reply, evaluates after each round."""
+
+    def __init__(self, spec: str, experiment: Any, narrator: Any) -> None:
+        self.history = History(spec)
+        self.experiment = experiment
+        self.narrator = narrator
+        self.trained = 0
+        self._client_of_node: dict[int, int] = {}
+        self._round_of_reports = 0
+        self._new_round()
+
+    def attach(self, counting: CountingGrid, strategy: Any) -> None:
+        """Name the grid that counts, and the strategy that reports."""
+        self._counting, self._strategy = counting, strategy
+
+    def _new_round(self) -> None:
+        self._clients: dict[int, dict[str, float]] = {}
+        self._merge_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def timed(self, aggregate: Any) -> Any:
+        """Wrap a strategy's aggregation, so that every strategy's is timed alike."""
+
+        @functools.wraps(aggregate)
+        def aggregate_train(server_round: int, replies: Any) -> Any:
+            replies = list(replies)  # waiting for clients is not the server's time
+            start = time.perf_counter()
+            try:
+                return aggregate(server_round, replies)
+            finally:
+                self._merge_seconds += time.perf_counter() - start
+
+        return aggregate_train
+
+    def on_reply(self, reply: Message) -> None:
+        """Note who replied, and say so."""
+        number = len(self.history.rounds)
+        if reply.has_error():
+            self.narrator.failure(number, reply.error.reason or "no reason given")
+            return
+        about = reply.content.get(ABOUT)
+        if not isinstance(about, ConfigRecord) or "loss" not in about:
+            return
+        client = int(about["partition-id"])  # type: ignore[arg-type]
+        self._client_of_node[reply.metadata.src_node_id] = client
+        numbers = {name: float(value) for name, value in about.items() if name != "partition-id"}  # type: ignore[arg-type]
+        self._clients[client] = numbers
+        self.trained += 1
+        self.narrator.client(number, self.experiment.options.rounds, client, numbers["loss"], numbers["speed"])
+
+    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate the global model; Flower calls this before the first round and after each."""
+        start = time.perf_counter()
+        scores = self.experiment.evaluate(arrays.to_torch_state_dict())
+        now = time.perf_counter()
+        entry = Round(server_round, scores, evaluation_seconds=now - start)
+        if server_round:
+            entry.bytes_down, entry.bytes_up = self._counting.down, self._counting.up
+            entry.seconds, entry.server_seconds = now - self._started, self._merge_seconds
+            entry.clients = dict(sorted(self._clients.items()))
+            report = self._report(server_round)
+            entry.weights = client_weights(report, self._client_of_node)
+        self.history.rounds.append(entry)
+        self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric)
+        self._counting.down = self._counting.up = 0
+        self._new_round()
+        return MetricRecord(scores)
+
+    def _report(self, server_round: int) -> dict[str, Any]:
+        report = getattr(self._strategy, "reports", {}).get(server_round)
+        if report is None:
+            return {}
+        plain: dict[str, Any] = report.to_dict()
+        # Node ids mean nothing after the run; the clients do.
+        plain["clients"] = [self._client_of_node.get(int(node)) for node in plain.get("nodes", [])]
+        self.history.reports[server_round] = plain
+        return plain
+
+    def finish(self, result: Any) -> History:
+        """Take the final weights and what Flower aggregated of the clients' metrics."""
+        for entry in self.history.rounds:
+            entry.train_metrics = dict(result.train_metrics_clientapp.get(entry.number, {}))
+            entry.evaluate_metrics = dict(result.evaluate_metrics_clientapp.get(entry.number, {}))
+        self.history.state = result.arrays.to_torch_state_dict()
+        return self.history

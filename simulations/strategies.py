@@ -1,0 +1,75 @@
+"""Strategies by name: Flower's own FedAvg, and fedfrom's methods."""
+
+from typing import Any
+
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from simulations.errors import BadInput
+from simulations.options import Options
+
+
+def build(spec: str, options: Options, lora_config: dict[str, Any] | None) -> Strategy:
+    """Return a fresh strategy.
+
+    Parameters
+    ----------
+    spec : str
+        A name, and settings of this strategy alone after colons: "fedavg", "from", "from:k=1:examples_power=0".
+    options : Options
+        The settings that all strategies share.
+    lora_config : dict[str, Any] | None
+        The server's PEFT configuration; None for full fine-tuning.
+
+    Raises
+    ------
+    BadInput
+        The name or a setting is unknown, or a setting is out of its bounds.
+    """
+    name, *pairs = spec.split(":")
+    settings = dict(_setting(spec, pair) for pair in pairs)
+    flower: dict[str, Any] = {
+        "fraction_evaluate": 1.0 if options.federated_evaluation else 0.0,
+        "min_train_nodes": options.clients,
+        "min_evaluate_nodes": options.clients,
+        "min_available_nodes": options.clients,
+    }
+    try:
+        if name == "fedavg":
+            return FedAvg(**flower, **settings)
+        return _merging(name, options, lora_config, settings, flower)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"--strategies {spec}: {error}") from None
+
+
+def _merging(
+    name: str, options: Options, lora_config: dict[str, Any] | None, settings: dict[str, Any], flower: dict[str, Any]
+) -> Strategy:
+    import fedfrom
+
+    shared: dict[str, Any] = {"server_lr": options.server_lr, "lora_config": lora_config, "seed": options.seed}
+    if name == "from":
+        own = {
+            "k": options.k,
+            "examples_power": options.examples_power,
+            "rank": options.rank,
+            "solver": options.solver,
+            "scope": options.scope,
+            "dora": options.dora,
+        }
+        return fedfrom.FedFroM(**{**shared, **own, **settings}, **flower)
+    names = sorted(fedfrom.methods())
+    if name not in names:
+        raise BadInput(f"--strategies: unknown strategy {name!r}; choose from fedavg, {', '.join(names)}")
+    return fedfrom.FedMerge(**{"method": name, **shared, **settings}, **flower)
+
+
+def _setting(spec: str, pair: str) -> tuple[str, Any]:
+    key, equals, text = pair.partition("=")
+    if not equals:
+        raise BadInput(f"--strategies {spec}: expected key=value after the colon, found {pair!r}")
+    for kind in (int, float):
+        try:
+            return key, kind(text)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False, "none": None}.get(text.lower(), text)

@@ -1,0 +1,133 @@
+"""A task: training and held-out examples, what its labels are called, and what a constant answer scores."""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from simulations import assets, glue, metrics
+from simulations.errors import BadInput
+from simulations.options import Options
+
+HELD_OUT_SHARE = 0.2
+BIN = "bin"  # what a Dirichlet partition of a regression task goes by
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples with the columns text, pair (for pairs), label and whatever else the source has."""
+
+    name: str
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    label_names: tuple[str, ...]  # empty: regression
+    source: str
+    natural_key: str = ""
+
+    @property
+    def regression(self) -> bool:
+        """Whether the labels are real numbers."""
+        return not self.label_names
+
+    @property
+    def num_labels(self) -> int:
+        """Number of outputs that the head needs."""
+        return len(self.label_names) or 1
+
+    @property
+    def stratum(self) -> str:
+        """Column of the classes: the label, or the score cut to a whole number."""
+        return BIN if self.regression else "label"
+
+    @property
+    def held_out_labels(self) -> NDArray[np.generic]:
+        """(n,) labels of the held-out examples."""
+        return np.asarray(self.held_out["label"])
+
+    @property
+    def baseline(self) -> float:
+        """Score of a constant answer on the held-out examples."""
+        return metrics.constant_score(self.name, self.held_out_labels)
+
+    @property
+    def metric(self) -> str:
+        """Name of the score: the metric, or the metrics whose mean it is."""
+        return " and ".join(metrics.METRICS[self.name])
+
+
+def load(options: Options) -> list[Task]:
+    """Return the tasks that the options name.
+
+    Raises
+    ------
+    BadInput
+        A task's source is missing or unreadable, it has no examples, or several tasks can't share one head.
+    """
+    tasks = [
+        _load(name, options.glue_folder, options.seed, options.train_examples, options.eval_examples)
+        for name in options.task
+    ]
+    heads = {(task.num_labels, task.regression) for task in tasks}
+    if len(heads) > 1:
+        found = ", ".join(f"{task.name} {'a score' if task.regression else task.num_labels}" for task in tasks)
+        raise BadInput(f"--task: tasks that share a head need the same number of classes, found {found}")
+    return tasks
+
+
+@lru_cache(maxsize=16)
+def _load(name: str, glue_folder: str, seed: int, train_examples: int, eval_examples: int) -> Task:
+    if name == "reviews":
+        task = _reviews(seed)
+    else:
+        columns, sources = {}, []
+        for part in ("train", "held-out"):
+            if glue_folder:
+                columns[part], source = glue.from_folder(name, Path(glue_folder).expanduser(), part)
+            else:
+                columns[part], source = glue.from_hub(name, part)
+            sources.append(source)
+        key = "genre" if "genre" in columns["train"] else ""
+        names = glue.LAYOUTS[name].names
+        train, held_out = (_dataset(columns[part], not names) for part in ("train", "held-out"))
+        task = Task(name, train, held_out, names, " and ".join(sources), key)
+    for part, examples in (("training", task.train), ("held-out", task.held_out)):
+        if len(examples) == 0:
+            raise BadInput(f"task {name}: no {part} examples in {task.source}")
+    return Task(
+        name, _sample(task.train, train_examples, seed), _sample(task.held_out, eval_examples, seed),
+        task.label_names, task.source, task.natural_key,
+    )
+
+
+def _dataset(columns: glue.Columns, regression: bool) -> datasets.Dataset:
+    typed: dict[str, list[Any]] = dict(columns)
+    typed["label"] = [float(value) if regression else int(value) for value in columns["label"]]
+    if regression:
+        typed[BIN] = [int(value) for value in typed["label"]]
+    return datasets.Dataset.from_dict(typed)
+
+
+def _reviews(seed: int) -> Task:
+    """Split the review snippets by film, so that no film's title or cast gives a held-out verdict away."""
+    rows = assets.reviews()
+    movies = sorted({movie for _, _, movie in rows})
+    random.Random(f"reviews:{seed}").shuffle(movies)
+    held_out = set(movies[: round(len(movies) * HELD_OUT_SHARE)])
+    parts = []
+    for inside in (False, True):
+        chosen = [row for row in rows if (row[2] in held_out) is inside]
+        texts, fresh, films = (list(column) for column in zip(*chosen, strict=True))
+        parts.append(datasets.Dataset.from_dict({"text": texts, "label": [int(f) for f in fresh], "movie": films}))
+    source = f"{assets.DATA_PACKAGE[0]} {assets.DATA_PACKAGE[1]}, {len(rows):,} snippets of {len(movies)} films"
+    return Task("reviews", parts[0], parts[1], ("rotten", "fresh"), source, "movie")
+
+
+def _sample(examples: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
+    if not limit or limit >= len(examples):
+        return examples
+    return examples.select(sorted(random.Random(f"sample:{seed}").sample(range(len(examples)), limit)))

@@ -1,0 +1,82 @@
+"""A Flower Grid that counts the bytes that pass, and tells of every reply as it comes in."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+POLL_SECONDS = 0.1
+
+
+def array_bytes(message: Message) -> int:
+    """Return the bytes of all arrays in a message; records of numbers and settings are not counted."""
+    if message.has_error():
+        return 0
+    records = (record for record in message.content.values() if isinstance(record, ArrayRecord))
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+class CountingGrid(Grid):
+    """Passes everything on to another Grid, and keeps count.
+
+    Attributes
+    ----------
+    down, up : int
+        Bytes of arrays sent to clients, and received from them.
+    """
+
+    def __init__(self, grid: Grid, on_reply: Callable[[Message], None] = lambda message: None) -> None:
+        self.grid = grid
+        self.on_reply = on_reply
+        self.down = 0
+        self.up = 0
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The current run."""
+        return self.grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Pass on."""
+        return self.grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Pass on."""
+        return self.grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Pass on."""
+        return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push messages and count their bytes."""
+        messages = list(messages)
+        self.down += sum(map(array_bytes, messages))
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pull replies, count their bytes and tell of each."""
+        replies = list(self.grid.pull_messages(message_ids))
+        for reply in replies:
+            self.up += array_bytes(reply)
+            self.on_reply(reply)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push messages and pull their replies as they come; what is missing at the timeout stays missing."""
+        waiting = {identifier for identifier in self.push_messages(messages) if identifier}
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and time.monotonic() < deadline:
+            arrived = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies.extend(arrived)
+            if not arrived:
+                time.sleep(POLL_SECONDS)
+        return replies

@@ -1,0 +1,116 @@
+"""One client's training in one round, and the evaluation of a model."""
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from simulations import metrics, models
+from simulations.batches import Tokens, training_batches
+from simulations.options import Options
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client's training took: mean loss over its steps, steps, examples seen and seconds."""
+
+    loss: float
+    steps: int
+    examples: int
+    seconds: float
+
+
+def round_seed(*parts: int) -> int:
+    """Return a seed made of several numbers (seed, round, client), no two alike in practice."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def device() -> torch.device:
+    """Return the GPU that this process may use, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _precision(where: torch.device) -> contextlib.AbstractContextManager[object]:
+    if where.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+
+
+def _loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if labels.is_floating_point():
+        return nn.functional.mse_loss(output.squeeze(-1).float(), labels)
+    return nn.functional.cross_entropy(output.float(), labels)
+
+
+def train(model: nn.Module, tokens: Tokens, options: Options, seed: int) -> Trained:
+    """Train the model in place on a client's examples, with fresh moments of AdamW.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The client's model, holding the global weights. Only what requires a gradient is changed.
+    tokens : Tokens
+        The client's training examples.
+    options : Options
+        Learning rate, batch size, steps or epochs.
+    seed : int
+        Fixes the order of the examples and the dropout. The same seed gives the same weights on one device.
+
+    Raises
+    ------
+    ArithmeticError
+        The loss is no longer finite.
+    """
+    where = device()
+    model.to(where).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    half = where.type == "cuda" and not torch.cuda.is_bf16_supported()
+    scaler = torch.amp.GradScaler(enabled=half)
+    start, losses, seen = time.perf_counter(), [], 0
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for chosen in training_batches(len(tokens), options, seed):
+            inputs, labels = tokens.batch(chosen)
+            with _precision(where):
+                output = models.logits(model, {name: value.to(where) for name, value in inputs.items()})
+            loss = _loss(output, labels.to(where))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            seen += len(chosen)
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise ArithmeticError(f"the training loss is {mean} after {len(losses)} steps; lower --lr")
+    return Trained(mean, len(losses), seen, time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, tokens: Tokens, task: str) -> metrics.Scores:
+    """Return the task's metrics, its "score" and the mean loss over the examples."""
+    where = device()
+    model.to(where).eval()
+    predictions = np.empty(len(tokens), dtype=np.float64 if tokens.labels.is_floating_point() else np.int64)
+    total = 0.0
+    for chosen in tokens.by_length():
+        inputs, labels = tokens.batch(chosen)
+        with _precision(where):
+            output = models.logits(model, {name: value.to(where) for name, value in inputs.items()}).float()
+        total += float(_loss(output, labels.to(where))) * len(chosen)
+        answer = output.squeeze(-1) if tokens.labels.is_floating_point() else output.argmax(-1)
+        predictions[chosen] = answer.cpu().numpy()
+    return {**metrics.scores(task, predictions, tokens.labels.numpy()), "loss": total / len(tokens)}
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
