@@ -80,9 +80,7 @@ class InProcessGrid(Grid):
     ) -> None:
         partitions = range(num_nodes) if partitions is None else partitions
         if sorted(partitions) != list(range(num_nodes)):
-            raise ValueError(
-                f"partitions: expected a permutation of 0 to {num_nodes - 1}, found {partitions}"
-            )
+            raise ValueError(f"partitions: expected a permutation of 0 to {num_nodes - 1}, found {partitions}")
         self.client_app = client_app
         self.silent = set(silent)
         self.traffic: list[Traffic] = []
@@ -90,9 +88,7 @@ class InProcessGrid(Grid):
         self._record = record
         self._random = random.Random(seed)
         self._reply_order = (
-            reply_order
-            if callable(reply_order) or reply_order is None
-            else _shuffle(random.Random(reply_order))
+            reply_order if callable(reply_order) or reply_order is None else _shuffle(random.Random(reply_order))
         )
         self._run = Run.create_empty(run_id=1)
         set_task_identity(self._run.run_id)
@@ -100,9 +96,7 @@ class InProcessGrid(Grid):
         self.partition_of = {self._random.getrandbits(64): partition for partition in partitions}
         start = datetime(2025, 1, 1, tzinfo=UTC)
         self._nodes = [
-            NodeInfo(
-                node_id=node_id, status="online", registered_at=(start + timedelta(seconds=i)).isoformat()
-            )
+            NodeInfo(node_id=node_id, status="online", registered_at=(start + timedelta(seconds=i)).isoformat())
             for i, node_id in enumerate(self.partition_of)
         ]
         self._contexts = {
@@ -175,9 +169,7 @@ class InProcessGrid(Grid):
                 replies.append(self._answer(self._waiting.pop(message_id)))
         return self._reply_order(replies) if self._reply_order else replies
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push and pull. With a timeout the silent nodes are given up at once, without waiting it out.
 
         Raises
@@ -194,9 +186,7 @@ class InProcessGrid(Grid):
     def num_bytes(self, direction: str, message_type: str | None = None) -> int:
         """Return the bytes sent "down" to clients or "up" from them, for one message type or all."""
         return sum(
-            t.num_bytes
-            for t in self.traffic
-            if t.direction == direction and message_type in (None, t.message_type)
+            t.num_bytes for t in self.traffic if t.direction == direction and message_type in (None, t.message_type)
         )
 
     def _answer(self, message: Message) -> Message:

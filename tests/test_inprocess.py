@@ -156,9 +156,7 @@ def test_traffic_counts_the_bytes_and_keeps_messages_only_when_told() -> None:
         sent = [Message(content, node_id, "train") for node_id in grid.partition_of]
         grid.send_and_receive(sent)
         for direction in ("down", "up"):
-            assert (
-                2 * 8000 < grid.num_bytes(direction, "train") == grid.num_bytes(direction) < 2 * 8000 + 1500
-            )
+            assert 2 * 8000 < grid.num_bytes(direction, "train") == grid.num_bytes(direction) < 2 * 8000 + 1500
         assert grid.num_bytes("up", "evaluate") == 0
         assert all((t.message is not None) == record for t in grid.traffic)
         assert "arrays" in content and len(content["arrays"]) == 1  # the client cleared its copy alone

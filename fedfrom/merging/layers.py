@@ -312,6 +312,11 @@ def check_same(found: Tensor, expected: Tensor, who: str, key: str, rank_may_dif
 RANK_DIMENSION = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
 
 
+def adapter_rank(layer: Layer, state: State) -> set[int]:
+    """Return the ranks of a LoRA module's factors: one, where they fit each other."""
+    return {state[key].shape[RANK_DIMENSION[part]] for part, key in layer.keys.items() if part in RANK_DIMENSION}
+
+
 def leading(state: State, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the state that a client of smaller rank is sent: the leading rows of A and columns of B (views).
 

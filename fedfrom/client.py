@@ -1,0 +1,128 @@
+"""What a client needs: load the global arrays at its own rank, reply with its rank and scaling.
+
+A client whose adapter has the global adapter's rank and alpha needs none of this: PEFT's `set_peft_model_state_dict`
+and `get_peft_model_state_dict` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+from fedfrom.replies import ADAPTER_KEY, config_to_record, model_record, record_to_config, to_record, to_state
+
+
+def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapter_name: str = "default") -> None:
+    """Load the global arrays that a message carries into a model.
+
+    A PEFT adapter of a smaller rank than the global one takes its leading rows and columns, the best approximation of
+    that rank; one of a larger rank keeps its own A in the rows beyond, with zero columns of B. B is rescaled where the
+    client's scaling is another than the server's (which the message says when the strategy has a lora_config).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A PeftModel, or any module whose state dict the arrays are.
+    message : Message
+        From the server.
+    arrayrecord_key : str (default: "arrays")
+        Name of the record with the arrays.
+    adapter_name : str (default: "default")
+        Which adapter of a PeftModel.
+
+    Raises
+    ------
+    ValueError
+        The arrays do not fit the model.
+    """
+    state = to_state(model_record(message.content, arrayrecord_key))
+    if not hasattr(model, "peft_config"):
+        model.load_state_dict(state)
+        return
+    from peft import set_peft_model_state_dict
+
+    own, config = adapter_state(model, adapter_name), model.peft_config[adapter_name].to_dict()
+    if own.keys() != state.keys():
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise ValueError(
+            f"global arrays: expected the keys of this model's adapter, found {len(missing)} missing {missing[:3]} and "
+            f"{len(extra)} more {extra[:3]}"
+        )
+    sent = message.content.config_records.get(ADAPTER_KEY)
+    fitted = _fit(state, own, config, None if sent is None else record_to_config(sent))
+    set_peft_model_state_dict(model, fitted, adapter_name)
+
+
+def _fit(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], config: dict[str, Any], sent: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """Return the global state in the ranks and scalings of this client's adapter."""
+    for layer in L.find_layers(state, "global arrays").values():
+        if not layer.is_adapter:
+            continue
+        (rank,) = L.adapter_rank(layer, own)
+        (global_rank,) = L.adapter_rank(layer, state)
+        if rank != global_rank and sent is None:
+            raise ValueError(
+                f"global arrays, {layer.name!r}: expected rank {rank}, found {global_rank}: unequal ranks need the "
+                "server's strategy to have lora_config"
+            )
+        ratio = 1.0
+        if sent is not None:
+            ratio = L.rank_and_scaling(sent, layer.name)[1] / L.rank_and_scaling(config, layer.name)[1]
+        trained_last = "embedding_A" if layer.is_embedding else "B"  # the factor that PEFT starts at zero
+        for part, key in layer.keys.items():
+            if part in L.RANK_DIMENSION:
+                fitted = own[key].detach().clone() if part != trained_last else torch.zeros_like(own[key])
+                common = min(rank, global_rank)
+                dimension = L.RANK_DIMENSION[part]
+                value = state[key].narrow(dimension, 0, common).to(fitted)
+                fitted.narrow(dimension, 0, common).copy_(value * ratio if part == trained_last else value)
+                state[key] = fitted
+            elif part == "bias" and ratio != 1.0:
+                state[key] = state[key] * ratio
+    return state
+
+
+def reply(
+    model: Any,
+    message: Message,
+    metrics: Mapping[str, Any],
+    *,
+    arrayrecord_key: str = "arrays",
+    adapter_name: str = "default",
+) -> Message:
+    """Return the reply to a train message: the model's arrays, its metrics, and for adapters the config.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A PeftModel, whose adapter is sent, or any module, whose state dict is.
+    message : Message
+        What is replied to.
+    metrics : Mapping[str, float]
+        Holds "num-examples".
+    arrayrecord_key : str (default: "arrays")
+        Name of the record with the arrays.
+    adapter_name : str (default: "default")
+        Which adapter of a PeftModel.
+    """
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if hasattr(model, "peft_config"):
+        content[arrayrecord_key] = to_record(adapter_state(model, adapter_name))
+        content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name])
+    else:
+        content[arrayrecord_key] = to_record(model.state_dict())
+    return Message(content=content, reply_to=message)
+
+
+def adapter_state(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return a PeftModel's adapter as its state dict, without asking the Hub about embeddings."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

@@ -1,0 +1,210 @@
+"""Flower's messages <-> states: records, adapter configs, and the checks that every reply passes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+from fedfrom.merging.layers import Layer
+
+ADAPTER_KEY = "fedfrom.adapter"
+"""Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
+
+_NUMBERS = ("r", "lora_alpha", "use_rslora")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def to_state(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return a record's arrays as tensors, by key; new memory."""
+    return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
+
+
+def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return tensors as Flower's record, by key; new memory. Flower carries no bfloat16 (TypeError)."""
+    return ArrayRecord({key: Array(tensor.detach().cpu().contiguous().numpy()) for key, tensor in state.items()})
+
+
+def config_to_record(config: Any) -> ConfigRecord:
+    """Return what of an adapter config the other side needs: rank, lora_alpha, use_rslora and the patterns.
+
+    Parameters
+    ----------
+    config : Mapping or peft.LoraConfig
+        adapter_config.json's content, or the object.
+    """
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    record = ConfigRecord({field: config.get(field) or 0 for field in _NUMBERS})
+    for field in _PATTERNS:
+        record[field] = json.dumps(config.get(field) or {})
+    return record
+
+
+def record_to_config(record: ConfigRecord) -> dict[str, Any]:
+    """Return the adapter config that `config_to_record` wrote.
+
+    Raises
+    ------
+    ValueError
+        A field is missing or is not what it should be.
+    """
+    try:
+        config: dict[str, Any] = {field: record[field] for field in _NUMBERS}
+        patterns = {field: json.loads(str(record[field])) for field in _PATTERNS}
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{ADAPTER_KEY!r}: expected {', '.join(_NUMBERS + _PATTERNS)} as fedfrom.client writes them, "
+            f"found {sorted(record)} ({type(error).__name__}: {error})"
+        ) from error
+    if not all(isinstance(pattern, dict) for pattern in patterns.values()):
+        raise ValueError(f"{ADAPTER_KEY!r}: expected patterns as JSON objects, found {patterns}")
+    return config | patterns
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that passed every check.
+
+    Attributes
+    ----------
+    node_id : int
+        Who sent it.
+    content : RecordDict
+        All that it carries.
+    state : dict[str, Tensor]
+        The model or adapter.
+    examples : float
+        num-examples.
+    config : dict[str, Any] | None
+        The client's adapter config, where it sent one.
+    """
+
+    node_id: int
+    content: RecordDict
+    state: dict[str, Tensor]
+    examples: float
+    config: dict[str, Any] | None
+
+    @property
+    def who(self) -> str:
+        """What errors and reports call the client."""
+        return f"node {self.node_id}"
+
+
+def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
+    """Return the ArrayRecord that holds the model: the one of that name, or the only one."""
+    records = content.array_records
+    if arrayrecord_key in records:
+        return records[arrayrecord_key]
+    if len(records) == 1:
+        return next(iter(records.values()))
+    raise ValueError(f"expected an ArrayRecord {arrayrecord_key!r}, or a single one, found {sorted(records)}")
+
+
+def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
+    """Return the only MetricRecord, checked to hold the weighting key as one number.
+
+    Raises
+    ------
+    ValueError
+        There is none or more than one, or the key is missing, not a number, not finite or not above 0.
+    """
+    records = content.metric_records
+    if len(records) != 1:
+        raise ValueError(f"expected one MetricRecord, found {sorted(records)}")
+    metrics = next(iter(records.values()))
+    value = metrics.get(weighted_by)
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"metric {weighted_by!r}: expected a finite number > 0, found {value!r}")
+    return metrics
+
+
+def read_reply(
+    message: Message,
+    sent: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
+    arrayrecord_key: str,
+    weighted_by: str,
+    ranks_may_differ: bool,
+) -> Reply:
+    """Return a train reply as a state, or raise ValueError with the reason to reject it.
+
+    Parameters
+    ----------
+    message : Message
+        A reply with content.
+    sent : Mapping[str, Tensor]
+        The global state.
+    layers : Mapping[str, Layer]
+        Its layers.
+    arrayrecord_key, weighted_by : str
+        Names of the model's record and of the metric with the number of examples.
+    ranks_may_differ : bool
+        Accept other ranks from a client that says its config.
+
+    Raises
+    ------
+    ValueError
+        Names the key, what was expected and what was found. Nothing else is raised, whatever the reply holds.
+    """
+    content = message.content
+    examples: Any = metric_record(content, weighted_by)[weighted_by]
+    record = model_record(content, arrayrecord_key)
+    if record.keys() != sent.keys():
+        missing, extra = sorted(sent.keys() - record.keys()), sorted(record.keys() - sent.keys())
+        raise ValueError(
+            f"expected the keys that were sent, found {len(missing)} missing {missing[:3]} and {len(extra)} more "
+            f"{extra[:3]}"
+        )
+    try:
+        state = to_state(record)
+    except Exception as error:  # a malformed array fails in numpy in many ways
+        raise ValueError(f"expected readable arrays, found {type(error).__name__}: {error}") from error
+    config = None
+    if ADAPTER_KEY in content.config_records:
+        config = L.check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+    free = ranks_may_differ and config is not None
+    for layer in layers.values():
+        for part, key in layer.keys.items():
+            L.check_same(state[key], sent[key], "reply", key, L.RANK_DIMENSION.get(part) if free else None)
+            if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+                raise ValueError(f"reply, {key!r}: expected finite numbers, found NaN or infinity")
+        if free and layer.is_adapter:
+            assert config is not None
+            found, expected = L.adapter_rank(layer, state), L.rank_and_scaling(config, layer.name)[0]
+            if found != {expected}:
+                raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
+    return Reply(message.metadata.src_node_id, content, state, float(examples), config)
+
+
+def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str]]:
+    """Return contents whose MetricRecords all have the same keys, and the keys that were dropped for it.
+
+    Parameters
+    ----------
+    contents : Sequence[RecordDict]
+        Each with one MetricRecord; not changed.
+    """
+
+    def kind(value: Any) -> int:
+        return len(value) if isinstance(value, list) else -1
+
+    records = [next(iter(content.metric_records.values())) for content in contents]
+    kinds = [{key: kind(value) for key, value in record.items()} for record in records]
+    shared = {key for key in kinds[0] if all(key in k and k[key] == kinds[0][key] for k in kinds)}
+    dropped = sorted({key for k in kinds for key in k} - shared)
+    if not dropped:
+        return list(contents), []
+    kept = []
+    for content, record in zip(contents, records, strict=True):
+        name = next(iter(content.metric_records))
+        metrics = MetricRecord({key: value for key, value in record.items() if key in shared})
+        kept.append(RecordDict({**content, name: metrics}))
+    return kept, dropped
