@@ -133,10 +133,8 @@ def _merge_adapter(
     squares = float((w * torch.tensor([norms[i] for i in order], dtype=torch.float64).square()).sum())
 
     own_rank = W.rank if W is not None else max(product.rank for product in products)
-    rank = _rank(method.rank, own_rank, products, target.shape, name)
     rows = own_rank if as_reference else None
-    if isinstance(rank, int) and as_reference:
-        rank = min(rank, own_rank)
+    rank = _rank(method.rank, own_rank, products, target.shape, name, caps=as_reference)
     solution = _frozen(W, products, target, rank)
     if solution is None:
         solution = method.solve(target, rank, name, scale=server_lr**2 * squares, rows=rows)
@@ -198,13 +196,15 @@ def _adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[Low
 
 
 def _rank(
-    asked: int | float | None, own: int, products: list[LowRank], shape: tuple[int, int], name: str
+    asked: int | float | None, own: int, products: list[LowRank], shape: tuple[int, int], name: str, caps: bool
 ) -> int | float:
-    """Return the rank to solve for: a number of columns, or a fraction of the energy."""
+    """Return the rank to solve for, a number of columns or a fraction of the energy, or refuse what is asked."""
     if asked is None:
         return own
     if isinstance(asked, float):
         return asked
+    if caps:
+        return min(asked, own)
     limit = max(min(shape), own, *(product.rank for product in products))
     if asked > limit:
         raise ValueError(f"rank, {name!r}: expected at most {limit} for a matrix of shape {shape}, found {asked}")

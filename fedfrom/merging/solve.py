@@ -105,6 +105,7 @@ class Solver:
         if isinstance(rank, float):
             # rounding of the tail's sums must not ask for one more
             rank = max(1, int((tail > (1 - rank) * energy * (1 + 1e-12)).sum()))
+            rank = rank if rows is None else min(rank, rows)
         optimum = residual = float(tail[min(rank, len(S))])
         iterations = 0
         if self.solver == "alternating" and energy > 0:
