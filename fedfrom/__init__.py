@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedfrom import client
+    import fedfrom.client as client
     from fedfrom.merging import Average, FactorAverage, FroM, LowRank, MergeReport, merge, methods
     from fedfrom.strategy import FedFroM, FedMerge
 
