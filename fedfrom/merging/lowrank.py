@@ -201,6 +201,29 @@ class LowRank:
         return gauge(*self.svd(), rank=rank, name=name)
 
 
+def gram(matrices: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
+    """Return the (n, n) float64 inner products of n matrices of one shape.
+
+    One Gram product of all distinct factors: what the matrices share (the global model that each delta is taken from)
+    enters it once. The diagonal is from their norms, which are exact where terms cancel.
+    """
+    place: dict[tuple[int, int], int] = {}
+    terms: list[_Term] = []
+    for term in (term for matrix in matrices for term in matrix.terms):
+        if place.setdefault((id(term.B), id(term.A)), len(terms)) == len(terms):
+            terms.append(term)
+    coefficients = torch.zeros(len(matrices), len(terms), dtype=torch.float64)
+    for i, matrix in enumerate(matrices):
+        for term in matrix.terms:
+            coefficients[i, place[id(term.B), id(term.A)]] += term.coefficient
+    ranks = torch.tensor([term.A.shape[0] for term in terms])
+    coefficients = coefficients.repeat_interleave(ranks, dim=1).to(terms[0].B.device)
+    B = torch.cat([term.B.to(torch.float64) for term in terms], dim=1)
+    A = torch.cat([term.A.to(torch.float64) for term in terms], dim=0)
+    products = coefficients @ ((B.T @ B) * (A @ A.T)) @ coefficients.T
+    return products.cpu().diagonal_scatter(torch.tensor(norms, dtype=torch.float64).square())
+
+
 def lift(Q: Tensor | None, matrix: Tensor) -> Tensor:
     """Return Q @ matrix: from the core's coordinates to the layer's (None: they are the same)."""
     return matrix if Q is None else Q @ matrix

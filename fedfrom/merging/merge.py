@@ -18,7 +18,7 @@ from fedfrom.merging.average import FactorAverage
 from fedfrom.merging.frobenius import weights as norm_weights
 from fedfrom.merging.inputs import Inputs, Source, check_inputs
 from fedfrom.merging.layers import State
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.lowrank import LowRank, gram
 from fedfrom.merging.methods import Method, make_method
 from fedfrom.merging.report import LayerReport, MergeReport, largest_eigenvalue
 from fedfrom.merging.solve import Solution
@@ -130,7 +130,8 @@ def _merge_adapter(
     moved = [i for i in order if norms[i] > 0]  # a zero delta adds nothing but rounding
     change = LowRank.sum([deltas[i] for i in moved] or deltas[:1], [float(weights[i]) for i in moved] or [0.0])
     target = change * server_lr if W is None else LowRank.sum([W, change], [1.0, server_lr])
-    squares = float((w * torch.tensor([norms[i] for i in order], dtype=torch.float64).square()).sum())
+    inner = gram([deltas[i] for i in order], [norms[i] for i in order])
+    squares = float(w @ inner.diagonal())  # sum_i w_i ||theta_i||^2
 
     own_rank = W.rank if W is not None else max(product.rank for product in products)
     rows = own_rank if as_reference else None
@@ -148,7 +149,7 @@ def _merge_adapter(
     for extra in ("bias", "magnitude"):
         if extra in layer.keys:
             part[layer.keys[extra]] = _merge_beside(inputs, name, extra, weights, order, server_lr, scaling)
-    spread = max(0.0, squares - change.norm() ** 2)  # sum_i w_i ||theta_i - theta*||^2
+    spread = max(0.0, squares - float(w @ inner @ w))  # sum_i w_i ||theta_i - theta*||^2
     report = LayerReport(
         name=name,
         kind="adapter",
@@ -162,7 +163,7 @@ def _merge_adapter(
         objective=solution.residual + server_lr**2 * spread,
         excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
         iterations=solution.iterations,
-        lambda_max=largest_eigenvalue(_gram([deltas[i] for i in order]), w),
+        lambda_max=largest_eigenvalue(inner, w),
     )
     return part, report
 
@@ -346,17 +347,6 @@ def _digest(source: Source, name: str) -> bytes:
         tensor = source.tensor(name, part).detach().cpu().contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def _gram(deltas: list[LowRank]) -> Tensor:
-    """Return the (n, n) float64 inner products of the deltas."""
-    n = len(deltas)
-    gram = torch.zeros(n, n, dtype=torch.float64)
-    for i in range(n):
-        gram[i, i] = deltas[i].norm() ** 2
-        for j in range(i):
-            gram[i, j] = gram[j, i] = deltas[i].inner(deltas[j])
-    return gram
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:
