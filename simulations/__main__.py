@@ -52,12 +52,14 @@ def _parameters() -> list[inspect.Parameter]:
         listed = typing.get_origin(kind) is tuple
         if isinstance(kind, types.UnionType):
             kind = typing.get_args(kind)[0]
-        default = ",".join(map(str, field.default)) if listed else field.default
+        default: Any = field.default
+        if listed:
+            default = ",".join(map(str, default))
         # None stands for "not given", so that --quick changes only what was left open.
-        shown = False if default in (None, "") or kind is bool else str(default)
+        shown = "" if default in (None, "") or kind is bool else f" [default: {default}]"
         name = "--" + field.name.replace("_", "-")
         declared = typer.Option(
-            f"{name}/--no-{name[2:]}" if kind is bool else name, help=field.metadata["help"], show_default=shown
+            f"{name}/--no-{name[2:]}" if kind is bool else name, help=field.metadata["help"] + shown, show_default=False
         )
         parameters.append(_keyword(field.name, Annotated[(str if listed else kind) | None, declared], None))
     quick = typer.Option("--quick", help="A preset of seconds: 2 clients, 2 rounds, 3 steps, 1 layer.")
@@ -73,7 +75,7 @@ def main() -> None:
     parameters = _parameters()
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(run)
     app(prog_name="python -m simulations")
 

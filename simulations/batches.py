@@ -50,7 +50,7 @@ def tokenise(examples: datasets.Dataset, tokenizer: Any, options: Options, regre
     pairs = list(examples["pair"]) if "pair" in examples.column_names else None
     # A pair's longer half is cut first, so that a long premise never pushes the hypothesis out.
     encoded = tokenizer(list(examples["text"]), pairs, truncation=True, max_length=options.max_length)
-    pad = {name: 0 for name in encoded.keys()}
+    pad = dict.fromkeys(encoded, 0)
     pad["input_ids"] = tokenizer.pad_token_id or 0
     rows = [{name: encoded[name][row] for name in pad} for row in range(len(examples))]
     labels = torch.tensor(list(examples["label"]), dtype=torch.float32 if regression else torch.int64)

@@ -18,21 +18,28 @@ app = ClientApp()
 ABOUT = "simulation"  # the reply's record of who trained and how fast; aggregated by no strategy
 
 
+@app.query()
+def prepare(message: Message, context: Context) -> Message:
+    """Load data and model ahead of the first round, so that no strategy's rounds pay for it."""
+    worker, partition_id = _worker_of(message, context)
+    worker.model(worker.options.client_rank(partition_id))
+    worker.tokens(partition_id)
+    return Message(RecordDict({ABOUT: _about(partition_id)}), reply_to=message)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round and reply with the weights, what they were trained on, and how it went."""
     from fedfrom import client
     from simulations import training
 
-    config = message.content["config"]
+    server_round = int(str(message.content.config_records["config"]["server-round"]))
     worker, partition_id = _worker_of(message, context)
     options = worker.options
     model = worker.model(options.client_rank(partition_id))
     client.load(model, message)
     tokens = worker.tokens(partition_id)[0]
-    done = training.train(
-        model, tokens, options, training.round_seed(options.seed, int(config["server-round"]), partition_id)
-    )
+    done = training.train(model, tokens, options, training.round_seed(options.seed, server_round, partition_id))
     speed = done.examples / max(done.seconds, 1e-9)
     metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
     reply = client.reply(model, message, metrics=metrics)
@@ -61,7 +68,7 @@ def _about(partition_id: int, **numbers: float) -> ConfigRecord:
 
 
 def _worker_of(message: Message, context: Context) -> tuple["Worker", int]:
-    options = Options.from_record(message.content["config"])
+    options = Options.from_record(message.content.config_records["config"])
     found = int(context.node_config["num-partitions"])
     if found != options.clients:
         raise RuntimeError(f"the simulation has {found} nodes, the options ask for {options.clients} clients")

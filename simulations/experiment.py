@@ -1,7 +1,7 @@
 """Everything that is the same for all strategies of one run: data, shares, initial weights, evaluation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Experiment:
     model: nn.Module
     initial: dict[str, Tensor]
     held_out: list[Tokens]
+    _start: Scores = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, options: Options) -> "Experiment":
@@ -52,11 +53,12 @@ class Experiment:
 
     @property
     def lora_config(self) -> dict[str, Any] | None:
-        """The server's PEFT configuration, None for full fine-tuning."""
+        """The server's PEFT configuration as JSON types, None for full fine-tuning."""
         if self.options.full:
             return None
-        configuration: dict[str, Any] = self.model.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
-        return configuration
+        configuration: Any = self.model.peft_config
+        values = configuration["default"].to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     @property
     def baseline(self) -> float:
@@ -78,6 +80,12 @@ class Experiment:
     def initial_arrays(self) -> ArrayRecord:
         """Return a fresh record of the initial weights."""
         return ArrayRecord({name: tensor.clone() for name, tensor in self.initial.items()})
+
+    def start(self) -> Scores:
+        """Return the scores of the initial weights; they are the same for every strategy, and measured once."""
+        if not self._start:
+            self._start.update(self.evaluate(self.initial))
+        return dict(self._start)
 
     def evaluate(self, state: Mapping[str, Tensor]) -> Scores:
         """Return the scores of a global state on the held-out examples of every task.

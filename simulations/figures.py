@@ -7,10 +7,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -35,7 +35,7 @@ def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> No
     weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, 2 if weighted else 1, figsize=(11 if weighted else 6, 4.4), dpi=150, layout="constrained", squeeze=False
+            1, 2 if weighted else 1, figsize=(11 if weighted else 6, 4.8), dpi=150, layout="constrained", squeeze=False
         )
         _draw_scores(axes[0, 0], experiment, histories)
         if weighted:
@@ -65,9 +65,9 @@ def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
     metric = experiment.metric if len(experiment.metric) < 40 else "mean of the tasks' metrics"
     axes.set_ylabel(f"{metric}, {examples:,} examples")
     if not correlation:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="best")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8.5)
 
 
 def _value(score: float, correlation: bool) -> str:
@@ -135,7 +135,8 @@ def draw_partition(experiment: Any, path: Path) -> None:
             axes.barh(range(len(shares)), counts, left=start, color=colour, label=label, height=0.72)
             start += counts
         several = len(experiment.tasks) > 1
-        axes.set_yticks(range(len(shares)), [f"{c}  {s.task.name}" if several else str(c) for c, s in enumerate(shares)])
+        rows = [f"{client}  {share.task.name}" if several else str(client) for client, share in enumerate(shares)]
+        axes.set_yticks(range(len(shares)), rows)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_ylabel("client")

@@ -82,18 +82,18 @@ def client_weights(report: Mapping[str, Any], client_of_node: Mapping[int, int])
     Parameters
     ----------
     report : Mapping[str, Any]
-        A strategy's report of one round: "nodes", and "weights" in their order for each of its "layers".
+        A fedfrom strategy's report of one round: "nodes", and under "merge" its "layers", each with "weights" in
+        the order of the nodes.
     client_of_node : Mapping[int, int]
         Partition id of each node; node ids are drawn anew in every run.
     """
-    layers = report.get("layers", {})
-    entries = layers.values() if isinstance(layers, Mapping) else layers
-    weights = [entry["weights"] for entry in entries if entry.get("weights")]
+    layers = (report.get("merge") or {}).get("layers", [])
+    weights = [layer["weights"] for layer in layers if layer["weights"]]
     if not weights:
         return {}
     means = [sum(column) / len(column) for column in zip(*weights, strict=True)]
-    pairs = zip(report.get("nodes", []), means, strict=False)
-    return {client_of_node[int(node)]: mean for node, mean in sorted(pairs) if int(node) in client_of_node}
+    by_client = {client_of_node[node]: mean for node, mean in zip(report["nodes"], means, strict=True)}
+    return dict(sorted(by_client.items()))
 
 
 def _text_keys(values: Mapping[int, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class MeanPoolingClassifier(nn.Module):
     vector of the first token needs about three times as many.
     """
 
-    def __init__(self, encoder: nn.Module, head: Head) -> None:
+    def __init__(self, encoder: Any, head: Head) -> None:
         super().__init__()
         self.config = encoder.config  # PEFT chooses its default target modules by the model type
         self.encoder = encoder
@@ -55,7 +55,13 @@ def source(options: Options) -> str:
 
 
 def pooling(options: Options) -> str:
-    """Return "mean" or "head"; by `--pooling auto` mean where the model is a sentence encoder that pools so."""
+    """Return "mean" or "head"; by `--pooling auto` mean where the model is a sentence encoder that pools so.
+
+    Raises
+    ------
+    BadInput
+        The model's name is neither a folder nor one the Hub could have.
+    """
     if options.pooling != "auto":
         return options.pooling
     folder = Path(source(options))
@@ -64,10 +70,15 @@ def pooling(options: Options) -> str:
     else:
         from transformers.utils.hub import cached_file
 
-        found = cached_file(
-            options.model, "modules.json",
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )
+        try:
+            found = cached_file(
+                options.model,
+                "modules.json",
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError as error:
+            raise _unreadable(options, "configuration", error) from None
         modules = Path(found) if found else Path()
     if not modules.is_file():
         return "head"
@@ -113,7 +124,7 @@ def base_model(options: Options, head: Head) -> nn.Module:
                 config.num_labels = head.num_labels
                 config.problem_type = "regression" if head.regression else "single_label_classification"
             kind = AutoModel if mean else AutoModelForSequenceClassification
-            model: nn.Module = kind.from_pretrained(source(options), config=config, dtype=torch.float32)
+            model: Any = kind.from_pretrained(source(options), config=config, dtype=torch.float32)
         except BadInput:
             raise
         except Exception as error:  # as above
@@ -166,7 +177,7 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
     own_heads = [name for name in HEADS if hasattr(model, name)]
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=options.lora_dropout,
         target_modules=list(options.lora_targets) or None,
         use_rslora=options.rslora,
@@ -177,10 +188,10 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         try:
-            adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted: Any = get_peft_model(model, config)
         except ValueError as error:
             raise BadInput(f"--lora-targets: {str(error).splitlines()[0]}") from None
-    adapted.peft_config["default"].base_model_name_or_path = options.model  # type: ignore[index, union-attr]
+    adapted.peft_config["default"].base_model_name_or_path = options.model
     return adapted
 
 
@@ -190,7 +201,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
     if isinstance(model, PeftModel):
         # "auto" would ask the Hub whether the embedding has grown.
-        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
+        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
     return dict(model.state_dict())
 
 

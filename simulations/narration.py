@@ -1,5 +1,6 @@
 """What a run says while it goes on, and the tables before and after."""
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -23,7 +24,7 @@ class Narrator:
 
     def __init__(self, console: Console | None = None) -> None:
         # Left to itself rich takes 80 columns where there is no terminal, and breaks the tables.
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
     def settings(self, experiment: Experiment) -> None:
         """Say what is used: model, data, what is trained."""
@@ -64,7 +65,8 @@ class Narrator:
         table = Table(title=f"Partition: {name}", title_justify="left")
         several = len(experiment.tasks) > 1
         names = sorted({label for share in experiment.shares for label in share.label_counts})
-        for column in ["client", *(["task"] if several else []), "examples", *names, *(["rank"] if options.ranks else [])]:
+        columns = ["client", *(["task"] if several else []), "examples", *names, *(["rank"] if options.ranks else [])]
+        for column in columns:
             table.add_column(column, justify="left" if column == "task" else "right")
         for client, share in enumerate(experiment.shares):
             total = len(share.examples)
@@ -102,7 +104,8 @@ class Narrator:
         title = f"{experiment.metric} on held-out examples; a constant answer scores {experiment.baseline:.3f}"
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
-        for column in ("final", "best", f"rounds to {experiment.target:.3f}", "bytes up", "bytes down", "server s", "s"):
+        reaching = f"rounds to {experiment.target:.3f}"
+        for column in ("final", "best", reaching, "bytes up", "bytes down", "server s", "s"):
             table.add_column(column, justify="right")
         for history in histories:
             reached = history.rounds_to(experiment.target)

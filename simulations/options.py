@@ -46,7 +46,7 @@ class Options:
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.")
 
     partition: str = option("dirichlet", "iid, dirichlet (over labels), natural (by a column) or tasks (one a client).")
-    alpha: float = option(1.0, "Concentration of the Dirichlet partition; smaller is more uneven.")
+    alpha: float = option(2.0, "Concentration of the Dirichlet partition; smaller is more uneven.")
     partition_by: str = option("", "Column of the natural partition; empty: the task's own (reviews: movie).")
     clients: int = option(4, "Number of clients.")
 
@@ -63,7 +63,7 @@ class Options:
     ranks: tuple[int, ...] = option((), "A rank for each client, repeated as needed; the server holds the largest.")
 
     rounds: int = option(5, "Federated rounds.")
-    steps: int = option(30, "Optimiser steps of a client in a round, 0: --epochs passes over its data.")
+    steps: int = option(16, "Optimiser steps of a client in a round, 0: --epochs passes over its data.")
     epochs: int = option(1, "Passes over the client's data in a round where --steps is 0.")
     batch_size: int = option(16, "Examples in a training step.")
     lr: float | None = option(None, "Learning rate of AdamW. [default: 2e-3 for LoRA, 1e-4 for --full]")

@@ -51,7 +51,7 @@ class Folder:
         """Write the results and put them in place."""
         from simulations import figures
 
-        text = json.dumps(_finite(summary(experiment, histories)), indent=1, allow_nan=False)
+        text = json.dumps(_plain(summary(experiment, histories)), indent=1, allow_nan=False)
         (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
         figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
         figures.draw_partition(experiment, self._staging / "partition.png")
@@ -132,12 +132,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _finite(value: Any) -> Any:
-    """Return the value with the numbers that JSON lacks as text."""
+def _plain(value: Any) -> Any:
+    """Return the value in JSON's types; the numbers that JSON lacks become text."""
     if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(entry) for entry in (sorted(value) if isinstance(value, set) else value)]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

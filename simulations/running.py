@@ -1,7 +1,9 @@
 """One simulated federation on this machine: Flower over Ray, started once for all strategies."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,25 @@ from simulations.options import Options
 CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
 
 
-class _Quiet(logging.Filter):
+class _Chatter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         return not any(phrase in text for phrase in CHATTER)
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Let Flower's logger through from warnings on only, and without those that every run has."""
+    logger, chatter = logging.getLogger("flwr"), _Chatter()
+    level = logger.level
+    if not verbose:
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(chatter)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(chatter)
 
 
 def run(options: Options) -> Path:
@@ -32,7 +49,7 @@ def run(options: Options) -> Path:
     from simulations.results import Folder
 
     narrator = Narrator()
-    with Folder(options.validated().out) as folder:
+    with Folder(options.validated().out) as folder, quiet(options.verbose):
         from simulations.experiment import Experiment
 
         experiment = Experiment.prepare(options)
@@ -54,36 +71,26 @@ def simulate(experiment: Any, narrator: Any) -> list[Any]:
     from simulations.history import History
 
     options: Options = experiment.options
-    quiet = _Quiet()
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    if not options.verbose:
-        logger.setLevel(logging.WARNING)
-        logger.addFilter(quiet)
     processes = options.processes or min(training.cores(), options.clients)
     gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
     narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
     histories: list[History] = []
-    try:
-        run_simulation(
-            server_app=server_app.app_for(experiment, narrator, histories),
-            client_app=client_app.app,
-            num_supernodes=options.clients,
-            backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": gpus},
-                "init_args": {
-                    "num_cpus": processes,
-                    "include_dashboard": False,
-                    "_node_ip_address": "127.0.0.1",
-                    "logging_level": logging.INFO if options.verbose else logging.ERROR,
-                    "log_to_driver": options.verbose,
-                },
+    run_simulation(
+        server_app=server_app.app_for(experiment, narrator, histories),
+        client_app=client_app.app,
+        num_supernodes=options.clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+            "init_args": {
+                "num_cpus": processes,
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+                "logging_level": logging.INFO if options.verbose else logging.ERROR,
+                "log_to_driver": options.verbose,
             },
-            verbose_logging=options.verbose,
-        )
-    finally:
-        logger.setLevel(level)
-        logger.removeFilter(quiet)
+        },
+        verbose_logging=options.verbose,
+    )
     if len(histories) != len(options.strategies):
         raise RuntimeError("the simulation ended early; --verbose shows what Flower and Ray say")
     return histories

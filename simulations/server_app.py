@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from simulations import environment
@@ -60,9 +60,31 @@ def compare(grid: Grid, experiment: Any, narrator: Any) -> list[History]:
     Raises
     ------
     RuntimeError
-        A strategy ended without a model: every client failed.
+        Every client failed in a round.
     """
+    start_clients(grid, experiment.options, narrator)
     return [run_strategy(grid, spec, experiment, narrator) for spec in experiment.options.strategies]
+
+
+def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
+    """Have every client load its data and model, and wait for it.
+
+    Raises
+    ------
+    RuntimeError
+        A client can't: what stops it would stop every round.
+    """
+    start = time.perf_counter()
+    while len(nodes := list(grid.get_node_ids())) < options.clients:
+        if time.perf_counter() - start > NODES_TIMEOUT:
+            raise RuntimeError(f"{len(nodes)} of {options.clients} nodes within {NODES_TIMEOUT:.0f} seconds")
+        time.sleep(0.1)
+    content = RecordDict({"config": options.to_record()})
+    messages = [Message(content, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
+    for reply in CountingGrid(grid).send_and_receive(messages):
+        if reply.has_error():
+            raise RuntimeError(f"a client can't start: {reply.error.reason}")
+    narrator.say(f"Clients ready after {time.perf_counter() - start:.0f} s")
 
 
 def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any) -> History:
@@ -84,8 +106,6 @@ def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any) -> Histo
         evaluate_config=_config(options, spec),
         evaluate_fn=recorder.evaluate,
     )
-    if not recorder.trained:
-        raise RuntimeError(f"strategy {spec}: no client has trained; see the failures above")
     return recorder.finish(result)
 
 
@@ -112,7 +132,6 @@ class Recorder:
         self.history = History(spec)
         self.experiment = experiment
         self.narrator = narrator
-        self.trained = 0
         self._client_of_node: dict[int, int] = {}
         self._round_of_reports = 0
         self._new_round()
@@ -153,13 +172,14 @@ class Recorder:
         self._client_of_node[reply.metadata.src_node_id] = client
         numbers = {name: float(value) for name, value in about.items() if name != "partition-id"}  # type: ignore[arg-type]
         self._clients[client] = numbers
-        self.trained += 1
         self.narrator.client(number, self.experiment.options.rounds, client, numbers["loss"], numbers["speed"])
 
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate the global model; Flower calls this before the first round and after each."""
+        if server_round and not self._clients:
+            raise RuntimeError(f"{self.history.label}, round {server_round}: every client failed; see above")
         start = time.perf_counter()
-        scores = self.experiment.evaluate(arrays.to_torch_state_dict())
+        scores = self.experiment.evaluate(arrays.to_torch_state_dict()) if server_round else self.experiment.start()
         now = time.perf_counter()
         entry = Round(server_round, scores, evaluation_seconds=now - start)
         if server_round:

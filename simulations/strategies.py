@@ -46,7 +46,12 @@ def _merging(
 ) -> Strategy:
     import fedfrom
 
-    shared: dict[str, Any] = {"server_lr": options.server_lr, "lora_config": lora_config, "seed": options.seed}
+    shared: dict[str, Any] = {
+        "server_lr": options.server_lr,
+        "lora_config": lora_config,
+        "seed": options.seed,
+        "dora": options.dora,
+    }
     if name == "from":
         own = {
             "k": options.k,
@@ -54,7 +59,6 @@ def _merging(
             "rank": options.rank,
             "solver": options.solver,
             "scope": options.scope,
-            "dora": options.dora,
         }
         return fedfrom.FedFroM(**{**shared, **own, **settings}, **flower)
     names = sorted(fedfrom.methods())

@@ -1,0 +1,74 @@
+"""The command line: one clear line and exit code 2 for bad input; and one real simulation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "simulations", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--task", "sst3"], "sst3"),
+        (["--k", "-1"], "--k"),
+        (["--k", "nan"], "--k"),
+        (["--rank", "0"], "--rank"),
+        (["--lora-r", "0"], "--lora-r"),
+        (["--task", "rte", "--glue-dir", "/nowhere/glue"], "/nowhere/glue"),
+        (["--task", "rte", "--model", "/nowhere/model", "--glue-dir", "GLUE"], "/nowhere/model"),
+        (["--out", "/dev/null/results"], "/dev/null/results"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], named: str, tmp_path: Path, tiny_glue: str
+) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    done = command(*[tiny_glue if argument == "GLUE" else argument for argument in arguments], *out)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_option_without_loading_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        "from simulations.__main__ import main\n"
+        "try:\n main()\n"
+        "finally:\n assert not {'torch', 'flwr', 'ray', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from simulations.options import Options
+
+    for name in Options.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in done.stdout
+    assert "--quick" in done.stdout
+
+
+@pytest.mark.simulation
+def test_a_real_simulation(tiny_model: str, tiny_glue: str, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    done = command(
+        *("--quick", "--model", tiny_model, "--pooling", "mean", "--task", "sst2", "--glue-dir", tiny_glue),
+        *("--ranks", "2,4", "--strategies", "from,average", "--train-examples", "0", "--out", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["strategies"]) == {"from", "average"}
+    for strategy in found["strategies"].values():
+        assert [entry["number"] for entry in strategy["rounds"]] == [0, 1, 2]
+        assert set(strategy["rounds"][2]["clients"]) == {"0", "1"}
+        assert (out / strategy["folder"] / "adapter_model.safetensors").is_file()
+    assert done.stderr.strip() == "", "a quiet run says nothing on stderr"
+    assert "DeprecationWarning" not in done.stdout

@@ -1,0 +1,235 @@
+"""Whole runs of the two apps over an in-process Grid, and the folder that comes of them."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from simulations import client_app, models, results, server_app, traffic
+from simulations.errors import BadInput
+from simulations.experiment import Experiment
+from simulations.history import History, Round, client_weights
+from simulations.narration import Narrator
+from simulations.options import Options
+from tests.inprocess import InProcessGrid
+
+
+class Ran:
+    """A finished run: what was asked, what came out, what was said, what was written."""
+
+    def __init__(self, values: dict[str, Any], grid_seed: int = 0) -> None:
+        client_app._worker.cache_clear()
+        self.console = io.StringIO()
+        narrator = Narrator(Console(file=self.console, width=200))
+        with results.Folder(values["out"]) as folder:
+            self.experiment = Experiment.prepare(Options.from_mapping(values))
+            grid = InProcessGrid(client_app.app, self.experiment.options.clients, seed=grid_seed)
+            narrator.settings(self.experiment)
+            narrator.partition(self.experiment)
+            self.histories = server_app.compare(grid, self.experiment, narrator)
+            folder.publish(self.experiment, self.histories)
+        narrator.table(self.experiment, self.histories)
+        self.folder = folder.path
+        self.said = self.console.getvalue()
+        self.json = json.loads((self.folder / "results.json").read_text())
+
+
+@pytest.fixture
+def names() -> list[str]:
+    return ["from", "fedavg", "average", "factor-average", "from:k=1:examples_power=0"]
+
+
+def test_strategies_start_alike_and_all_is_written(tiny: dict, names: list[str]) -> None:
+    ran = Ran({**tiny, "strategies": ",".join(names)})
+    assert [history.label for history in ran.histories] == names
+    assert len({history.curve[0] for history in ran.histories}) == 1
+    for history in ran.histories:
+        assert [entry.number for entry in history.rounds] == [0, 1, 2]
+        for entry in history.rounds[1:]:
+            assert set(entry.clients) == {0, 1, 2}
+            assert entry.seconds >= entry.server_seconds > 0
+            if history.label != "fedavg":
+                assert sum(entry.weights.values()) == pytest.approx(1)
+                assert set(entry.weights) == {0, 1, 2}
+    assert {path.name for path in ran.folder.iterdir()} == {
+        "results.json", "comparison.png", "partition.png", *map(results.folder_name, names)
+    }
+    assert not [path for path in ran.folder.parent.iterdir() if path.name.startswith(".")]
+    written = ran.json["strategies"]["from"]
+    assert written["final"] == ran.histories[0].final
+    assert written["rounds"][2]["weights"].keys() == {"0", "1", "2"}
+    assert written["reports"]["1"]["clients"].__len__() == 3
+    assert [entry["examples"] for entry in ran.json["partition"]] == [30, 30, 30]
+    for text in ("sst2", "round 2/2", "client 1", "examples/s", "final", "rounds to", "bytes up"):
+        assert text in ran.said
+
+
+def test_bytes_are_those_of_the_arrays(tiny: dict) -> None:
+    ran = Ran({**tiny, "strategies": "from,fedavg"})
+    each = sum(tensor.numel() * 4 for tensor in ran.experiment.initial.values())
+    for history in ran.histories:
+        for entry in history.rounds[1:]:
+            assert each * 3 <= entry.bytes_up <= each * 3 * 1.2  # the arrays' headers
+            assert entry.bytes_down == pytest.approx(entry.bytes_up, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_on_other_nodes(tiny: dict) -> None:
+    first, again, other = (
+        Ran({**tiny, "seed": seed}, grid_seed) for seed, grid_seed in ((0, 0), (0, 99), (1, 0))
+    )
+    for one, two in zip(first.histories, again.histories, strict=True):
+        assert one.curve == two.curve
+        assert [entry.weights for entry in one.rounds] == [entry.weights for entry in two.rounds]
+    from_first, from_again, from_other = (ran.histories[0].state for ran in (first, again, other))
+    assert all(torch.equal(from_first[name], from_again[name]) for name in from_first)
+    assert not all(torch.equal(from_first[name], from_other[name]) for name in from_first)
+
+
+def test_peft_loads_the_final_adapter(tiny: dict) -> None:
+    from peft import PeftModel
+
+    ran = Ran({**tiny, "strategies": "from"})
+    base = models.base_model(ran.experiment.options, models.Head(2, False))
+    loaded = PeftModel.from_pretrained(base, str(ran.folder / "from"))
+    state = models.trained_state(loaded)
+    assert state.keys() == ran.histories[0].state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in ran.histories[0].state.items())
+    ran.experiment.model.load_state_dict(ran.experiment.model.state_dict())
+    assert ran.experiment.evaluate(state)["score"] == ran.histories[0].final
+
+
+def test_full_models_are_written_as_safetensors(tiny: dict) -> None:
+    from safetensors.torch import load_file
+
+    ran = Ran({**tiny, "strategies": "from,fedavg", "full": True})
+    state = load_file(ran.folder / "from" / "model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in ran.histories[0].state.items())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_unequal_ranks_run_end_to_end(tiny: dict, rslora: bool) -> None:
+    ran = Ran({**tiny, "strategies": "from,average", "ranks": "2,4,8", "rslora": rslora})
+    state = ran.histories[0].state
+    assert {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name} == {8}
+    layers = ran.json["strategies"]["from"]["reports"]["1"]["merge"]["layers"]
+    assert all(sorted(layer["ranks_in"]) == [2, 4, 8] for layer in layers if layer["kind"] == "adapter")
+    assert [entry["rank"] for entry in ran.json["partition"]] == [2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"task": "stsb"},
+        {"task": "mnli", "partition": "dirichlet", "alpha": 5.0},
+        {"task": "cola", "pooling": "head", "federated_evaluation": True},
+        {"task": "qnli,rte,wnli", "partition": "tasks", "federated_evaluation": True},
+        {"dora": True},
+        {"solver": "alternating", "scope": "model", "k": "inf", "rank": 2, "server_lr": 0.5},
+        {"steps": 0, "epochs": 1},
+    ],
+)
+def test_every_kind_of_run_completes(tiny: dict, more: dict) -> None:
+    ran = Ran({**tiny, **more, "strategies": "from,fedavg"})
+    assert all(len(history.curve) == 3 for history in ran.histories)
+    if more.get("federated_evaluation"):
+        assert "score" in ran.histories[0].rounds[1].evaluate_metrics
+        assert len(ran.histories[1].rounds[2].evaluate_metrics) >= 2
+    if "," in more.get("task", ""):
+        assert {f"{name}-accuracy" for name in ("qnli", "rte", "wnli")} < ran.histories[0].rounds[2].scores.keys()
+
+
+def test_training_beats_the_majority(tiny: dict) -> None:
+    ran = Ran({**tiny, "rounds": 4, "steps": 15})
+    for history in ran.histories:
+        assert history.final > ran.experiment.target
+
+
+def test_one_failing_client_is_said_and_the_rest_goes_on(tiny: dict, monkeypatch) -> None:
+    from simulations import training
+
+    real = training.train
+
+    def fails_once(model, tokens, options, seed):
+        if seed == training.round_seed(options.seed, 1, 2):
+            raise ArithmeticError("the training loss is nan")
+        return real(model, tokens, options, seed)
+
+    monkeypatch.setattr(training, "train", fails_once)
+    ran = Ran({**tiny, "strategies": "from"})
+    assert "a client failed" in ran.said and "loss is nan" in ran.said
+    assert set(ran.histories[0].rounds[1].clients) == {0, 1}
+    assert set(ran.histories[0].rounds[2].weights) == {0, 1, 2}
+
+
+def test_nothing_is_left_behind_when_every_client_fails(tiny: dict, monkeypatch) -> None:
+    from simulations import training
+
+    def fails(*arguments):
+        raise ArithmeticError("no")
+
+    monkeypatch.setattr(training, "train", fails)
+    with pytest.raises(RuntimeError, match="round 1: every client failed"):
+        Ran({**tiny, "strategies": "from"})
+    assert not list(Path(tiny["out"]).parent.iterdir())
+
+
+def test_an_earlier_result_is_replaced_and_anything_else_refused(tiny: dict) -> None:
+    first = Ran({**tiny, "strategies": "from,average"})
+    second = Ran({**tiny, "strategies": "from"})
+    assert first.folder == second.folder
+    assert not (second.folder / "average").exists()
+    (second.folder / "results.json").unlink()
+    with pytest.raises(BadInput, match="holds something else"):
+        Ran(tiny)
+    assert (second.folder / "comparison.png").exists()
+
+
+@pytest.mark.parametrize("below", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="--out"), results.Folder(str(tmp_path / below)):
+        pass
+
+
+def test_many_clients_are_drawn_as_a_map(tiny: dict) -> None:
+    ran = Ran({**tiny, "clients": 9, "strategies": "from", "rounds": 1})
+    assert (ran.folder / "comparison.png").stat().st_size > 10_000
+
+
+def test_unknown_strategies_and_settings_are_named(tiny: dict) -> None:
+    for spec, named in (
+        ("fedsgd", "unknown strategy 'fedsgd'; choose from fedavg"),
+        ("from:k", "expected key=value"),
+        ("from:k=-1", "from:k=-1"),
+        ("from:colour=1", "colour"),
+    ):
+        with pytest.raises(BadInput, match=named):
+            Experiment.prepare(Options.from_mapping({**tiny, "strategies": spec}))
+
+
+def test_history_counts_rounds_and_bytes() -> None:
+    rounds = [Round(number, {"score": score}, bytes_up=3) for number, score in enumerate((0.5, 0.7, 0.6))]
+    history = History("x", rounds)
+    assert (history.final, history.best) == (0.6, 0.7)
+    assert (history.rounds_to(0.65), history.rounds_to(0.9), history.rounds_to(0.4)) == (1, None, 0)
+    assert history.total("bytes_up") == 9
+
+
+def test_client_weights_are_means_over_the_layers_that_weigh() -> None:
+    layers = [{"weights": [0.2, 0.8]}, {"weights": [0.4, 0.6]}, {"weights": []}]
+    found = client_weights({"nodes": [70, 50], "merge": {"layers": layers}}, {50: 0, 70: 1})
+    assert found == pytest.approx({0: 0.7, 1: 0.3})
+    assert client_weights({"nodes": [], "merge": None}, {}) == {}
+
+
+def test_array_bytes_leave_records_of_numbers_out(task_identity) -> None:
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+    record = ArrayRecord({"x": Array(np.zeros((2, 3), np.float32))})
+    message = Message(RecordDict({"arrays": record, "metrics": MetricRecord({"n": 1})}), 1, "train")
+    assert traffic.array_bytes(message) == len(record["x"].data)

@@ -1,0 +1,92 @@
+"""Local training: seeded, by steps or epochs, and able to learn."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from simulations import models, tasks, training
+from simulations.batches import Tokens, tokenise, training_batches
+from simulations.options import Options
+
+
+def prepared(tiny: dict, **more) -> tuple[torch.nn.Module, Tokens, Options, tasks.Task]:
+    options = Options.from_mapping({**tiny, **more})
+    (task,) = tasks.load(options)
+    head = models.Head(task.num_labels, task.regression)
+    tokens = tokenise(task.train, models.tokenizer(options), options, task.regression)
+    return models.build(options, head), tokens, options, task
+
+
+def test_the_same_seed_gives_the_same_weights(tiny: dict) -> None:
+    def trained(seed: int) -> dict[str, torch.Tensor]:
+        model, tokens, options, _ = prepared(tiny, lora_dropout=0.1)
+        training.train(model, tokens, options, seed)
+        return models.trained_state(model)
+
+    first = trained(1)
+    torch.rand(5)  # whatever was drawn before
+    again, other = trained(1), trained(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_training_draws_nothing_from_the_global_generator(tiny: dict) -> None:
+    model, tokens, options, _ = prepared(tiny)
+    torch.manual_seed(4)
+    expected = torch.rand(1)
+    torch.manual_seed(4)
+    training.train(model, tokens, options, 1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+KINDS: list[dict] = [{}, {"full": True, "lr": 5e-3}, {"pooling": "head"}, {"task": "stsb"}, {"dora": True}]
+
+
+@pytest.mark.parametrize("more", KINDS)
+def test_it_learns(tiny: dict, more: dict) -> None:
+    model, tokens, options, task = prepared(tiny, steps=60, **more)
+    before = training.evaluate(model, tokens, task.name)
+    done = training.train(model, tokens, options, 1)
+    after = training.evaluate(model, tokens, task.name)
+    assert after["loss"] < before["loss"]
+    assert done.steps == 60
+    if task.name == "sst2" and options.pooling == "mean":
+        assert after["score"] > task.baseline + 0.1
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny: dict) -> None:
+    model, tokens, options, _ = prepared(tiny)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="lower --lr"):
+        training.train(model, tokens, options, 1)
+
+
+@pytest.mark.parametrize(("steps", "epochs", "batches"), [(7, 1, 7), (2, 5, 2), (0, 1, 4), (0, 3, 12)])
+def test_batches_cover_the_data_pass_by_pass(steps: int, epochs: int, batches: int) -> None:
+    options = Options(steps=steps, epochs=epochs, batch_size=3)
+    rows = list(training_batches(10, options, seed=0))
+    assert len(rows) == batches
+    for start in range(0, batches - batches % 4, 4):
+        assert sorted(row for batch in rows[start : start + 4] for row in batch) == list(range(10))
+    if batches >= 8:
+        assert rows[:4] != rows[4:8]
+
+
+def test_seeds_of_rounds_and_clients_differ() -> None:
+    seeds = Counter(training.round_seed(s, r, c) for s in range(3) for r in range(12) for c in range(12))
+    assert max(seeds.values()) == 1
+
+
+def test_evaluation_batches_hold_every_example_once(tiny: dict) -> None:
+    _, tokens, _, _ = prepared(tiny, task="rte")
+    assert sorted(row for batch in tokens.by_length() for row in batch) == list(range(len(tokens)))
+    inputs, labels = tokens.batch([0, 1, 2])
+    assert len({tensor.shape for tensor in inputs.values()}) == 1
+    assert torch.equal(labels, tokens.labels[:3])
+
+
+def test_long_inputs_are_cut(tiny: dict) -> None:
+    _, tokens, _, _ = prepared(tiny, task="rte", max_length=7)
+    assert max(len(row["input_ids"]) for row in tokens.rows) == 7
