@@ -46,7 +46,8 @@ def weights(
     norms = torch.as_tensor(norms, dtype=torch.float64)
     logs = torch.zeros_like(norms)
     if examples is not None and examples_power != 0:
-        logs = examples_power * torch.log(torch.as_tensor(examples, dtype=torch.float64))
+        counts = torch.as_tensor(examples, dtype=torch.float64)
+        logs = examples_power * (torch.log(counts) - torch.log(counts.max()))
     if k > 0 and float(norms.max()) > 0:
         if k == float("inf"):
             heard = norms >= norms.max() * (1 - _TIE)
