@@ -40,7 +40,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
     ValueError
         The arrays do not fit the model.
     """
-    state = to_state(model_record(message.content, arrayrecord_key))
+    state = to_state(model_record(message.content, arrayrecord_key), "global arrays")
     if not hasattr(model, "peft_config"):
         model.load_state_dict(state)
         return

@@ -22,9 +22,23 @@ _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def to_state(record: ArrayRecord) -> dict[str, Tensor]:
-    """Return a record's arrays as tensors, by key; new memory."""
-    return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
+def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
+    """Return a record's arrays as tensors, by key; new memory.
+
+    Raises
+    ------
+    ValueError
+        An array can't be read; names `who` and the key.
+    """
+    state = {}
+    for key, array in record.items():
+        try:
+            state[key] = torch.from_numpy(array.numpy())
+        except Exception as error:  # malformed bytes fail in numpy in many ways
+            raise ValueError(
+                f"{who}, {key!r}: expected a readable array, found {type(error).__name__}: {error}"
+            ) from error
+    return state
 
 
 def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -163,10 +177,7 @@ def read_reply(
             f"expected the keys that were sent, found {len(missing)} missing {missing[:3]} and {len(extra)} more "
             f"{extra[:3]}"
         )
-    try:
-        state = to_state(record)
-    except Exception as error:  # a malformed array fails in numpy in many ways
-        raise ValueError(f"expected readable arrays, found {type(error).__name__}: {error}") from error
+    state = to_state(record, "reply")
     config = None
     if ADAPTER_KEY in content.config_records:
         config = L.check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
