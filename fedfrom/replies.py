@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +135,8 @@ def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
         raise ValueError(f"expected one MetricRecord, found {sorted(records)}")
     metrics = next(iter(records.values()))
     value = metrics.get(weighted_by)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    # compared, not converted: an int may be beyond any float
+    if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"metric {weighted_by!r}: expected a finite number > 0, found {value!r}")
     return metrics
 
