@@ -212,14 +212,17 @@ def gram(matrices: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
     for term in (term for matrix in matrices for term in matrix.terms):
         if place.setdefault((id(term.B), id(term.A)), len(terms)) == len(terms):
             terms.append(term)
+    # scaling by the largest entries keeps the squares (fourth powers of entries) in range
+    sizes = [[float(factor.abs().amax()) or 1.0 for factor in (term.B, term.A)] for term in terms]
     coefficients = torch.zeros(len(matrices), len(terms), dtype=torch.float64)
     for i, matrix in enumerate(matrices):
         for term in matrix.terms:
-            coefficients[i, place[id(term.B), id(term.A)]] += term.coefficient
+            t = place[id(term.B), id(term.A)]
+            coefficients[i, t] += term.coefficient * sizes[t][0] * sizes[t][1]
     ranks = torch.tensor([term.A.shape[0] for term in terms])
     coefficients = coefficients.repeat_interleave(ranks, dim=1).to(terms[0].B.device)
-    B = torch.cat([term.B.to(torch.float64) for term in terms], dim=1)
-    A = torch.cat([term.A.to(torch.float64) for term in terms], dim=0)
+    B = torch.cat([term.B.to(torch.float64) / b for term, (b, _) in zip(terms, sizes, strict=True)], dim=1)
+    A = torch.cat([term.A.to(torch.float64) / a for term, (_, a) in zip(terms, sizes, strict=True)], dim=0)
     products = coefficients @ ((B.T @ B) * (A @ A.T)) @ coefficients.T
     return products.cpu().diagonal_scatter(torch.tensor(norms, dtype=torch.float64).square())
 

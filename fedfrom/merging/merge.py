@@ -127,10 +127,12 @@ def _merge_adapter(
     order = _order(inputs, name, norms, weights)
     w = weights[order]
 
+    # from here in units of the layer's size, so that no square leaves float64's range
+    unit = _unit([*norms, 0.0 if W is None else W.norm()])
     moved = [i for i in order if norms[i] > 0]  # a zero delta adds nothing but rounding
-    change = LowRank.sum([deltas[i] for i in moved] or deltas[:1], [float(weights[i]) for i in moved] or [0.0])
-    target = change * server_lr if W is None else LowRank.sum([W, change], [1.0, server_lr])
-    inner = gram([deltas[i] for i in order], [norms[i] for i in order])
+    change = LowRank.sum([deltas[i] for i in moved] or deltas[:1], [float(weights[i]) / unit for i in moved] or [0.0])
+    target = change * server_lr if W is None else LowRank.sum([W, change], [1 / unit, server_lr])
+    inner = gram([deltas[i] * (1 / unit) for i in order], [norms[i] / unit for i in order])
     squares = float(w @ inner.diagonal())  # sum_i w_i ||theta_i||^2
 
     own_rank = W.rank if W is not None else max(product.rank for product in products)
@@ -141,11 +143,11 @@ def _merge_adapter(
         solution = method.solve(target, rank, name, scale=server_lr**2 * squares, rows=rows)
         if layer.is_embedding:
             # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
-            unit = target.shape[1] ** 0.5
-            solution = replace(solution, matrix=LowRank(solution.matrix.B / unit, solution.matrix.A * unit))
+            root = target.shape[1] ** 0.5
+            solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
 
     scaling = template.scaling(name) if as_reference else 1.0
-    part = L.write_adapter(layer, solution.matrix, template.state, scaling)
+    part = L.write_adapter(layer, solution.matrix * unit, template.state, scaling)
     for extra in ("bias", "magnitude"):
         if extra in layer.keys:
             part[layer.keys[extra]] = _merge_beside(inputs, name, extra, weights, order, server_lr, scaling)
@@ -160,7 +162,7 @@ def _merge_adapter(
         ranks_in=[product.rank for product in products],
         rank_out=solution.matrix.rank,
         energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
-        objective=solution.residual + server_lr**2 * spread,
+        objective=(solution.residual + server_lr**2 * spread) * unit * unit,
         excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
         iterations=solution.iterations,
         lambda_max=largest_eigenvalue(inner, w),
@@ -268,8 +270,10 @@ def _merge_tensor(
         None if W is None else W.tensor(name),
         server_lr,
     )
-    squares = float((w * torch.tensor([norms[i] for i in order], dtype=torch.float64).square()).sum())
-    samples = torch.stack([tensors.sample(values[i], references[i]) for i in order])
+    unit = _unit(norms)
+    squares = float((w * torch.tensor([norms[i] / unit for i in order], dtype=torch.float64).square()).sum())
+    spread = max(0.0, squares - (change / unit) ** 2)  # sum_i w_i ||theta_i - theta*||^2
+    samples = torch.stack([tensors.sample(values[i], references[i]) for i in order]) / unit
     report = LayerReport(
         name=name,
         kind=kind,
@@ -277,7 +281,7 @@ def _merge_tensor(
         weights=weights.tolist(),
         clients_effective=float(1 / w.square().sum()),
         has_reference=W is not None,
-        objective=server_lr**2 * max(0.0, squares - change**2),
+        objective=server_lr**2 * spread * unit * unit,
         lambda_max=largest_eigenvalue(samples @ samples.T, w),
     )
     return {inputs.template(name).layers[name].keys["tensor"]: result}, report
@@ -347,6 +351,12 @@ def _digest(source: Source, name: str) -> bytes:
         tensor = source.tensor(name, part).detach().cpu().contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def _unit(norms: list[float]) -> float:
+    """Return a power of two (which scales without rounding) of about the largest norm's size; 1 for zeros."""
+    exponent = math.frexp(max(norms))[1]
+    return 2.0 ** min(max(exponent, -1000), 1000)
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,18 +29,20 @@ def _blocks(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Iterator[li
 
 def delta_norm(value: Tensor, reference: Tensor | None) -> float:
     """Return ||value - reference||_F (None: zero) of floating-point tensors of one shape and device."""
+    blocks = _blocks([value, reference], arithmetic(value.dtype))
+    return math.hypot(*(_block_norm(x if r is None else x - r) for x, r in blocks))
 
-    def norm(dtype: torch.dtype) -> float:
-        squares = [
-            torch.linalg.vector_norm(x if r is None else x - r, dtype=dtype).to(torch.float64).square()
-            for x, r in _blocks([value, reference], dtype)
-        ]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
-    result = norm(arithmetic(value.dtype))
-    if result == 0.0 or not _SAFE[0] < result < _SAFE[1]:
-        result = norm(torch.float64)
-    return result
+def _block_norm(block: Tensor) -> float:
+    """Return one block's norm; where its squares may leave the dtype's range, from entries relative to the largest."""
+    norm = float(torch.linalg.vector_norm(block))
+    if _SAFE[0] < norm < _SAFE[1]:
+        return norm
+    block = block.to(torch.float64)
+    largest = float(block.abs().max())
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(block / largest))
 
 
 def weighted_sum(
@@ -72,7 +75,7 @@ def weighted_sum(
     dtype = arithmetic(values[0].dtype)
     out = torch.empty(values[0].shape, dtype=values[0].dtype, device=values[0].device)
     flat, position = out.reshape(-1), 0
-    square = 0.0
+    norms: list[float] = []
     for W, *pairs in _blocks([base, *values, *references], dtype):
         sent, received = pairs[: len(values)], pairs[len(values) :]
         total: Tensor | None = None
@@ -82,14 +85,14 @@ def weighted_sum(
             theta = x if r is None else x - r
             total = theta * w if total is None else total.add_(theta, alpha=w)
         assert total is not None  # the weights sum to 1
-        square += float(torch.linalg.vector_norm(total, dtype=dtype)) ** 2
+        norms.append(_block_norm(total))
         if server_lr != 1.0:
             total.mul_(server_lr)
         if W is not None:
             total.add_(W)
         flat[position : position + total.numel()] = total
         position += total.numel()
-    return out, square**0.5
+    return out, math.hypot(*norms)
 
 
 def sample(value: Tensor, reference: Tensor | None) -> Tensor:
