@@ -98,7 +98,7 @@ def merge(
     )
     merged: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
-    with _one_thread():
+    with _one_thread(), torch.no_grad():
         whole = _whole_weights(inputs, chosen) if chosen.scope == "model" else None
         for name, layer in inputs.sent[0].layers.items():
             if layer.is_adapter:
