@@ -257,7 +257,7 @@ def _merge_tensor(
         equal = [1.0] * len(norms)
         weights = norm_weights(equal, 0.0, inputs.examples, method.examples_power)
         kind = "buffer" if layer.is_running_statistic else "tensor"
-        server_lr = 1.0 if layer.is_running_statistic else server_lr
+        server_lr = 1.0  # a mean of values: there is no update that it could scale
     else:
         weights = method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples) if whole is None else whole
         kind = "tensor"
