@@ -218,7 +218,7 @@ def _frozen(W: LowRank | None, products: list[LowRank], target: LowRank, rank: i
     """Return the exact solution where no client changed A: A stays, the s_i B_i are averaged."""
     given = [matrix.terms[0].A for matrix in ([W] if W is not None else []) + products]
     stays = given[0]
-    alone = len(given) < 2 or isinstance(rank, float) or rank < stays.shape[0]
+    alone = len(given) < 2 or rank != stays.shape[0]
     if alone or not all(torch.equal(A, stays) for A in given) or not all(torch.equal(t.A, stays) for t in target.terms):
         return None
     B = torch.stack([term.B.to(torch.float64) * term.coefficient for term in target.terms]).sum(dim=0)
