@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from fedfrom.merging.layers import Layer
 
 ADAPTER_KEY = "fedfrom.adapter"
 """Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
+
+_LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
+"""Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
 
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -213,14 +217,40 @@ def read_reply(
     for layer in layers.values():
         for part, key in layer.keys.items():
             L.check_same(state[key], sent[key], "reply", key, L.RANK_DIMENSION.get(part) if free else None)
-            if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
-                raise ValueError(f"reply, {key!r}: expected finite numbers, found NaN or infinity")
+            _check_size(state[key], key)
         if free and layer.is_adapter:
             assert config is not None
             found, expected = L.adapter_rank(layer, state), L.rank_and_scaling(config, layer.name)[0]
             if found != {expected}:
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
+        if layer.is_adapter:
+            _check_product(layer, state, 1.0 if config is None else L.rank_and_scaling(config, layer.name)[1])
     return Reply(message.metadata.src_node_id, content, state, float(examples), config)
+
+
+def _check_size(tensor: Tensor, key: str) -> None:
+    """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN where there is one
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        raise ValueError(f"reply, {key!r}: expected finite numbers, found NaN or infinity")
+    limit = _LARGEST.get(tensor.dtype, _LARGEST[torch.float32])
+    if largest > limit:
+        raise ValueError(f"reply, {key!r}: expected entries up to {limit:g}, found {largest:g}")
+
+
+def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) -> None:
+    """Raise ValueError where an adapter's product is too large for the dtype of the factors it is sent in."""
+    factors = [state[key] for part, key in layer.keys.items() if part in L.RANK_DIMENSION]
+    limit = min(torch.finfo(factor.dtype).max for factor in factors) / 4
+    if layer.is_embedding:
+        limit /= state[layer.keys["embedding_B"]].shape[0] ** 0.5  # the scale of B, which goes into A
+    bound = scaling * math.prod(float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors)
+    # the bound is cheap, and holds for all adapters but those that are looked at closely
+    if not bound <= limit and not (norm := L.read_adapter(layer, state, scaling, "reply").norm()) <= limit:
+        raise ValueError(f"reply, {layer.name!r}: expected a product of norm up to {limit:g}, found {norm:g}")
 
 
 def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str]]:
