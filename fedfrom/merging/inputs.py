@@ -114,9 +114,13 @@ def check_inputs(
             raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count}")
 
     def source(state: State, config: Any, name: str, sliced: bool = False) -> Source:
-        found = L.find_layers(state, name, pair)
+        found = L.find_layers(state, name)
+        if not found:
+            raise ValueError(f"{name}: expected a state with at least one tensor, found none")
         for layer in found.values():
             L.check_dora(layer, name, dora)
+        if not pair:
+            found = L.find_layers(state, name, pair_factors=False)
         checked = None if config is None else L.check_config(config, name, dora, same_base)
         return Source(name, state, found, checked, sliced)
 
