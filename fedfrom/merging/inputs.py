@@ -133,6 +133,7 @@ def check_inputs(
                 f"{client.who}: expected the layers of {sent[0].who}, found {len(missing)} missing {missing[:3]} and "
                 f"{len(extra)} more {extra[:3]}"
             )
+        _check_parts(client, sent[0])
         if (client.config is None) != (sent[0].config is None):
             raise ValueError(f"{client.who}: expected an adapter config a client or none at all, found some without")
     base = None if reference is None else source(reference, reference_config, "reference")
@@ -143,6 +144,7 @@ def check_inputs(
                 f"reference: expected layers of the clients such as {next(iter(sent[0].layers), None)!r}, found "
                 f"others such as {next(iter(base.layers), None)!r}"
             )
+        _check_parts(sent[0], base)
         adapters = any(base.layers[name].is_adapter for name in shared)
         if adapters and (base.config is None) != (sent[0].config is None):
             raise ValueError("reference_config: expected together with configs, found one without the other")
@@ -150,5 +152,20 @@ def check_inputs(
     for i, state in enumerate(received or []):
         if state is not None and id(state) not in unique:
             unique[id(state)] = source(state, reference_config, f"what {who[i]} received", sliced=True)
+    for part in unique.values():
+        assert base is not None
+        if missing := sorted((shared & base.layers.keys()) - part.layers.keys()):
+            raise ValueError(f"{part.who}: expected the layers of reference, found {len(missing)} missing {missing[:3]}")
+        _check_parts(part, base)
     cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
     return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])
+
+
+def _check_parts(source: Source, like: Source) -> None:
+    """Raise ValueError where a layer that two sources share has parts (a bias, a magnitude) in one alone."""
+    for name, layer in source.layers.items():
+        if name in like.layers and layer.keys.keys() != like.layers[name].keys.keys():
+            raise ValueError(
+                f"{source.who}, {name!r}: expected {sorted(like.layers[name].keys)} as in {like.who}, found "
+                f"{sorted(layer.keys)}"
+            )

@@ -186,13 +186,17 @@ def _adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[Low
             )
         for part in sent.layers[name].keys:
             dimension = L.RANK_DIMENSION.get(part)
-            L.check_same(sent.tensor(name, part), inputs.template(name).tensor(name, part), sent.who, name, dimension)
+            expected = inputs.template(name).tensor(name, part)
+            L.check_same(sent.tensor(name, part), expected, sent.who, sent.layers[name].keys[part], dimension)
     read: dict[int, LowRank] = {}  # what several clients were sent is one pair of tensors in the stack
     received: list[LowRank | None] = []
     for cut in inputs.received_of(name):
         if cut is None or cut is source:
             received.append(W)
         else:
+            assert source is not None
+            for part, key in cut.layers[name].keys.items():
+                L.check_same(cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part))
             received.append(read.setdefault(id(cut), cut.adapter(name)))
     deltas = [p if r is None else p - r for p, r in zip(products, received, strict=True)]
     return W, products, deltas
@@ -294,6 +298,9 @@ def _tensors(inputs: Inputs, name: str) -> tuple[L.Layer, list[Tensor], list[Ten
     values = [sent.tensor(name) for sent in inputs.sent]
     for sent, value in zip(inputs.sent, values, strict=True):
         L.check_same(value, expected, sent.who, sent.layers[name].keys["tensor"])
+    for source in inputs.received_of(name):
+        if source is not None:
+            L.check_same(source.tensor(name), expected, source.who, source.layers[name].keys["tensor"])
     references = [None if source is None else source.tensor(name) for source in inputs.received_of(name)]
     return template.layers[name], values, references
 
