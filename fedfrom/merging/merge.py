@@ -179,11 +179,6 @@ def _adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[Low
         first = products[0] if W is None else W
         if product.shape != first.shape:
             raise ValueError(f"{sent.who}, {name!r}: expected a product of shape {first.shape}, found {product.shape}")
-        if sent.config is None and inputs.received_of(name) == [source] * len(products) and product.rank != first.rank:
-            raise ValueError(
-                f"{sent.who}, {name!r}: expected rank {first.rank} as the others, found {product.rank}: unequal ranks "
-                "have unequal scalings; give each client's adapter config (configs=)"
-            )
         for part in sent.layers[name].keys:
             dimension = L.RANK_DIMENSION.get(part)
             expected = inputs.template(name).tensor(name, part)
@@ -198,6 +193,13 @@ def _adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[Low
             for part, key in cut.layers[name].keys.items():
                 L.check_same(cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part))
             received.append(read.setdefault(id(cut), cut.adapter(name)))
+    for sent, product, ref in zip(inputs.sent, products, received, strict=True):
+        rank = products[0].rank if ref is None else ref.rank
+        if sent.config is None and product.rank != rank:
+            raise ValueError(
+                f"{sent.who}, {name!r}: expected rank {rank} as {'the others' if ref is None else 'it was sent'}, found "
+                f"{product.rank}: unequal ranks have unequal scalings; give each client's adapter config (configs=)"
+            )
     deltas = [p if r is None else p - r for p, r in zip(products, received, strict=True)]
     return W, products, deltas
 
