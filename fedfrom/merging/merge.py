@@ -128,6 +128,7 @@ def _merge_adapter(
     w = weights[order]
 
     # from here in units of the layer's size, so that no square leaves float64's range
+    _check_finite([inputs.reference_of(name)], name, list(layer.keys))
     unit = _unit([*norms, 0.0 if W is None else W.norm()])
     moved = [i for i in order if norms[i] > 0]  # a zero delta adds nothing but rounding
     change = LowRank.sum([deltas[i] for i in moved] or deltas[:1], [float(weights[i]) / unit for i in moved] or [0.0])
@@ -242,6 +243,7 @@ def _merge_beside(
         return tensor * source.scaling(name) if part == "bias" else tensor
 
     W, received = inputs.reference_of(name), inputs.received_of(name)
+    _check_finite([W, *received, *inputs.sent], name, [part])
     total, _ = tensors.weighted_sum(
         [value(inputs.sent[i]) for i in order],
         [None if (source := received[i]) is None else value(source) for i in order],
@@ -267,6 +269,7 @@ def _merge_tensor(
     else:
         weights = method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples) if whole is None else whole
         kind = "tensor"
+    _check_finite([W], name, ["tensor"])
     order = _order(inputs, name, norms, weights)
     w = weights[order]
     result, change = tensors.weighted_sum(
@@ -334,10 +337,21 @@ def _whole_weights(inputs: Inputs, method: Method) -> Tensor:
 
 
 def _finite(norms: list[float], inputs: Inputs, name: str) -> list[float]:
-    for source, norm in zip(inputs.sent, norms, strict=True):
+    for sent, received, norm in zip(inputs.sent, inputs.received_of(name), norms, strict=True):
         if not math.isfinite(norm):
-            raise ValueError(f"{source.who}, {name!r}: expected finite numbers, found an update of norm {norm}")
+            _check_finite([received, sent], name, list(sent.layers[name].keys))
+            raise ValueError(f"{sent.who}, {name!r}: expected finite numbers, found an update of norm {norm}")
     return norms
+
+
+def _check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) -> None:
+    """Raise ValueError for the first tensor with NaN or infinity in it."""
+    for source in sources:
+        for part in parts if source is not None else []:
+            assert source is not None
+            if not torch.isfinite(source.tensor(name, part)).all():
+                key = source.layers[name].keys[part]
+                raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 
 
 def _order(inputs: Inputs, name: str, norms: list[float], weights: Tensor) -> list[int]:
