@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -223,14 +224,21 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
     ValueError
         Not LoRA, or LoRA of a kind whose products can't be merged.
     """
-    config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-    kind = config.get("peft_type") or "LORA"
-    kind = str(getattr(kind, "value", kind))
+    config = {key: _plain(value) for key, value in (config.to_dict() if hasattr(config, "to_dict") else config).items()}
+    kind = str(config.get("peft_type") or "LORA")
     if kind != "LORA":
         raise ValueError(f"{who}: expected an adapter config of peft_type LORA, found {kind}")
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float) or config[field] <= 0:
-            raise ValueError(f"{who}: expected a number {field} > 0 in its adapter config, found {config.get(field)!r}")
+    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (config.get(field) or {}).items():
+            numbers[f"{field}[{pattern!r}]"] = value
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{who}: expected regular expressions in {field}, found {pattern!r}: {error}") from None
+    for field, number in numbers.items():
+        if not isinstance(number, int | float) or not 0 < number < float("inf"):
+            raise ValueError(f"{who}: expected a number {field} > 0 in its adapter config, found {number!r}")
     init = str(config.get("init_lora_weights") or "").lower()
     if init.startswith(_ALTERS_BASE) and not same_base:
         raise ValueError(
@@ -246,6 +254,13 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
     if config.get("use_dora") and not dora:
         raise ValueError(f"{who}: {_NO_DORA}")
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Return what adapter_config.json has for a LoraConfig's field: lists for sets, strings for enums."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 _NO_DORA = (
