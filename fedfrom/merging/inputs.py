@@ -148,6 +148,8 @@ def check_inputs(
         adapters = any(base.layers[name].is_adapter for name in shared)
         if adapters and (base.config is None) != (sent[0].config is None):
             raise ValueError("reference_config: expected together with configs, found one without the other")
+    if not pair:
+        _check_scalings([*sent, *([] if base is None else [base])])
     unique: dict[int, Source] = {}
     for i, state in enumerate(received or []):
         if state is not None and id(state) not in unique:
@@ -159,6 +161,20 @@ def check_inputs(
         _check_parts(part, base)
     cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
     return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])
+
+
+def _check_scalings(sources: list[Source]) -> None:
+    """Raise ValueError where configs give a module's factors different scalings: their mean has no scaling."""
+    for source in sources[1:]:
+        for name, layer in L.find_layers(source.state, source.who).items():
+            if not layer.is_adapter or source.config is None or sources[0].config is None:
+                continue
+            expected, found = sources[0].scaling(name), source.scaling(name)
+            if not math.isclose(expected, found, rel_tol=1e-9):
+                raise ValueError(
+                    f"{source.who}, {name!r}: expected the scaling of {sources[0].who}, {expected:g}, found {found:g}: "
+                    "factors of different scalings can't be averaged"
+                )
 
 
 def _check_parts(source: Source, like: Source) -> None:
