@@ -88,6 +88,7 @@ def find_layers(state: State, who: str, pair_factors: bool = True) -> dict[str, 
         A key is of a kind that can't be merged, or half of an adapter is missing.
     """
     layers: dict[str, Layer] = {}
+    adapters: set[str] = set()
     for key in state:
         match = _LORA.match(key) if pair_factors else None
         if match is None:
@@ -110,11 +111,14 @@ def find_layers(state: State, who: str, pair_factors: bool = True) -> dict[str, 
                 f"{who}, {key!r}: expected one adapter in the state, found {layer.keys[part]!r} too; keep one of them"
             )
         layer.keys[part] = key
+        adapters.update(tokens)
     for layer in layers.values():
         pair = {"embedding_A", "embedding_B"} if layer.is_embedding else {"A", "B"}
         if layer.is_adapter and not pair <= layer.keys.keys():
             found = sorted(layer.keys.values())
             raise ValueError(f"{who}, {layer.name!r}: expected both lora_A and lora_B, found {found}")
+    if len(adapters) > 1:
+        raise ValueError(f"{who}: expected one adapter in the state, found {sorted(adapters)}; keep one of them")
     return layers
 
 
@@ -157,7 +161,8 @@ def read_adapter(layer: Layer, state: State, scaling: float, who: str) -> LowRan
                 "convolution is not one product B @ A and can't be merged"
             )
         A, B = A.flatten(1), B.flatten(1)
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not (A.is_floating_point() and B.is_floating_point()):
+    fit = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] and A.numel() and B.numel()
+    if not (fit and A.is_floating_point() and B.is_floating_point()):
         raise ValueError(
             f"{who}, {key!r}: expected floating-point factors with one rank, found A {tuple(A.shape)} {A.dtype} and "
             f"B {tuple(B.shape)} {B.dtype}"
