@@ -201,9 +201,14 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
+def _peft_name(module: str) -> str:
+    """Return what PEFT matches patterns with: a MultiheadAttention's output projection goes by the whole's name."""
+    return module.removeprefix(_PREFIX).removesuffix(".base_layer.out_proj")
+
+
 def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
     """Return (r, s) of one module: s = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA, patterns applied."""
-    module = module.removeprefix(_PREFIX)
+    module = _peft_name(module)
     r = int(_pattern(config.get("rank_pattern"), module, config["r"]))
     alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     return r, alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -294,8 +299,15 @@ def output_config(config: Config, ranks: Mapping[str, int]) -> dict[str, Any]:
         Layer name -> rank of the merged factors.
     """
     r = max(ranks.values())
-    modules = {name.removeprefix(_PREFIX): rank for name, rank in ranks.items()}
-    pattern = {name: modules[name] for name in sorted(modules, key=lambda name: (-len(name), name))}
+    modules: dict[str, int] = {}
+    for name, rank in ranks.items():
+        if modules.setdefault(_peft_name(name), rank) != rank:
+            raise ValueError(
+                f"rank, {name!r}: expected one rank for both projections of a MultiheadAttention, as PEFT has, found "
+                f"{modules[_peft_name(name)]} and {rank}: ask for a whole rank"
+            )
+    # among names of one length those with fewer dots first: a dot matches any character
+    pattern = {name: modules[name] for name in sorted(modules, key=lambda name: (-len(name), name.count("."), name))}
     differ = len(set(modules.values())) > 1
     return {
         **config,
