@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -35,7 +35,7 @@ def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> No
     weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, 2 if weighted else 1, figsize=(11 if weighted else 6, 4.8), dpi=150, layout="constrained", squeeze=False
+            1, 2 if weighted else 1, figsize=(11.5 if weighted else 6, 4.8), dpi=150, layout="constrained", squeeze=False
         )
         _draw_scores(axes[0, 0], experiment, histories)
         if weighted:
@@ -51,7 +51,8 @@ def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
         axes.plot(
             [entry.number for entry in history.rounds], history.curve,
             color=COLOURS[position % len(COLOURS)], marker=MARKERS[position % len(MARKERS)],
-            label=f"{display_name(history.label)}: {_value(history.final, correlation)}", linewidth=2, clip_on=False,
+            label=f"{display_name(history.label)}: {_value(history.final, correlation)} at the end",
+            linewidth=2, clip_on=False,
         )
     constant = "majority class" if not correlation and len(experiment.tasks) == 1 else "constant answer"
     axes.axhline(
@@ -105,7 +106,7 @@ def _about(experiment: Any, share: Any) -> str:
     if share.task.regression:
         return f"{count} examples"
     label, most = max(share.label_counts.items(), key=lambda pair: pair[1])
-    return f"{count}, {most / len(share.examples):.0%} {label}".replace("%", " %")
+    return f"{count} examples, {most / len(share.examples):.0%} {label}".replace("%", " %")
 
 
 def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
@@ -141,6 +142,7 @@ def draw_partition(experiment: Any, path: Path) -> None:
         axes.grid(axis="y", visible=False)
         axes.set_ylabel("client")
         axes.set_xlabel("training examples")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         options = experiment.options
         drawn = f" (alpha {options.alpha:g})" if options.partition == "dirichlet" else ""
         axes.set_title(f"Who holds what: {options.partition}{drawn}, {', '.join(t.name for t in experiment.tasks)}")

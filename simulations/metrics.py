@@ -47,12 +47,12 @@ def _metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.gene
         from sklearn.metrics import f1_score
 
         return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
     if name == "matthews":
         from sklearn.metrics import matthews_corrcoef
 
         return float(matthews_corrcoef(labels, predictions))
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
     from scipy.stats import pearsonr, spearmanr
 
     return float((pearsonr if name == "pearson" else spearmanr)(predictions, labels)[0])

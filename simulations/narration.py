@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from simulations.experiment import Experiment
-from simulations.history import History, Round
+if TYPE_CHECKING:  # they import torch, which a run needs only once its folder is known to be good
+    from simulations.experiment import Experiment
+    from simulations.history import History, Round
 
 
 def size(count: float) -> str:
@@ -26,7 +28,7 @@ class Narrator:
         # Left to itself rich takes 80 columns where there is no terminal, and breaks the tables.
         self.console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
-    def settings(self, experiment: Experiment) -> None:
+    def settings(self, experiment: "Experiment") -> None:
         """Say what is used: model, data, what is trained."""
         options = experiment.options
         total = sum(parameter.numel() for parameter in experiment.model.parameters())
@@ -52,13 +54,13 @@ class Narrator:
         )
 
     @staticmethod
-    def _lora(experiment: Experiment) -> str:
+    def _lora(experiment: "Experiment") -> str:
         options = experiment.options
         kind = "DoRA" if options.dora else "rsLoRA" if options.rslora else "LoRA"
         ranks = ", ".join(map(str, options.ranks)) if options.ranks else str(options.lora_r)
         return f"{kind}, rank {ranks}, and the head"
 
-    def partition(self, experiment: Experiment) -> None:
+    def partition(self, experiment: "Experiment") -> None:
         """Show who holds what."""
         options = experiment.options
         name = f"{options.partition}({options.alpha:g})" if options.partition == "dirichlet" else options.partition
@@ -91,7 +93,7 @@ class Narrator:
         """Say that a client has failed."""
         self.console.print(f"  round {number}  [red]a client failed:[/] {reason.strip().splitlines()[-1]}", markup=True)
 
-    def round(self, entry: Round, rounds: int, metric: str) -> None:
+    def round(self, entry: "Round", rounds: int, metric: str) -> None:
         """Say how good the global model is after a round."""
         weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
         self.console.print(
@@ -99,7 +101,7 @@ class Narrator:
             f"loss {entry.scores['loss']:.3f}  {entry.seconds:.1f} s" + (f"  weights {weights}" if weights else "")
         )
 
-    def table(self, experiment: Experiment, histories: Sequence[History]) -> None:
+    def table(self, experiment: "Experiment", histories: Sequence["History"]) -> None:
         """Compare the strategies."""
         title = f"{experiment.metric} on held-out examples; a constant answer scores {experiment.baseline:.3f}"
         table = Table(title=title, title_justify="left")

@@ -87,6 +87,12 @@ def test_evaluation_batches_hold_every_example_once(tiny: dict) -> None:
     assert torch.equal(labels, tokens.labels[:3])
 
 
+def test_words_are_known_to_the_tiny_tokenizer(tiny: dict) -> None:
+    _, tokens, options, _ = prepared(tiny)
+    unknown = models.tokenizer(options).unk_token_id
+    assert not any(unknown in row["input_ids"] for row in tokens.rows)
+
+
 def test_long_inputs_are_cut(tiny: dict) -> None:
     _, tokens, _, _ = prepared(tiny, task="rte", max_length=7)
     assert max(len(row["input_ids"]) for row in tokens.rows) == 7
