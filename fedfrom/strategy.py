@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import random
 import time
 from collections import Counter
@@ -114,6 +115,8 @@ class FedMerge(FedAvg):
             if "seed" in {f.name for f in fields(probe)}:
                 options.setdefault("seed", seed)
         self.method = make_method(method, **options)
+        if not math.isfinite(server_lr):
+            raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
         self.server_lr = server_lr
         self.seed = seed
         self.dora, self.same_base = dora, same_base
