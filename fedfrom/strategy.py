@@ -172,9 +172,10 @@ class FedMerge(FedAvg):
         while True:
             nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
             size = max(int(len(nodes) * share), least)
-            if len(nodes) >= max(self.min_available_nodes, size):
+            required = max(self.min_available_nodes, size)
+            if len(nodes) >= required:
                 break
-            log.info("Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), size)
+            log.info("Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), required)
             time.sleep(1)
         drawn = random.Random(f"{self.seed}:{server_round}:{message_type}").sample(nodes, size)
         log.info("configure_%s: Sampled %d nodes (out of %d)", message_type, len(drawn), len(nodes))
