@@ -203,6 +203,7 @@ class FedMerge(FedAvg):
         merged, report = self._merge(valid)
         arrays = to_record(merged)
         metrics = self._aggregate_metrics([reply.content for reply in valid], self.train_metrics_aggr_fn)
+        metrics = MetricRecord() if metrics is None else metrics
         seconds = time.perf_counter() - start
         self.reports[server_round] = RoundReport(nodes, rejected, failed, report, seconds)
         metrics.update(_summary_metrics(self.reports[server_round]))
@@ -298,8 +299,8 @@ class FedMerge(FedAvg):
         return self._aggregate_metrics(contents, self.evaluate_metrics_aggr_fn)
 
     def _aggregate_metrics(
-        self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord]
-    ) -> MetricRecord:
+        self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord | None]
+    ) -> MetricRecord | None:
         contents, dropped = comparable_metrics(contents)
         if dropped:
             log.warning("metrics %s: not in every reply, or of other lengths: left out of the averages", dropped)
