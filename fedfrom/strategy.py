@@ -346,6 +346,7 @@ class FedMerge(FedAvg):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
+        self.reports = {}
         start = time.perf_counter()
         self._evaluate_on_server(0, result, evaluate_fn)
         for server_round in range(1, num_rounds + 1):
