@@ -66,7 +66,7 @@ def config_to_record(config: Any) -> ConfigRecord:
     return record
 
 
-def record_to_config(record: ConfigRecord) -> dict[str, Any]:
+def record_to_config(record: ConfigRecord, who: str = ADAPTER_KEY) -> dict[str, Any]:
     """Return the adapter config that `config_to_record` wrote.
 
     Raises
@@ -79,37 +79,37 @@ def record_to_config(record: ConfigRecord) -> dict[str, Any]:
         patterns = {field: json.loads(str(record[field])) for field in _PATTERNS}
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{ADAPTER_KEY!r}: expected {', '.join(_NUMBERS + _PATTERNS)} as fedfrom.client writes them, "
+            f"{who}: expected {', '.join(_NUMBERS + _PATTERNS)} as fedfrom.client writes them, "
             f"found {sorted(record)} ({type(error).__name__}: {error})"
         ) from error
     if config["use_rslora"] not in (False, True):
-        raise ValueError(f"{ADAPTER_KEY!r}, 'use_rslora': expected true or false, found {config['use_rslora']!r}")
+        raise ValueError(f"{who}, 'use_rslora': expected true or false, found {config['use_rslora']!r}")
     if not all(isinstance(pattern, dict) for pattern in patterns.values()):
-        raise ValueError(f"{ADAPTER_KEY!r}: expected patterns as JSON objects, found {patterns}")
+        raise ValueError(f"{who}: expected patterns as JSON objects, found {patterns}")
     for pattern in {**patterns["rank_pattern"], **patterns["alpha_pattern"]}:
         try:
             re.compile(rf"(.*\.)?({pattern})$")  # as PEFT reads it
         except (re.error, RecursionError, OverflowError) as error:
             found = f"found {pattern!r} ({type(error).__name__}: {error})"
-            raise ValueError(
-                f"{ADAPTER_KEY!r}, rank_pattern and alpha_pattern: expected regular expressions, {found}"
-            ) from error
+            raise ValueError(f"{who}, rank_pattern and alpha_pattern: expected regular expressions, {found}") from error
     return {
-        "r": _positive("r", config["r"], int),
-        "lora_alpha": _positive("lora_alpha", config["lora_alpha"], float),
+        "r": _positive(who, "r", config["r"], int),
+        "lora_alpha": _positive(who, "lora_alpha", config["lora_alpha"], float),
         "use_rslora": bool(config["use_rslora"]),
-        "rank_pattern": {k: _positive(f"rank_pattern[{k!r}]", v, int) for k, v in patterns["rank_pattern"].items()},
+        "rank_pattern": {
+            k: _positive(who, f"rank_pattern[{k!r}]", v, int) for k, v in patterns["rank_pattern"].items()
+        },
         "alpha_pattern": {
-            k: _positive(f"alpha_pattern[{k!r}]", v, float) for k, v in patterns["alpha_pattern"].items()
+            k: _positive(who, f"alpha_pattern[{k!r}]", v, float) for k, v in patterns["alpha_pattern"].items()
         },
     }
 
 
-def _positive(field: str, value: Any, kind: type[int] | type[float]) -> int | float:
+def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -> int | float:
     """Return a number > 0 that a float can hold, whole where `kind` is int; or raise ValueError."""
     if not isinstance(value, int if kind is int else int | float) or not 0 < value <= sys.float_info.max:
         whole = "whole " if kind is int else ""
-        raise ValueError(f"{ADAPTER_KEY!r}, {field}: expected a {whole}number > 0, found {value!r}")
+        raise ValueError(f"{who}, {field}: expected a {whole}number > 0, found {value!r}")
     return kind(value)
 
 

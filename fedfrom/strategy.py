@@ -33,6 +33,7 @@ from fedfrom.replies import (
     config_to_record,
     metric_record,
     read_reply,
+    record_to_config,
     to_record,
     to_state,
 )
@@ -120,7 +121,11 @@ class FedMerge(FedAvg):
         self.server_lr = server_lr
         self.seed = seed
         self.dora, self.same_base = dora, same_base
-        self.lora_config = None if lora_config is None else L.check_config(lora_config, "lora_config", dora, same_base)
+        self.lora_config: dict[str, Any] | None = None
+        if lora_config is not None:
+            checked = L.check_config(lora_config, "lora_config", dora, same_base)
+            # what the clients are told and no more: a LoraConfig holds sets, which no report could be written with
+            self.lora_config = record_to_config(config_to_record(checked), "lora_config")
         self.reports: dict[int, RoundReport] = {}
         self._sent: dict[str, Tensor] | None = None
 
