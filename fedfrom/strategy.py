@@ -128,6 +128,7 @@ class FedMerge(FedAvg):
             self.lora_config = record_to_config(config_to_record(checked), "lora_config")
         self.reports: dict[int, RoundReport] = {}
         self._sent: dict[str, Tensor] | None = None
+        self._layers: dict[str, L.Layer] = {}
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
@@ -142,9 +143,24 @@ class FedMerge(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
-        self._sent = to_state(arrays)
+        self._sent = to_state(arrays, "global arrays")
+        self._layers = self._find_layers(self._sent)
         share, least = self.fraction_train, self.min_train_nodes
         return self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
+
+    def _find_layers(self, state: dict[str, Tensor]) -> dict[str, L.Layer]:
+        """Return the layers of the global state; ValueError where no reply to it could be merged."""
+        pair_factors = not isinstance(self.method, FactorAverage)
+        layers = L.find_layers(state, "global arrays", pair_factors)
+        for name, layer in layers.items():
+            L.check_dora(layer, "global arrays", self.dora)
+            if layer.is_adapter:
+                rank = L.read_adapter(layer, state, 1.0, "global arrays").rank
+                if self.lora_config and rank != (expected := L.rank_and_scaling(self.lora_config, name)[0]):
+                    raise ValueError(
+                        f"global arrays, {name!r}: expected rank {expected} as lora_config says, found {rank}"
+                    )
+        return layers
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -219,14 +235,13 @@ class FedMerge(FedAvg):
         """Return the replies that can be merged, in an order free of chance, and by node why the others can't."""
         assert self._sent is not None
         pair_factors = not isinstance(self.method, FactorAverage)
-        layers = L.find_layers(self._sent, "global arrays", pair_factors)
         valid, rejected = [], {}
         for message in messages:
             try:
                 reply = read_reply(
                     message,
                     self._sent,
-                    layers,
+                    self._layers,
                     self.arrayrecord_key,
                     self.weighted_by_key,
                     ranks_may_differ=self.lora_config is not None and pair_factors,
@@ -255,7 +270,7 @@ class FedMerge(FedAvg):
         received: list[dict[str, Tensor] | None] = [None] * len(replies)
         if self.lora_config is not None and not isinstance(self.method, FactorAverage):
             configs = [self.lora_config if reply.config is None else reply.config for reply in replies]
-            layers = {n: layer for n, layer in L.find_layers(self._sent, "global arrays").items() if layer.is_adapter}
+            layers = {name: layer for name, layer in self._layers.items() if layer.is_adapter}
             cuts: dict[tuple, dict[str, Tensor]] = {}
             for i, reply in enumerate(replies):
                 ranks = {name: max(L.adapter_rank(layer, reply.state)) for name, layer in layers.items()}
