@@ -251,11 +251,12 @@ class FedMerge(FedAvg):
                 rejected[message.metadata.src_node_id] = str(error)
         if self.lora_config is None or not pair_factors:
             # nobody said what the global adapter's scaling is: all clients must have one
-            scalings = Counter(json.dumps(reply.config, sort_keys=True) for reply in valid)
-            common = max(sorted(scalings), key=scalings.__getitem__, default="")
-            for reply in [r for r in valid if json.dumps(r.config, sort_keys=True) != common]:
+            said = {r.node_id: json.dumps(r.config, sort_keys=True) for r in valid if r.config is not None}
+            counts = Counter(said.values())
+            common = max(sorted(counts), key=counts.__getitem__, default="")
+            for reply in [r for r in valid if said.get(r.node_id, common) != common]:
                 rejected[reply.node_id] = (
-                    f"adapter config: expected {common} as most clients have, found {json.dumps(reply.config)}; "
+                    f"adapter config: expected {common} as most clients have, found {said[reply.node_id]}; "
                     f"give {type(self).__name__} the global adapter's lora_config"
                 )
                 valid.remove(reply)
