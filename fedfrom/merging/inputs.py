@@ -157,7 +157,9 @@ def check_inputs(
     for part in unique.values():
         assert base is not None
         if missing := sorted((shared & base.layers.keys()) - part.layers.keys()):
-            raise ValueError(f"{part.who}: expected the layers of reference, found {len(missing)} missing {missing[:3]}")
+            raise ValueError(
+                f"{part.who}: expected the layers of reference, found {len(missing)} missing {missing[:3]}"
+            )
         _check_parts(part, base)
     cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
     return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])

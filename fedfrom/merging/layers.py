@@ -114,7 +114,8 @@ def find_layers(state: State, who: str, pair_factors: bool = True) -> dict[str, 
         adapters.update(tokens)
     for layer in layers.values():
         pair = {"embedding_A", "embedding_B"} if layer.is_embedding else {"A", "B"}
-        if layer.is_adapter and not pair <= layer.keys.keys():
+        others = {"A", "B", "embedding_A", "embedding_B"} - pair
+        if layer.is_adapter and not (pair <= layer.keys.keys() and others.isdisjoint(layer.keys)):
             found = sorted(layer.keys.values())
             raise ValueError(f"{who}, {layer.name!r}: expected both lora_A and lora_B, found {found}")
     if len(adapters) > 1:
@@ -245,7 +246,9 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{who}: expected regular expressions in {field}, found {pattern!r}: {error}") from None
+                raise ValueError(
+                    f"{who}: expected regular expressions in {field}, found {pattern!r}: {error}"
+                ) from None
     for field, number in numbers.items():
         if not isinstance(number, int | float) or not 0 < number < float("inf"):
             raise ValueError(f"{who}: expected a number {field} > 0 in its adapter config, found {number!r}")

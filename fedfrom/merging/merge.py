@@ -192,14 +192,17 @@ def _adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[Low
         else:
             assert source is not None
             for part, key in cut.layers[name].keys.items():
-                L.check_same(cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part))
+                L.check_same(
+                    cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part)
+                )
             received.append(read.setdefault(id(cut), cut.adapter(name)))
     for sent, product, ref in zip(inputs.sent, products, received, strict=True):
         rank = products[0].rank if ref is None else ref.rank
         if sent.config is None and product.rank != rank:
+            why = "as the others" if ref is None else "as it was sent"
             raise ValueError(
-                f"{sent.who}, {name!r}: expected rank {rank} as {'the others' if ref is None else 'it was sent'}, found "
-                f"{product.rank}: unequal ranks have unequal scalings; give each client's adapter config (configs=)"
+                f"{sent.who}, {name!r}: expected rank {rank} {why}, found {product.rank}: unequal ranks have unequal "
+                "scalings; give each client's adapter config (configs=)"
             )
     deltas = [p if r is None else p - r for p, r in zip(products, received, strict=True)]
     return W, products, deltas
