@@ -34,9 +34,8 @@ def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> No
     """Draw the score by round of every strategy, and the weights by client of the first that reports any."""
     weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, 2 if weighted else 1, figsize=(11.5 if weighted else 6, 4.8), dpi=150, layout="constrained", squeeze=False
-        )
+        columns, width = (2, 11.5) if weighted else (1, 6)
+        figure, axes = plt.subplots(1, columns, figsize=(width, 4.8), dpi=150, layout="constrained", squeeze=False)
         _draw_scores(axes[0, 0], experiment, histories)
         if weighted:
             draw = _draw_weight_lines if experiment.options.clients <= MANY_CLIENTS else _draw_weight_map

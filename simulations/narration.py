@@ -95,6 +95,7 @@ class Narrator:
 
     def round(self, entry: "Round", rounds: int, metric: str) -> None:
         """Say how good the global model is after a round."""
+        metric = metric if " of " not in metric else "mean score"
         weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
         self.console.print(
             f"  round {entry.number}/{rounds}  [bold]{metric} {entry.scores['score']:.3f}[/]  "

@@ -17,21 +17,19 @@ CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
 class _Chatter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not any(phrase in text for phrase in CHATTER)
+        return record.levelno >= logging.WARNING and not any(phrase in text for phrase in CHATTER)
 
 
 @contextlib.contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
     """Let Flower's logger through from warnings on only, and without those that every run has."""
+    # A filter, not a level: Flower sets its logger's level whenever it is imported first.
     logger, chatter = logging.getLogger("flwr"), _Chatter()
-    level = logger.level
     if not verbose:
-        logger.setLevel(logging.WARNING)
         logger.addFilter(chatter)
     try:
         yield
     finally:
-        logger.setLevel(level)
         logger.removeFilter(chatter)
 
 
