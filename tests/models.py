@@ -127,14 +127,14 @@ def faulty(faults: Mapping[int, Fault], message_type: str = "train") -> Callable
 
 
 def crossed(grid: InProcessGrid, direction: str, message_type: str = "train") -> list[dict[int, RecordDict]]:
-    """Return what a recording grid saw, a dict from partition to content for each round."""
+    """Return what a recording grid saw, a dict from partition to content for each round; errors left out."""
     rounds: dict[int, dict[int, RecordDict]] = {}
     current = 0
     for traffic in grid.traffic:
         assert traffic.message is not None, "expected a grid with record=True"
         if traffic.direction == "down":
             current = int(traffic.message.content["config"]["server-round"])
-        if (traffic.direction, traffic.message_type) == (direction, message_type):
+        if (traffic.direction, traffic.message_type) == (direction, message_type) and traffic.message.has_content():
             rounds.setdefault(current, {})[traffic.partition] = traffic.message.content
     return [rounds[number] for number in sorted(rounds)]
 

@@ -1,0 +1,612 @@
+"""Whole rounds of FedMerge and FedFroM: what they merge, send, log and report."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, Result
+
+from fedfrom import Average, FedFroM, FedMerge, FroM
+from tests.inprocess import InProcessGrid
+from tests.models import (
+    Arrays,
+    adapted,
+    adapter,
+    arrays_of,
+    crossed,
+    factors,
+    far_apart,
+    faulty,
+    mixed_state,
+    noisy,
+    oracle,
+    products,
+    record_of,
+    same_bits,
+)
+
+Q = "base_model.model.q"
+
+
+@pytest.fixture(autouse=True)
+def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        yield caplog
+
+
+def logged(log: pytest.LogCaptureFixture, *words: str) -> list[logging.LogRecord]:
+    return [record for record in log.records if all(word in record.getMessage() for word in words)]
+
+
+def run(client: Any = noisy, nodes: int = 3, rounds: int = 2, state: Arrays | None = None, **options: Any) -> Result:
+    state = mixed_state() if state is None else state
+    return FedFroM(**options).start(InProcessGrid(client, nodes), record_of(state), num_rounds=rounds)
+
+
+def raising(content: RecordDict) -> None:
+    raise RuntimeError("out of memory")
+
+
+def emptied(content: RecordDict) -> None:
+    content["arrays"] = ArrayRecord()
+
+
+# --- The merge itself, against the dense oracle ----------------------------------------------------------------------
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"k": 1.0, "examples_power": 0.0},
+    {"k": 0.0, "examples_power": 1.0},
+    {"k": 8.0},
+    {"server_lr": 0.5},
+    {"server_lr": 1.5},
+    {"scope": "model"},
+    {"scope": "model", "k": 2.0, "server_lr": 0.5},
+    {"rank": 2},
+    {"rank": 1, "scope": "model"},
+    {"rank": 100},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_every_round_is_the_oracles(options: dict[str, Any]) -> None:
+    grid = InProcessGrid(noisy, 3, record=True)
+    strategy = FedFroM(**options)
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=3)
+    down, up = crossed(grid, "down"), crossed(grid, "up")
+    after = [*(arrays_of(content[0]["arrays"]) for content in down[1:]), arrays_of(result.arrays)]
+    settings = {"k": 0.5, "examples_power": 0.5, **options}
+    settings["p"] = settings.pop("examples_power")
+    for server_round in range(3):
+        sent = arrays_of(down[server_round][0]["arrays"])
+        replies = [arrays_of(up[server_round][i]["arrays"]) for i in range(3)]
+        expected = oracle(sent, replies, [10, 20, 30], **settings)
+        assert far_apart(products(after[server_round]), expected) < 1e-5
+        # not vacuous: FedAvg's answer is elsewhere
+        mean = oracle(sent, replies, [10, 20, 30], k=0, p=1)
+        if settings != {"k": 0.0, "p": 1.0}:
+            assert far_apart(mean, expected) > 1e-3
+
+
+def test_in_float64_the_oracle_is_met_to_rounding() -> None:
+    grid = InProcessGrid(noisy, 4, record=True)
+    result = FedFroM(k=1.5).start(grid, record_of(mixed_state(dtype=np.float64)), num_rounds=1)
+    sent = arrays_of(crossed(grid, "down")[0][0]["arrays"])
+    replies = [arrays_of(crossed(grid, "up")[0][i]["arrays"]) for i in range(4)]
+    expected = oracle(sent, replies, [10, 20, 30, 40], k=1.5, p=0.5)
+    assert far_apart(products(arrays_of(result.arrays)), expected) < 1e-12
+
+
+def test_algorithm_1_reaches_the_same_rounds() -> None:
+    """Its tolerance is on the objective (1e-8 of sum w ||theta||^2): the matrix is closer than the root of that."""
+    grid = InProcessGrid(noisy, 3, record=True)
+    strategy = FedFroM(solver="alternating", k=1.0)
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=2)
+    sent = arrays_of(crossed(grid, "down")[1][0]["arrays"])
+    replies = [arrays_of(crossed(grid, "up")[1][i]["arrays"]) for i in range(3)]
+    expected = oracle(sent, replies, [10, 20, 30], k=1.0, p=0.5)
+    assert far_apart(products(arrays_of(result.arrays)), expected) < 1e-3
+    (layer,) = [layer for layer in strategy.reports[2].merge.layers if layer.kind == "adapter"]
+    assert layer.iterations > 1 and layer.excess < 1e-4
+
+
+def test_clients_that_train_nothing_change_nothing() -> None:
+    """Alone, and beside one that trains: its update counts by its weight, theirs are zero."""
+
+    def client(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 0 and message.content["config"]["server-round"] == 3:
+            return noisy(message, context)
+        metrics = MetricRecord({"num-examples": 5})
+        return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
+
+    grid = InProcessGrid(client, 3, record=True)
+    result = FedFroM(k=1.0).start(grid, record_of(mixed_state()), num_rounds=3)
+    initial = products(mixed_state())
+    for content in crossed(grid, "down"):
+        assert far_apart(products(arrays_of(content[0]["arrays"])), initial) < 1e-6
+    # at k = 1 a zero update has no weight
+    trained = products(arrays_of(crossed(grid, "up")[2][0]["arrays"]))
+    merged = products(arrays_of(result.arrays))
+    np.testing.assert_allclose(merged[f"{Q}"], trained[f"{Q}"], atol=1e-5)
+
+
+def test_a_single_client_is_followed_wherever_it_goes() -> None:
+    grid = InProcessGrid(noisy, 1, record=True)
+    strategy = FedFroM(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+    sent = products(arrays_of(crossed(grid, "up")[0][0]["arrays"]))
+    found = products(arrays_of(result.arrays))
+    count = "base_model.model.norm.num_batches_tracked"
+    assert found.pop(count) == 7  # integers stay
+    sent.pop(count)
+    assert far_apart(found, sent) < 1e-6
+
+
+# --- What is sent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_gauge_of_what_is_sent(rank: int | None) -> None:
+    """A's rows are orthonormal, B's columns orthogonal and descending, zero columns at the end where rank caps."""
+    grid = InProcessGrid(noisy, 3, record=True)
+    FedFroM(rank=rank).start(grid, record_of(mixed_state(dtype=np.float64)), num_rounds=3)
+    for content in crossed(grid, "down")[1:]:
+        B, A = factors(arrays_of(content[0]["arrays"]), Q)
+        assert A.shape == (4, 12) and B.shape == (10, 4)
+        np.testing.assert_allclose(A @ A.T, np.eye(4), atol=1e-12)
+        sizes = np.linalg.norm(B, axis=0)
+        assert (np.diff(sizes) <= 1e-12).all()
+        np.testing.assert_allclose(B.T @ B, np.diag(sizes**2), atol=1e-10)
+        kept = rank or 4
+        assert (sizes[:kept] > 0).all() and (sizes[kept:] == 0).all()
+        largest = A[np.arange(kept), np.abs(A[:kept]).argmax(axis=1)]
+        assert (largest > 0).all()
+
+
+def test_every_node_gets_the_same_arrays_and_the_round() -> None:
+    grid = InProcessGrid(noisy, 3, record=True)
+    settings = ConfigRecord({"lr": 0.1}), ConfigRecord({"batches": 2})
+    strategy = FedFroM()
+    strategy.start(grid, record_of(mixed_state()), 2, train_config=settings[0], evaluate_config=settings[1])
+    for message_type, own in (("train", {"lr": 0.1}), ("evaluate", {"batches": 2})):
+        for server_round, contents in enumerate(crossed(grid, "down", message_type), start=1):
+            assert set(contents) == {0, 1, 2}
+            for content in contents.values():
+                assert set(content) == {"arrays", "config"}
+                assert dict(content["config"]) == {**own, "server-round": server_round}
+                assert same_bits(content["arrays"], contents[0]["arrays"])
+    # what is evaluated is what the next round starts from
+    assert same_bits(crossed(grid, "down", "evaluate")[0][0]["arrays"], crossed(grid, "down", "train")[1][0]["arrays"])
+
+
+def test_inputs_are_unchanged() -> None:
+    initial = record_of(mixed_state())
+    before = {key: array.data for key, array in initial.items()}
+    FedFroM().start(InProcessGrid(noisy, 3), initial, num_rounds=2)
+    assert {key: array.data for key, array in initial.items()} == before
+
+
+# --- Order and seeds -------------------------------------------------------------------------------------------------
+
+
+def stable(metrics: dict[int, MetricRecord]) -> dict[int, dict[str, Any]]:
+    """All metrics but the clock's."""
+    return {r: {k: v for k, v in record.items() if k != "merge-seconds"} for r, record in metrics.items()}
+
+
+def copycat(message: Message, context: Context) -> Message:
+    """As `noisy`, but two pairs of partitions tie: in their examples and metrics, or in all they send."""
+    partition = int(context.node_config["partition-id"])
+    twin = {3: 1, 4: 0}.get(partition, partition)
+    context.node_config["partition-id"] = twin
+    reply = noisy(message, context)
+    context.node_config["partition-id"] = partition
+    if partition == 3 and message.metadata.message_type == "train":  # another update, of the same norm
+        sent = arrays_of(message.content["arrays"])
+        found = arrays_of(reply.content["arrays"])
+        head = "base_model.model.head.weight"
+        found[head] = sent[head] - (found[head] - sent[head])
+        reply.content["arrays"] = record_of(found)
+    return reply
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "model"}, {"solver": "alternating"}, {"k": math.inf}], ids=str)
+def test_order_and_nodes_change_no_bit(options: dict[str, Any]) -> None:
+    ends = []
+    for grid in (
+        InProcessGrid(copycat, 5),
+        InProcessGrid(copycat, 5, reply_order=1),
+        InProcessGrid(copycat, 5, reply_order=2, seed=99),
+        InProcessGrid(copycat, 5, reply_order=3, seed=7, partitions=[4, 2, 0, 3, 1]),
+    ):
+        ends.append(FedFroM(**options).start(grid, record_of(mixed_state()), num_rounds=3))
+    for end in ends[1:]:
+        assert same_bits(end.arrays, ends[0].arrays)
+        assert stable(end.train_metrics_clientapp) == stable(ends[0].train_metrics_clientapp)
+        assert end.evaluate_metrics_clientapp == ends[0].evaluate_metrics_clientapp
+
+
+def sampled(seed: int, grid_seed: int = 0, **options: Any) -> tuple[list[set[int]], Result]:
+    grid = InProcessGrid(noisy, 8, record=True, seed=grid_seed)
+    strategy = FedFroM(fraction_train=0.5, fraction_evaluate=0.25, seed=seed, **options)
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=6)
+    assert [len(c) for c in crossed(grid, "down")] == [4] * 6
+    assert [len(c) for c in crossed(grid, "down", "evaluate")] == [2] * 6
+    return [set(content) for content in crossed(grid, "down")], result
+
+
+def test_sampling_follows_the_seed_and_the_order_of_registration() -> None:
+    chosen, result = sampled(seed=1)
+    again, same = sampled(seed=1, grid_seed=55)  # other node ids, listed in another order
+    assert chosen == again and same_bits(result.arrays, same.arrays)
+    assert len({frozenset(nodes) for nodes in chosen}) > 1
+    assert set().union(*chosen) == set(range(8))
+    other, _ = sampled(seed=2)
+    assert other != chosen
+
+
+def test_a_round_samples_as_it_would_without_the_rounds_before() -> None:
+    """A run that resumes at round 3 must draw what the uninterrupted one drew."""
+    chosen, _ = sampled(seed=1)
+    grid = InProcessGrid(noisy, 8)
+    messages = FedFroM(fraction_train=0.5, seed=1).configure_train(3, record_of(mixed_state()), ConfigRecord(), grid)
+    assert isinstance(messages, list)  # HttpGrid iterates twice
+    assert {grid.partition_of[m.metadata.dst_node_id] for m in messages} == chosen[2]
+
+
+def test_sampling_leaves_no_node_twice_and_obeys_the_minimum() -> None:
+    grid = InProcessGrid(noisy, 5)
+    messages = FedFroM(fraction_train=0.01, min_train_nodes=3).configure_train(
+        1, record_of(mixed_state()), ConfigRecord(), grid
+    )
+    assert len({m.metadata.dst_node_id for m in messages}) == 3
+
+
+def test_waits_until_enough_nodes_are_there(flower_log: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = InProcessGrid(noisy, 4)
+    every, calls = grid.get_nodes, []
+
+    def joining() -> list:
+        calls.append(1)
+        return list(every())[: len(calls)]
+
+    monkeypatch.setattr(grid, "get_nodes", joining)
+    monkeypatch.setattr("fedfrom.strategy.time.sleep", lambda seconds: None)
+    messages = FedFroM(min_available_nodes=4).configure_train(1, record_of(mixed_state()), ConfigRecord(), grid)
+    assert len(calls) == 4 and len(messages) == 4
+    assert len(logged(flower_log, "Waiting", "3 connected", "4")) == 1
+
+
+# --- Failures --------------------------------------------------------------------------------------------------------
+
+
+def test_two_errors_and_one_valid_reply_complete_the_round() -> None:
+    strategy = FedFroM()
+    grid = InProcessGrid(faulty({0: raising, 2: raising}), 3, record=True)
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=2)
+    assert len(grid.errors) == 4
+    report = strategy.reports[2]
+    assert [grid.partition_of[node] for node in report.nodes] == [1]
+    assert {grid.partition_of[node] for node in report.failed} == {0, 2}
+    assert all("out of memory" in reason for reason in report.failed.values())
+    sent = arrays_of(crossed(grid, "down")[1][0]["arrays"])
+    reply = crossed(grid, "up")[1][1]
+    assert (
+        far_apart(products(arrays_of(result.arrays)), oracle(sent, [arrays_of(reply["arrays"])], [20], k=0.5, p=0.5))
+        < 1e-5
+    )
+    metrics = result.train_metrics_clientapp[2]
+    assert (metrics["replies-valid"], metrics["replies-failed"], metrics["replies-rejected"]) == (1, 2, 0)
+
+
+def test_an_error_a_rejection_and_one_valid_reply_complete_the_round() -> None:
+    result = run(faulty({0: raising, 2: emptied}), rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["replies-valid"], metrics["replies-failed"], metrics["replies-rejected"]) == (1, 1, 1)
+    assert not same_bits(result.arrays, record_of(mixed_state()))
+
+
+def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixture) -> None:
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2:
+            return faulty({0: raising, 1: emptied, 2: emptied})(message, context)
+        return noisy(message, context)
+
+    grid = InProcessGrid(client, 3, record=True)
+    strategy = FedFroM()
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=3)
+    down = crossed(grid, "down")
+    assert same_bits(down[1][0]["arrays"], down[2][0]["arrays"])
+    assert not same_bits(down[0][0]["arrays"], down[1][0]["arrays"])
+    assert not same_bits(down[2][0]["arrays"], result.arrays)
+    assert set(result.train_metrics_clientapp) == {1, 3}
+    assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
+    report = strategy.reports[2]
+    assert report.merge is None and report.nodes == [] and len(report.rejected) == 2 and len(report.failed) == 1
+    assert logged(flower_log, "no valid reply", "round 2", "stay")
+    assert not logged(flower_log, "no valid reply", "round 1")
+
+
+@pytest.mark.parametrize("fault", [raising, emptied])
+def test_with_all_rounds_skipped_the_result_is_the_initial_arrays(fault: Any) -> None:
+    """Flower's own loop leaves Result.arrays empty here."""
+    initial = record_of(mixed_state())
+    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), fault)), 3), initial, num_rounds=2)
+    assert same_bits(result.arrays, initial)
+    assert result.train_metrics_clientapp == {} and set(result.evaluate_metrics_clientapp) == {1, 2}
+
+
+def test_a_silent_node_costs_its_own_reply_alone() -> None:
+    strategy = FedFroM()
+    grid = InProcessGrid(noisy, 3, silent=[1])
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=2, timeout=5)
+    assert {grid.partition_of[node] for node in strategy.reports[2].nodes} == {0, 2}
+    assert result.train_metrics_clientapp[2]["replies-valid"] == 2
+    silent = InProcessGrid(noisy, 3, silent=range(3))
+    assert same_bits(FedFroM().start(silent, record_of(mixed_state()), num_rounds=1).arrays, record_of(mixed_state()))
+
+
+def test_the_timeout_reaches_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, seen = InProcessGrid(noisy, 2), []
+    inner = grid.send_and_receive
+
+    def spy(messages: Any, *, timeout: float | None = None) -> Any:
+        seen.append(timeout)
+        return inner(messages, timeout=timeout)
+
+    monkeypatch.setattr(grid, "send_and_receive", spy)
+    FedFroM().start(grid, record_of(mixed_state()), num_rounds=1, timeout=12.5)
+    FedFroM().start(grid, record_of(mixed_state()), num_rounds=1)
+    assert seen == [12.5, 12.5, 3600, 3600]
+
+
+# --- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
+    initial = record_of(mixed_state())
+    fedavg = FedAvg().start(InProcessGrid(noisy, 3), initial, num_rounds=2)
+    fedfrom = FedFroM().start(InProcessGrid(noisy, 3), initial, num_rounds=2)
+    for server_round in (1, 2):
+        metrics = dict(fedfrom.train_metrics_clientapp[server_round])
+        for key, value in fedavg.train_metrics_clientapp[server_round].items():
+            assert metrics.pop(key) == pytest.approx(value, rel=1e-12)
+        assert set(metrics) == {
+            *("replies-valid", "replies-rejected", "replies-failed", "merge-seconds"),
+            *("weight-min", "weight-max", "clients-effective", "lambda-max", "rank-max", "energy-dropped-max"),
+        }
+        assert 0 < metrics["weight-min"] < 1 / 3 < metrics["weight-max"] < 1 < metrics["clients-effective"] <= 3
+        assert 1 / 3 < metrics["lambda-max"] <= 1 and 0 < metrics["energy-dropped-max"] < 1
+        assert metrics["rank-max"] == 4 and metrics["merge-seconds"] > 0
+    assert {r: dict(m) for r, m in fedfrom.evaluate_metrics_clientapp.items()} == {
+        r: pytest.approx(dict(m), rel=1e-12) for r, m in fedavg.evaluate_metrics_clientapp.items()
+    }
+
+
+def test_lists_are_averaged_and_other_keys_left_out(flower_log: pytest.LogCaptureFixture) -> None:
+    def more(content: RecordDict) -> None:
+        content["metrics"]["classes"] = [1.0, 2.0]
+
+    def three(content: RecordDict) -> None:
+        more(content)
+        content["metrics"]["mine"] = 4.0
+
+    def longer(content: RecordDict) -> None:
+        content["metrics"]["classes"] = [1.0, 2.0, 3.0]
+
+    metrics = run(faulty({0: more, 1: three, 2: more}), rounds=1).train_metrics_clientapp[1]
+    assert metrics["classes"] == pytest.approx([1.0, 2.0]) and "mine" not in metrics and "loss" in metrics
+    assert logged(flower_log, "'mine'")
+    metrics = run(faulty({0: more, 1: longer, 2: more}), rounds=1).train_metrics_clientapp[1]
+    assert "classes" not in metrics and metrics["replies-valid"] == 3
+
+
+def test_evaluate_replies_are_screened_too(flower_log: pytest.LogCaptureFixture) -> None:
+    def other(content: RecordDict) -> None:
+        content["metrics"] = MetricRecord({"num-examples": 10, "accuracy": 0.5})
+
+    def none(content: RecordDict) -> None:
+        content["metrics"]["num-examples"] = 0
+
+    def nothing(content: RecordDict) -> None:
+        content.clear()
+
+    grid = InProcessGrid(faulty({0: other, 1: raising, 2: none, 3: nothing}, "evaluate"), 6)
+    strategy = FedFroM()
+    result = strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+    assert result.evaluate_metrics_clientapp == {1: {}}  # nothing that all the valid ones have
+    assert logged(flower_log, "aggregate_evaluate", "num-examples", "found 0")
+    assert logged(flower_log, "aggregate_evaluate", "one MetricRecord")
+    grid = InProcessGrid(faulty({1: raising, 2: none}, "evaluate"), 4)
+    found = FedFroM().start(grid, record_of(mixed_state()), num_rounds=1).evaluate_metrics_clientapp[1]
+    assert found == {"loss": pytest.approx((10 / 3 + 40 / 6) / 50)}
+    grid = InProcessGrid(faulty(dict.fromkeys(range(4), raising), "evaluate"), 4)
+    assert FedFroM().start(grid, record_of(mixed_state()), num_rounds=1).evaluate_metrics_clientapp == {}
+
+
+def test_a_users_own_aggregation_of_metrics() -> None:
+    def largest(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        assert weighted_by_key == "num-examples"
+        return MetricRecord({"loss": max(content["metrics"]["loss"] for content in contents)})
+
+    result = run(rounds=1, train_metrics_aggr_fn=largest, evaluate_metrics_aggr_fn=largest)
+    assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(1 / 3)
+    assert result.train_metrics_clientapp[1]["replies-valid"] == 3
+    assert result.evaluate_metrics_clientapp[1] == {"loss": pytest.approx(1 / 3)}
+
+
+def test_a_users_own_aggregation_may_give_none() -> None:
+    """FedAvg's loop takes None for no metrics; the strategy's own are there all the same."""
+    result = run(rounds=1, train_metrics_aggr_fn=lambda contents, key: None)
+    assert result.train_metrics_clientapp[1]["replies-valid"] == 3
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_evaluates_before_the_first_round_and_after_each() -> None:
+    seen: list[tuple[int, ArrayRecord]] = []
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        seen.append((server_round, arrays))
+        return None if server_round == 1 else MetricRecord({"accuracy": server_round / 10})
+
+    initial, grid = record_of(mixed_state()), InProcessGrid(noisy, 3, record=True)
+    result = FedFroM().start(grid, initial, num_rounds=2, evaluate_fn=evaluate)
+    assert [server_round for server_round, _ in seen] == [0, 1, 2]
+    assert same_bits(seen[0][1], initial)
+    assert same_bits(seen[1][1], crossed(grid, "down")[1][0]["arrays"])
+    assert same_bits(seen[2][1], result.arrays)
+    assert result.evaluate_metrics_serverapp == {0: {"accuracy": 0.0}, 2: {"accuracy": 0.2}}
+
+
+def test_no_rounds_and_no_evaluation_and_no_training() -> None:
+    initial = record_of(mixed_state())
+    grid = InProcessGrid(noisy, 3)
+    result = FedFroM().start(grid, initial, num_rounds=0)
+    assert same_bits(result.arrays, initial) and not grid.traffic
+    result = FedFroM(fraction_evaluate=0.0).start(grid, initial, num_rounds=1)
+    assert result.evaluate_metrics_clientapp == {} and {t.message_type for t in grid.traffic} == {"train"}
+    grid.traffic.clear()
+    result = FedFroM(fraction_train=0.0).start(grid, initial, num_rounds=1)
+    assert same_bits(result.arrays, initial) and {t.message_type for t in grid.traffic} == {"evaluate"}
+    assert set(result.evaluate_metrics_clientapp) == {1}
+
+
+def test_a_strategy_can_start_again() -> None:
+    strategy, initial = FedFroM(), record_of(mixed_state())
+    first = strategy.start(InProcessGrid(noisy, 3), initial, num_rounds=3)
+    assert set(strategy.reports) == {1, 2, 3}
+    second = strategy.start(InProcessGrid(noisy, 3), initial, num_rounds=2)
+    assert set(strategy.reports) == {1, 2}  # none left of the first run's
+    assert same_bits(FedFroM().start(InProcessGrid(noisy, 3), initial, num_rounds=2).arrays, second.arrays)
+    assert not same_bits(first.arrays, second.arrays)
+
+
+def test_it_works_in_flowers_own_loop() -> None:
+    """Strategies that wrap others bring the base class's start."""
+    from flwr.serverapp.strategy import Strategy
+
+    initial = record_of(mixed_state())
+    ends = [start(FedFroM(), InProcessGrid(noisy, 3), initial, 2) for start in (Strategy.start, FedFroM.start)]
+    assert same_bits(ends[0].arrays, ends[1].arrays)
+    assert stable(ends[0].train_metrics_clientapp) == stable(ends[1].train_metrics_clientapp)
+
+
+def test_replies_to_nothing_sent_are_a_misuse() -> None:
+    with pytest.raises(RuntimeError, match="configure_train"):
+        FedFroM().aggregate_train(1, [])
+
+
+# --- Settings and reports --------------------------------------------------------------------------------------------
+
+
+def test_summary_logs_the_settings(flower_log: pytest.LogCaptureFixture) -> None:
+    FedFroM(k=0.75, rank=3, server_lr=0.25, seed=11, fraction_train=0.125).summary()
+    text = "\n".join(record.getMessage() for record in flower_log.records)
+    for word in ("FroM", "k=0.75", "rank=3", "server_lr: 0.25", "seed: 11", "lora_config: False", "0.12"):
+        assert word in text
+
+
+def test_defaults_are_the_designs() -> None:
+    assert FedFroM().method == FroM(k=0.5, examples_power=0.5)
+    assert FedMerge().method == FroM(k=1.0, examples_power=0.0)
+    assert FedMerge("average", examples_power=1).method == Average(examples_power=1)
+    method = FroM(k=3, rank=2)
+    assert FedMerge(method).method is method
+    assert FedFroM(seed=5).method.seed == 5
+
+
+def test_reports_can_be_written_as_json() -> None:
+    from peft import LoraConfig
+
+    state = adapter(adapted())
+
+    def client(message: Message, context: Context) -> Message:
+        return noisy(message, context)
+
+    for lora_config in (None, LoraConfig(r=4, lora_alpha=8, target_modules=["query"])):
+        strategy = FedFroM(lora_config=lora_config)
+        strategy.start(InProcessGrid(faulty({1: emptied, 2: raising}), 4), state, num_rounds=2)
+        report = json.loads(json.dumps(strategy.reports[2].to_dict()))
+        assert len(report["nodes"]) == 2 and len(report["rejected"]) == 1 and len(report["failed"]) == 1
+        assert report["merge"]["clients"] == [f"node {node}" for node in report["nodes"]]
+        layers = {layer["name"]: layer for layer in report["merge"]["layers"]}
+        assert sum(layers["base_model.model.query"]["weights"]) == pytest.approx(1)
+        assert report["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"k": -1}, ["k", "-1"]),
+        ({"k": math.nan}, ["k", "nan"]),
+        ({"examples_power": -0.5}, ["examples_power", "-0.5"]),
+        ({"examples_power": math.inf}, ["examples_power", "inf"]),
+        ({"rank": 0}, ["rank", "0"]),
+        ({"rank": -2}, ["rank", "-2"]),
+        ({"rank": 1.5}, ["rank", "1.5"]),
+        ({"rank": True}, ["rank", "True"]),
+        ({"solver": "qr"}, ["solver", "'qr'"]),
+        ({"scope": "client"}, ["scope", "'client'"]),
+        ({"iterations": 0}, ["iterations", "0"]),
+        ({"tolerance": -1e-3}, ["tolerance", "-0.001"]),
+        ({"server_lr": math.nan}, ["server_lr", "nan"]),
+        ({"server_lr": math.inf}, ["server_lr", "inf"]),
+        ({"fraction_trian": 0.5}, ["fraction_trian"]),
+        ({"density": 0.2}, ["density"]),
+        ({"lora_config": {"r": 0, "lora_alpha": 8}}, ["lora_config", "r", "0"]),
+        ({"lora_config": {"r": 8}}, ["lora_config", "lora_alpha"]),
+        ({"lora_config": {"r": 8, "lora_alpha": 8, "use_dora": True}}, ["lora_config", "DoRA"]),
+        ({"lora_config": {"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}}, ["lora_config", "pissa"]),
+        ({"lora_config": {"peft_type": "LOHA"}}, ["lora_config", "LOHA"]),
+        ({"lora_config": {"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 0}}}, ["lora_config", "rank_pattern", "0"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(options: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        FedFroM(**options)
+    for word in named:
+        assert word in str(error.value)
+
+
+def test_a_wrong_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"expected one of from, average.*'form'"):
+        FedMerge("form")
+    with pytest.raises(ValueError, match="k"):
+        FedMerge("average", k=1.0)
+    with pytest.raises(ValueError, match=r"\['k'\].*FroM"):
+        FedMerge(FroM(), k=1.0)
+
+
+def test_initial_arrays_that_cannot_be_merged_end_the_run_by_name() -> None:
+    """Half an adapter is the server app's mistake, not a client's: nothing is trained for nothing."""
+    state = mixed_state()
+    del state[f"{Q}.lora_B.weight"]
+    grid = InProcessGrid(noisy, 3)
+    with pytest.raises(ValueError, match=r"base_model\.model\.q.*lora_B"):
+        FedFroM().start(grid, record_of(state), num_rounds=1)
+    assert not grid.traffic
+
+
+def test_updates_that_swing_are_warned_of(flower_log: pytest.LogCaptureFixture) -> None:
+    def opposed(message: Message, context: Context) -> Message:
+        reply = noisy(message, context)
+        if message.metadata.message_type == "train":
+            sign = 1 if context.node_config["partition-id"] else -1
+            sent = arrays_of(message.content["arrays"])
+            moved = {key: value + np.asarray(sign * 0.1, value.dtype) for key, value in sent.items()}
+            reply.content["arrays"] = record_of(moved)
+        return reply
+
+    run(opposed, nodes=2, rounds=1, state={"w": np.ones((3, 4))}, k=1.0)
+    assert logged(flower_log, "lambda_max", "2.00", "lower k")
+    flower_log.clear()
+    run(opposed, nodes=2, rounds=1, state={"w": np.ones((3, 4))}, k=0.5)
+    assert not logged(flower_log, "lambda_max", "lower k")
