@@ -38,24 +38,34 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
     Raises
     ------
     ValueError
-        The arrays do not fit the model.
+        The arrays do not fit the model, which is then as it was.
     """
     state = to_state(model_record(message.content, arrayrecord_key), "global arrays")
     if not hasattr(model, "peft_config"):
+        _check_fits(state, model.state_dict(), ranks_may_differ=False)
         model.load_state_dict(state)
         return
     from peft import set_peft_model_state_dict
 
     own, config = adapter_state(model, adapter_name), model.peft_config[adapter_name].to_dict()
-    if own.keys() != state.keys():
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        raise ValueError(
-            f"global arrays: expected the keys of this model's adapter, found {len(missing)} missing {missing[:3]} and "
-            f"{len(extra)} more {extra[:3]}"
-        )
+    _check_fits(state, own, ranks_may_differ=True)
     sent = message.content.config_records.get(ADAPTER_KEY)
     fitted = _fit(state, own, config, None if sent is None else record_to_config(sent))
     set_peft_model_state_dict(model, fitted, adapter_name)
+
+
+def _check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks_may_differ: bool) -> None:
+    """Raise ValueError where the global arrays have other keys or shapes than this model's; dtypes may differ."""
+    if own.keys() != state.keys():
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise ValueError(
+            f"global arrays: expected the keys of this model, found {len(missing)} missing {missing[:3]} and "
+            f"{len(extra)} more {extra[:3]}"
+        )
+    for layer in L.find_layers(state, "global arrays", pair_factors=ranks_may_differ).values():
+        for part, key in layer.keys.items():
+            free = L.RANK_DIMENSION.get(part) if ranks_may_differ else None
+            L.check_same(state[key], own[key].to(state[key].dtype), "global arrays", key, free)
 
 
 def _fit(
