@@ -23,6 +23,7 @@ ADAPTER_KEY = "fedfrom.adapter"
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
 
+_OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -216,7 +217,12 @@ def read_reply(
     free = ranks_may_differ and config is not None
     for layer in layers.values():
         for part, key in layer.keys.items():
-            L.check_same(state[key], sent[key], "reply", key, L.RANK_DIMENSION.get(part) if free else None)
+            try:
+                L.check_same(state[key], sent[key], "reply", key, L.RANK_DIMENSION.get(part) if free else None)
+            except ValueError as error:
+                if part in L.RANK_DIMENSION and not free:
+                    raise ValueError(f"{error} ({_OTHER_RANKS})") from None
+                raise
             _check_size(state[key], key)
         if free and layer.is_adapter:
             assert config is not None
