@@ -1,0 +1,74 @@
+"""d = 4096, r = 16, 3 clients: no d x d matrix is formed, in less than 64 MiB."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedfrom import merge
+from tests.merging.samples import A_KEY, B_KEY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("solver", ["svd", "alternating"])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_no_matrix_of_the_layers_size_is_formed(solver, with_reference):
+    d, r, n = 512, 4, 3
+    g = torch.Generator().manual_seed(0)
+    *states, reference = [
+        {A_KEY: torch.randn(r, d, generator=g), B_KEY: torch.randn(d, r, generator=g)} for _ in range(n + 1)
+    ]
+    with LargestResult() as largest:
+        merge(states, reference if with_reference else None, solver=solver)
+    assert largest.numel <= d * (n + 1) * r  # the stack of all factors
+
+
+# In a process of its own: the peak of its resident memory only ever rises.
+MEASURE = """
+import resource, sys
+import torch
+from fedfrom import merge
+torch.set_num_threads(1)
+
+def states(d, seed):
+    g = torch.Generator().manual_seed(seed)
+    return [{"l.lora_A.weight": torch.randn(16, d, generator=g), "l.lora_B.weight": torch.randn(d, 16, generator=g)}
+            for _ in range(4)]
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+*small, reference = states(128, 0)
+merge(small, reference, solver=sys.argv[1])  # loads LAPACK and all else that is loaded once
+*clients, reference = states(4096, 1)
+before = peak()
+merged, report = merge(clients, reference, solver=sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.parametrize("solver", ["svd", "alternating"])
+def test_extra_memory(solver):
+    command = [sys.executable, "-c", MEASURE, solver]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    kib = int(found)
+    assert 0 < kib < 64 * 1024, f"{kib / 1024:.1f} MiB"
