@@ -217,10 +217,12 @@ def read_reply(
     free = ranks_may_differ and config is not None
     for layer in layers.values():
         for part, key in layer.keys.items():
+            dimension = L.RANK_DIMENSION.get(part)
             try:
-                L.check_same(state[key], sent[key], "reply", key, L.RANK_DIMENSION.get(part) if free else None)
+                L.check_same(state[key], sent[key], "reply", key, dimension if free else None)
             except ValueError as error:
-                if part in L.RANK_DIMENSION and not free:
+                rank = None if dimension is None or free else slice(dimension, dimension + 1)
+                if rank is not None and state[key].shape[rank] != sent[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
             _check_size(state[key], key)
