@@ -116,6 +116,7 @@ SPOILED = {
     "a shape that broadcasts": (put(HEAD, np.zeros((1, 10), np.float32)), [HEAD, "(3, 10)", "(1, 10)"]),
     "a number for a matrix": (put(HEAD, np.float32(1)), [HEAD, "(3, 10)", "()"]),
     "a rank": (edit(A, lambda a: a[:2]), [A, "(4, 12)", "(2, 12)"]),
+    "a rank, as text says what to do": (edit(B, lambda b: b[:, :2]), [B, "lora_config", "fedfrom.client"]),
     "d_in": (edit(A, lambda a: a[:, :6]), [A, "(4, 12)", "(4, 6)"]),
     "float64 for float32": (edit(HEAD, lambda a: a.astype(np.float64)), [HEAD, "float32", "float64"]),
     "float16 for float32": (edit(B, lambda a: a.astype(np.float16)), [B, "float32", "float16"]),
