@@ -69,6 +69,8 @@ def _about(partition_id: int, **numbers: float) -> ConfigRecord:
 
 def _worker_of(message: Message, context: Context) -> tuple["Worker", int]:
     options = Options.from_record(message.content.config_records["config"])
+    if not {"partition-id", "num-partitions"} <= set(context.node_config):
+        raise RuntimeError('the node has no share of the data: give --node-config "partition-id=0 num-partitions=4"')
     found = int(context.node_config["num-partitions"])
     if found != options.clients:
         raise RuntimeError(f"the simulation has {found} nodes, the options ask for {options.clients} clients")

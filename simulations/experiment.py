@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
@@ -93,16 +92,12 @@ class Experiment:
         With several tasks, each task's metrics carry its name, and "score" and "loss" are means over tasks.
         """
         models.load_trained_state(self.model, state)
-        threads = torch.get_num_threads()
-        # The clients wait meanwhile: all cores are free, whatever torch was limited to.
-        torch.set_num_threads(max(threads, training.cores()))
-        try:
-            each = [
-                training.evaluate(self.model, tokens, task.name)
-                for tokens, task in zip(self.held_out, self.tasks, strict=True)
-            ]
-        finally:
-            torch.set_num_threads(threads)
+        # The clients wait meanwhile: all cores are free. One worker feeds a GPU best.
+        workers = training.cores() if training.device().type == "cpu" else 1
+        each = [
+            training.evaluate(self.model, tokens, task.name, workers)
+            for tokens, task in zip(self.held_out, self.tasks, strict=True)
+        ]
         if len(each) == 1:
             return each[0]
         named = {

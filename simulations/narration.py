@@ -93,13 +93,15 @@ class Narrator:
         """Say that a client has failed."""
         self.console.print(f"  round {number}  [red]a client failed:[/] {reason.strip().splitlines()[-1]}", markup=True)
 
-    def round(self, entry: "Round", rounds: int, metric: str) -> None:
+    def round(self, entry: "Round", rounds: int, metric: str, left: float = 0.0) -> None:
         """Say how good the global model is after a round."""
         metric = metric if " of " not in metric else "mean score"
+        remaining = f"  about {left / 60:.0f} min left" if left > 90 else f"  about {left:.0f} s left" if left else ""
         weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
+        weighed = f"  weights {weights}" if weights else ""
         self.console.print(
             f"  round {entry.number}/{rounds}  [bold]{metric} {entry.scores['score']:.3f}[/]  "
-            f"loss {entry.scores['loss']:.3f}  {entry.seconds:.1f} s" + (f"  weights {weights}" if weights else "")
+            f"loss {entry.scores['loss']:.3f}  {entry.seconds:.1f} s{weighed}{remaining}"
         )
 
     def table(self, experiment: "Experiment", histories: Sequence["History"]) -> None:

@@ -86,6 +86,42 @@ def save_model(experiment: Any, history: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
 
 
+def load_model(folder: str | Path, strategy: str) -> Any:
+    """Return the final model of a strategy from a results folder, on the base model of its run.
+
+    Parameters
+    ----------
+    folder : str | Path
+        A results folder.
+    strategy : str
+        The strategy's label, as in `--strategies`.
+
+    Raises
+    ------
+    BadInput
+        The folder has no results, or not of this strategy, or its base model is gone.
+    """
+    from safetensors.torch import load_file
+
+    from simulations import models
+    from simulations.options import Options
+
+    try:
+        found = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        weights = Path(folder) / found["strategies"][strategy]["folder"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: no results of strategy {strategy} ({type(error).__name__}: {error})") from None
+    options = Options.from_mapping(found["options"])
+    names = found["tasks"][0]["labels"]
+    base = models.base_model(options, models.Head(len(names) or 1, not names))
+    if options.full:
+        base.load_state_dict(load_file(weights / "model.safetensors"))
+        return base
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(weights))
+
+
 def summary(experiment: Any, histories: Sequence[Any]) -> dict[str, Any]:
     """Return all that is known of a run as plain JSON types."""
     options = experiment.options

@@ -17,6 +17,7 @@ environment.prepare()
 
 ABOUT = "simulation"  # the client's record of who trained; see client_app
 NODES_TIMEOUT = 120.0
+SETTLED_SECONDS = 10.0
 
 app = ServerApp()
 
@@ -31,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
     from simulations.results import Folder
 
     if options.partition != "tasks":
-        options = dataclasses.replace(options, clients=_number_of_nodes(grid))
+        options = dataclasses.replace(options, clients=_number_of_nodes(grid, options.clients))
     narrator = Narrator()
     with Folder(options.out) as folder:
         experiment = Experiment.prepare(options)
@@ -63,7 +64,8 @@ def compare(grid: Grid, experiment: Any, narrator: Any) -> list[History]:
         Every client failed in a round.
     """
     start_clients(grid, experiment.options, narrator)
-    return [run_strategy(grid, spec, experiment, narrator) for spec in experiment.options.strategies]
+    specs = experiment.options.strategies
+    return [run_strategy(grid, spec, experiment, narrator, len(specs) - n) for n, spec in enumerate(specs, 1)]
 
 
 def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
@@ -87,13 +89,13 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
     narrator.say(f"Clients ready after {time.perf_counter() - start:.0f} s")
 
 
-def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any) -> History:
-    """Run one strategy over all rounds and return its history."""
+def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to_come: int = 0) -> History:
+    """Run one strategy over all rounds and return its history; how many come after it tells the time left."""
     from simulations import strategies
 
     options = experiment.options
     narrator.strategy(spec)
-    recorder = Recorder(spec, experiment, narrator)
+    recorder = Recorder(spec, experiment, narrator, still_to_come)
     strategy = strategies.build(spec, options, experiment.lora_config)
     strategy.aggregate_train = recorder.timed(strategy.aggregate_train)  # type: ignore[method-assign]
     counting = CountingGrid(grid, recorder.on_reply)
@@ -115,21 +117,26 @@ def _config(options: Options, spec: str) -> ConfigRecord:
     return config
 
 
-def _number_of_nodes(grid: Grid) -> int:
-    deadline = time.monotonic() + NODES_TIMEOUT
-    while time.monotonic() < deadline:
-        found = len(list(grid.get_node_ids()))
-        if found >= 2:
+def _number_of_nodes(grid: Grid, wanted: int) -> int:
+    """Return how many nodes there are, once there are as many as wanted or no more have come for a while."""
+    start = since = time.monotonic()
+    found = 0
+    while True:
+        now, before, found = time.monotonic(), found, len(list(grid.get_node_ids()))
+        since = now if found != before else since
+        if found >= wanted or (found >= 2 and now - since > SETTLED_SECONDS):
             return found
+        if now - start > NODES_TIMEOUT:
+            raise RuntimeError(f"fewer than two nodes within {NODES_TIMEOUT:.0f} seconds")
         time.sleep(0.5)
-    raise RuntimeError(f"fewer than two nodes within {NODES_TIMEOUT:.0f} seconds")
 
 
 class Recorder:
     """Watches one strategy: times its merges, hears every reply, evaluates after each round."""
 
-    def __init__(self, spec: str, experiment: Any, narrator: Any) -> None:
+    def __init__(self, spec: str, experiment: Any, narrator: Any, still_to_come: int) -> None:
         self.history = History(spec)
+        self.still_to_come = still_to_come
         self.experiment = experiment
         self.narrator = narrator
         self._client_of_node: dict[int, int] = {}
@@ -189,10 +196,15 @@ class Recorder:
             report = self._report(server_round)
             entry.weights = client_weights(report, self._client_of_node)
         self.history.rounds.append(entry)
-        self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric)
+        self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric, self._seconds_left())
         self._counting.down = self._counting.up = 0
         self._new_round()
         return MetricRecord(scores)
+
+    def _seconds_left(self) -> float:
+        done, rounds = self.history.rounds[1:], self.experiment.options.rounds
+        left = rounds - len(done) + rounds * self.still_to_come
+        return left * sum(entry.seconds for entry in done) / len(done) if done else 0.0
 
     def _report(self, server_round: int) -> dict[str, Any]:
         report = getattr(self._strategy, "reports", {}).get(server_round)

@@ -2,19 +2,22 @@
 
 import io
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from rich.console import Console
 
-from simulations import client_app, models, results, server_app, traffic
+from simulations import client_app, models, results, server_app, traffic, training
 from simulations.errors import BadInput
 from simulations.experiment import Experiment
 from simulations.history import History, Round, client_weights
 from simulations.narration import Narrator
 from simulations.options import Options
+from tests.conftest import ROOT
 from tests.inprocess import InProcessGrid
 
 
@@ -99,16 +102,35 @@ def test_peft_loads_the_final_adapter(tiny: dict) -> None:
     state = models.trained_state(loaded)
     assert state.keys() == ran.histories[0].state.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in ran.histories[0].state.items())
-    ran.experiment.model.load_state_dict(ran.experiment.model.state_dict())
-    assert ran.experiment.evaluate(state)["score"] == ran.histories[0].final
 
 
-def test_full_models_are_written_as_safetensors(tiny: dict) -> None:
-    from safetensors.torch import load_file
+@pytest.mark.parametrize(
+    "more", [{}, {"full": True, "lr": 1e-3}, {"rslora": True, "ranks": "2,4", "strategies": "from"}]
+)
+def test_a_loaded_model_scores_what_the_results_say(tiny: dict, more: dict) -> None:
+    ran = Ran({**tiny, "strategies": "from,fedavg", **more})
+    for history in ran.histories:
+        loaded = results.load_model(ran.folder, history.label)
+        scores = training.evaluate(loaded, ran.experiment.held_out[0], "sst2")
+        assert scores == pytest.approx(history.rounds[-1].scores, rel=1e-6)
+    with pytest.raises(BadInput, match="no results of strategy nothing"):
+        results.load_model(ran.folder, "nothing")
 
-    ran = Ran({**tiny, "strategies": "from,fedavg", "full": True})
-    state = load_file(ran.folder / "from" / "model.safetensors")
-    assert all(torch.equal(state[name], tensor) for name, tensor in ran.histories[0].state.items())
+
+def test_flwr_run_takes_its_options_from_the_run_configuration(tiny: dict) -> None:
+    config = {name.replace("_", "-"): value for name, value in tiny.items() if name != "clients"}
+    client_app._worker.cache_clear()
+    grid = InProcessGrid(client_app.app, 4)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    server_app.app(grid, context)
+    written = json.loads((Path(tiny["out"]) / "results.json").read_text())
+    assert written["options"]["clients"] == 4
+    assert set(written["strategies"]) == {"from", "fedavg"}
+
+
+def test_the_run_configuration_in_pyproject_has_the_defaults() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"].get("config", {})
+    assert Options.from_mapping(config) == Options()
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -150,8 +172,6 @@ def test_training_beats_the_majority(tiny: dict) -> None:
 
 
 def test_one_failing_client_is_said_and_the_rest_goes_on(tiny: dict, monkeypatch) -> None:
-    from simulations import training
-
     real = training.train
 
     def fails_once(model, tokens, options, seed):
@@ -167,8 +187,6 @@ def test_one_failing_client_is_said_and_the_rest_goes_on(tiny: dict, monkeypatch
 
 
 def test_nothing_is_left_behind_when_every_client_fails(tiny: dict, monkeypatch) -> None:
-    from simulations import training
-
     def fails(*arguments):
         raise ArithmeticError("no")
 

@@ -79,6 +79,12 @@ def test_seeds_of_rounds_and_clients_differ() -> None:
     assert max(seeds.values()) == 1
 
 
+def test_no_bit_of_an_evaluation_depends_on_the_number_of_workers(tiny: dict) -> None:
+    model, tokens, _, _ = prepared(tiny)
+    found = [training.evaluate(model, tokens, "sst2", workers) for workers in (1, 2, 5)]
+    assert found[0] == found[1] == found[2]
+
+
 def test_evaluation_batches_hold_every_example_once(tiny: dict) -> None:
     _, tokens, _, _ = prepared(tiny, task="rte")
     assert sorted(row for batch in tokens.by_length() for row in batch) == list(range(len(tokens)))
