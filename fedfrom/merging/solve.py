@@ -54,9 +54,9 @@ class Solver:
         each layer; None for the rank of the reference, or of the largest client where there is none.
     solver : str (default: "svd")
         "svd", the global optimum, or "alternating", the paper's Algorithm 1.
-    iterations : int (default: 300)
-        Algorithm 1 stops after so many iterations.
-    tolerance : float (default: 1e-8)
+    iterations : int (default: 10000)
+        Algorithm 1 stops after so many iterations. They run in the stack's small core; hundreds are usual.
+    tolerance : float (default: 1e-9)
         Algorithm 1 stops when an iteration lowers the objective by less than this share of sum_i w_i ||theta_i||^2.
     seed : int (default: 0)
         Of Algorithm 1's random A_0.
@@ -64,8 +64,8 @@ class Solver:
 
     rank: int | float | None = None
     solver: str = "svd"
-    iterations: int = 300
-    tolerance: float = 1e-8
+    iterations: int = 10_000
+    tolerance: float = 1e-9
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -128,6 +128,14 @@ def test_alternating_is_close_to_the_optimum_on_hard_spectra(decay, seed):
         )
 
 
+@pytest.mark.parametrize(("seed", "shape", "n", "r", "out"), [(6, (40, 30), 3, 16, 12), (85, (96, 90), 1, 8, 5)])
+def test_alternating_leaves_a_flat_global_model(seed, shape, n, r, out):
+    """A W of equal singular values, small updates and a rank below W's: the slowest of all, thousands of iterations."""
+    for moved in (0.05, 0.01):
+        case = adapter_case(seed, *shape, n, r, start="trained", spectrum="flat", moved=moved, out=out)
+        assert_optimal(case, 1.0, 1e-4, None, solver="alternating")
+
+
 @given(adapter_cases(dtype=torch.float64, moved=0.1), POWER)
 def test_alternating_is_close_to_the_optimum(case, k):
     assert_optimal(case, k, 1e-4, None, solver="alternating")
