@@ -177,6 +177,8 @@ def test_a_client_of_the_largest_rank_keeps_its_own_directions() -> None:
     model, state = adapted(r=8, lora_alpha=16, seed=3), arrays_of(adapter(adapted(r=4, lora_alpha=8, seed=1)))
     B, A = f"{QUERY}.lora_B.weight", f"{QUERY}.lora_A.weight"
     state[B] = np.random.default_rng(0).normal(size=state[B].shape).astype(np.float32)
+    with torch.no_grad():  # trained before, as a client that keeps its model between rounds
+        model.get_submodule(QUERY).lora_B["default"].weight.normal_()
     own = arrays_of(adapter(model))
     client.load(model, message(state, {"r": 4, "lora_alpha": 8}))
     loaded = arrays_of(adapter(model))

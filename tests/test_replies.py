@@ -330,8 +330,8 @@ def test_nothing_but_a_rejection_or_a_sound_merge(lora_config: Any, faults: list
     try:
         for fault in faults:
             fault(bad.content)
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
-        assume(False)  # Flower refuses such a record, or two mutations exclude each other
+    except Exception:  # Flower refuses such a record, or one mutation needs what another spoiled
+        assume(False)
     arrays, metrics = strategy.aggregate_train(1, [good, bad])
 
     merged = arrays_of(arrays)
