@@ -294,8 +294,9 @@ class FedMerge(FedAvg):
         )
 
     def _warn_of_swapping(self, report: MergeReport) -> None:
-        bound = max((self.server_lr * (1 + self.method.k * layer.lambda_max) for layer in report.layers), default=0.0)
-        if bound >= 2:
+        weighed = [layer for layer in report.layers if layer.lambda_max > 0]  # infinity * 0 is NaN
+        bound = max((self.server_lr * (1 + self.method.k * layer.lambda_max) for layer in weighed), default=0.0)
+        if bound >= 2 and len(report.clients) > 1:
             log.warning(
                 "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients that train to "
                 "their own optimum can make rounds swing for ever; lower k or server_lr",
