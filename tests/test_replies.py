@@ -295,7 +295,7 @@ extreme = st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1e10, 1e19, 1e30, 3.4e38, -3
 mutations = st.one_of(
     st.builds(put, keys, mutated_arrays()),
     st.builds(lambda key, value: edit(key, with_entry(value)), st.sampled_from([A, B, HEAD]), extreme),
-    st.builds(lambda key, value: edit(key, lambda a: a * 0 + value), st.sampled_from([A, B, HEAD]), extreme),
+    st.builds(lambda key, value: edit(key, lambda a: np.full_like(a, value)), st.sampled_from([A, B, HEAD]), extreme),
     st.builds(lambda key, n: edit(key, lambda a: a[:n]), st.sampled_from([A, HEAD]), st.integers(0, 4)),
     st.builds(
         lambda n: together(edit(A, lambda a: np.resize(a, (n, 12))), edit(B, lambda a: np.resize(a, (10, n)))),
