@@ -427,7 +427,7 @@ class FedFroM(FedMerge):
     scope : str (default: "layer")
         "layer", the paper's, or "model": one weight a client from the norm of its whole update.
     iterations, tolerance
-        Algorithm 1's: see `fedfrom.merging.solve.Solver`.
+        Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
     server_lr, lora_config, seed, dora, same_base
         See `FedMerge`.
     **fedavg
@@ -442,8 +442,6 @@ class FedFroM(FedMerge):
         rank: int | float | None = None,
         solver: str = "svd",
         scope: str = "layer",
-        iterations: int = 300,
-        tolerance: float = 1e-8,
         **others: Any,
     ) -> None:
         super().__init__(
@@ -453,8 +451,6 @@ class FedFroM(FedMerge):
             rank=rank,
             solver=solver,
             scope=scope,
-            iterations=iterations,
-            tolerance=tolerance,
             **others,
         )
 
