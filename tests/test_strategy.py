@@ -103,7 +103,7 @@ def test_in_float64_the_oracle_is_met_to_rounding() -> None:
 
 
 def test_algorithm_1_reaches_the_same_rounds() -> None:
-    """Its tolerance is on the objective (1e-8 of sum w ||theta||^2): the matrix is closer than the root of that."""
+    """Its tolerance is on the objective, so the matrix is only as close as the root of that: 1e-3 is loose for it."""
     grid = InProcessGrid(noisy, 3, record=True)
     strategy = FedFroM(solver="alternating", k=1.0)
     result = strategy.start(grid, record_of(mixed_state()), num_rounds=2)
