@@ -62,7 +62,7 @@ class Options:
     dora: bool = option(False, "Weight-decomposed LoRA.")
     ranks: tuple[int, ...] = option((), "A rank for each client, repeated as needed; the server holds the largest.")
 
-    rounds: int = option(5, "Federated rounds.")
+    rounds: int = option(4, "Federated rounds.")
     steps: int = option(16, "Optimiser steps of a client in a round, 0: --epochs passes over its data.")
     epochs: int = option(1, "Passes over the client's data in a round where --steps is 0.")
     batch_size: int = option(16, "Examples in a training step.")

@@ -57,6 +57,8 @@ class Folder:
         figures.draw_partition(experiment, self._staging / "partition.png")
         for history in histories:
             save_model(experiment, history, self._staging / folder_name(history.label))
+        for path in self._staging.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors leaves them to their owner alone
         previous = self._staging.with_name(self._staging.name + "-previous")
         if self.path.exists():
             self.path.rename(previous)
