@@ -14,7 +14,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging import layers as L
-from fedfrom.replies import ADAPTER_KEY, config_to_record, model_record, record_to_config, to_record, to_state
+from fedfrom.records import ADAPTER_KEY, config_to_record, model_record, record_to_config, to_record, to_state
 
 
 def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapter_name: str = "default") -> None:
@@ -124,8 +124,10 @@ def reply(
     """
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
     if hasattr(model, "peft_config"):
-        content[arrayrecord_key] = to_record(adapter_state(model, adapter_name))
-        content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name])
+        state = adapter_state(model, adapter_name)
+        modules = [name for name, layer in L.find_layers(state, "this model").items() if layer.is_adapter]
+        content[arrayrecord_key] = to_record(state)
+        content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
     else:
         content[arrayrecord_key] = to_record(model.state_dict())
     return Message(content=content, reply_to=message)

@@ -1,117 +1,88 @@
-"""Flower's messages <-> states: records, adapter configs, and the checks that every reply passes."""
+"""The checks that every reply passes before any of it counts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging import layers as L
 from fedfrom.merging.layers import Layer
-
-ADAPTER_KEY = "fedfrom.adapter"
-"""Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
+from fedfrom.records import ADAPTER_KEY, metric_record, model_record, record_to_config, to_state
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
 
+_DIGESTED = 1 << 14
+"""Bytes of each array that a reply is ordered by."""
+
 _OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
-_NUMBERS = ("r", "lora_alpha", "use_rslora")
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
-    """Return a record's arrays as tensors, by key; new memory.
+@dataclass(frozen=True)
+class Sent:
+    """What the clients of a round were sent, which their replies are compared with.
 
-    Raises
-    ------
-    ValueError
-        An array can't be read; names `who` and the key.
-    """
-    state = {}
-    for key, array in record.items():
-        try:
-            state[key] = torch.from_numpy(array.numpy())
-        except Exception as error:  # malformed bytes fail in numpy in many ways
-            raise ValueError(
-                f"{who}, {key!r}: expected a readable array, found {type(error).__name__}: {error}"
-            ) from error
-    return state
-
-
-def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return tensors as Flower's record, by key; new memory. Flower carries no bfloat16 (TypeError)."""
-    return ArrayRecord({key: Array(tensor.detach().cpu().contiguous().numpy()) for key, tensor in state.items()})
-
-
-def config_to_record(config: Any) -> ConfigRecord:
-    """Return what of an adapter config the other side needs: rank, lora_alpha, use_rslora and the patterns.
-
-    Parameters
+    Attributes
     ----------
-    config : Mapping or peft.LoraConfig
-        adapter_config.json's content, or the object.
+    state : dict[str, Tensor]
+        The global state.
+    layers : dict[str, Layer]
+        Its layers.
+    lora_config : dict[str, Any] | None
+        The global adapter's config. With it clients may have ranks and scalings of their own; without it, or where
+        factors are merged one by one, all must have one.
     """
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    record = ConfigRecord({field: config.get(field) or 0 for field in _NUMBERS})
-    for field in _PATTERNS:
-        record[field] = json.dumps(config.get(field) or {})
-    return record
 
+    state: dict[str, Tensor]
+    layers: dict[str, Layer]
+    lora_config: dict[str, Any] | None
 
-def record_to_config(record: ConfigRecord, who: str = ADAPTER_KEY) -> dict[str, Any]:
-    """Return the adapter config that `config_to_record` wrote.
+    @classmethod
+    def check(cls, record: ArrayRecord, lora_config: dict[str, Any] | None, pair_factors: bool, dora: bool) -> Sent:
+        """Return the global arrays as sent, or raise ValueError where no reply to them could be merged."""
+        who = "global arrays"
+        state = to_state(record, who)
+        layers = L.find_layers(state, who, pair_factors)
+        for name, layer in layers.items():
+            L.check_dora(layer, who, dora)
+            for key in layer.keys.values():
+                if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+                    raise ValueError(f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
+            if layer.is_adapter:
+                rank = L.read_adapter(layer, state, 1.0, who).rank
+                if lora_config and rank != (expected := L.rank_and_scaling(lora_config, name)[0]):
+                    raise ValueError(f"{who}, {name!r}: expected rank {expected} as lora_config says, found {rank}")
+        return cls(state, layers, lora_config if pair_factors else None)
 
-    Raises
-    ------
-    ValueError
-        A field is missing or is not what it should be. Nothing else, whatever the record holds.
-    """
-    try:
-        config: dict[str, Any] = {field: record[field] for field in _NUMBERS}
-        patterns = {field: json.loads(str(record[field])) for field in _PATTERNS}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{who}: expected {', '.join(_NUMBERS + _PATTERNS)} as fedfrom.client writes them, "
-            f"found {sorted(record)} ({type(error).__name__}: {error})"
-        ) from error
-    if config["use_rslora"] not in (False, True):
-        raise ValueError(f"{who}, 'use_rslora': expected true or false, found {config['use_rslora']!r}")
-    if not all(isinstance(pattern, dict) for pattern in patterns.values()):
-        raise ValueError(f"{who}: expected patterns as JSON objects, found {patterns}")
-    for pattern in {**patterns["rank_pattern"], **patterns["alpha_pattern"]}:
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT reads it
-        except (re.error, RecursionError, OverflowError) as error:
-            found = f"found {pattern!r} ({type(error).__name__}: {error})"
-            raise ValueError(f"{who}, rank_pattern and alpha_pattern: expected regular expressions, {found}") from error
-    return {
-        "r": _positive(who, "r", config["r"], int),
-        "lora_alpha": _positive(who, "lora_alpha", config["lora_alpha"], float),
-        "use_rslora": bool(config["use_rslora"]),
-        "rank_pattern": {
-            k: _positive(who, f"rank_pattern[{k!r}]", v, int) for k, v in patterns["rank_pattern"].items()
-        },
-        "alpha_pattern": {
-            k: _positive(who, f"alpha_pattern[{k!r}]", v, float) for k, v in patterns["alpha_pattern"].items()
-        },
-    }
+    @property
+    def adapters(self) -> dict[str, Layer]:
+        """The layers that are LoRA modules."""
+        return {name: layer for name, layer in self.layers.items() if layer.is_adapter}
 
+    def received_by(self, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor] | None]:
+        """Return what each client started from: the leading ranks where it has smaller ones, else None, the whole.
 
-def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -> int | float:
-    """Return a number > 0 that a float can hold, whole where `kind` is int; or raise ValueError."""
-    if not isinstance(value, int if kind is int else int | float) or not 0 < value <= sys.float_info.max:
-        whole = "whole " if kind is int else ""
-        raise ValueError(f"{who}, {field}: expected a {whole}number > 0, found {value!r}")
-    return kind(value)
+        Clients of the same ranks share one state, so that its factors enter a merge once.
+        """
+        own = L.ranks(self.adapters, self.state)
+        cuts: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        received: list[dict[str, Tensor] | None] = []
+        for state in states:
+            ranks = L.ranks(self.adapters, state)
+            if all(ranks[name] >= own[name] for name in own):
+                received.append(None)
+            else:
+                received.append(cuts.setdefault(tuple(ranks.values()), L.leading(self.state, self.layers, ranks)))
+        return received
 
 
 @dataclass(frozen=True)
@@ -144,42 +115,66 @@ class Reply:
         return f"node {self.node_id}"
 
 
-def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
-    """Return the ArrayRecord that holds the model: the one of that name, or the only one."""
-    records = content.array_records
-    if arrayrecord_key in records:
-        return records[arrayrecord_key]
-    if len(records) == 1:
-        return next(iter(records.values()))
-    raise ValueError(f"expected an ArrayRecord {arrayrecord_key!r}, or a single one, found {sorted(records)}")
+def screen(
+    messages: Iterable[Message], sent: Sent, arrayrecord_key: str, weighted_by: str
+) -> tuple[list[Reply], dict[int, str]]:
+    """Return the replies that can be merged, and by node why the others can't.
 
+    The order of the replies, in which metrics are summed, is free of chance: it comes from their content, since node
+    ids and the order of arrival are chance.
 
-def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
-    """Return the only MetricRecord, checked to hold the weighting key as one number.
-
-    Raises
-    ------
-    ValueError
-        There is none or more than one, or the key is missing, not a number, not finite or not above 0.
+    Parameters
+    ----------
+    messages : Iterable[Message]
+        Train replies with content.
+    sent : Sent
+        What they reply to.
+    arrayrecord_key, weighted_by : str
+        Names of the model's record and of the metric with the number of examples.
     """
-    records = content.metric_records
-    if len(records) != 1:
-        raise ValueError(f"expected one MetricRecord, found {sorted(records)}")
-    metrics = next(iter(records.values()))
-    value = metrics.get(weighted_by)
-    # compared, not converted: an int may be beyond any float
-    if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"metric {weighted_by!r}: expected a finite number > 0, found {value!r}")
-    return metrics
+    valid: list[Reply] = []
+    rejected: dict[int, str] = {}
+    for message in messages:
+        try:
+            valid.append(read_reply(message, sent, arrayrecord_key, weighted_by))
+        except ValueError as error:
+            rejected[message.metadata.src_node_id] = str(error)
+    if sent.lora_config is None:
+        valid, others = _of_one_scaling(valid)
+        rejected |= others
+    return sorted(valid, key=lambda reply: _content_key(reply, arrayrecord_key, weighted_by)), rejected
+
+
+def _content_key(reply: Reply, arrayrecord_key: str, weighted_by: str) -> tuple[bytes, str]:
+    """Return a digest of a reply's arrays (of the end of each: they may be large), then its metrics.
+
+    Arrays first: some clients' metrics hold times, which are chance too.
+    """
+    digest = hashlib.blake2b()
+    for array in model_record(reply.content, arrayrecord_key).values():
+        digest.update(array.data[-_DIGESTED:])
+    return digest.digest(), repr(sorted(metric_record(reply.content, weighted_by).items()))
+
+
+def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, str]]:
+    """Part off the replies whose config is another than most say: without lora_config one scaling is assumed."""
+    said = {r.node_id: json.dumps(r.config, sort_keys=True) for r in replies if r.config is not None}
+    counts = Counter(said.values())
+    common = max(sorted(counts), key=counts.__getitem__, default="")
+    others = {
+        node_id: f"adapter config: expected {common} as most clients have, found {config}; give the strategy the "
+        "global adapter's lora_config"
+        for node_id, config in said.items()
+        if config != common
+    }
+    return [reply for reply in replies if reply.node_id not in others], others
 
 
 def read_reply(
     message: Message,
-    sent: Mapping[str, Tensor],
-    layers: Mapping[str, Layer],
+    sent: Sent,
     arrayrecord_key: str,
     weighted_by: str,
-    ranks_may_differ: bool,
 ) -> Reply:
     """Return a train reply as a state, or raise ValueError with the reason to reject it.
 
@@ -187,14 +182,10 @@ def read_reply(
     ----------
     message : Message
         A reply with content.
-    sent : Mapping[str, Tensor]
-        The global state.
-    layers : Mapping[str, Layer]
-        Its layers.
+    sent : Sent
+        What it replies to. With a lora_config, a client that says its own config may have other ranks.
     arrayrecord_key, weighted_by : str
         Names of the model's record and of the metric with the number of examples.
-    ranks_may_differ : bool
-        Accept other ranks from a client that says its config.
 
     Raises
     ------
@@ -204,8 +195,8 @@ def read_reply(
     content = message.content
     examples: Any = metric_record(content, weighted_by)[weighted_by]
     record = model_record(content, arrayrecord_key)
-    if record.keys() != sent.keys():
-        missing, extra = sorted(sent.keys() - record.keys()), sorted(record.keys() - sent.keys())
+    if record.keys() != sent.state.keys():
+        missing, extra = sorted(sent.state.keys() - record.keys()), sorted(record.keys() - sent.state.keys())
         raise ValueError(
             f"expected the keys that were sent, found {len(missing)} missing {missing[:3]} and {len(extra)} more "
             f"{extra[:3]}"
@@ -214,15 +205,15 @@ def read_reply(
     config = None
     if ADAPTER_KEY in content.config_records:
         config = L.check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
-    free = ranks_may_differ and config is not None
-    for layer in layers.values():
+    free = sent.lora_config is not None and config is not None
+    for layer in sent.layers.values():
         for part, key in layer.keys.items():
             dimension = L.RANK_DIMENSION.get(part)
             try:
-                L.check_same(state[key], sent[key], "reply", key, dimension if free else None)
+                L.check_same(state[key], sent.state[key], "reply", key, dimension if free else None)
             except ValueError as error:
                 rank = None if dimension is None or free else slice(dimension, dimension + 1)
-                if rank is not None and state[key].shape[rank] != sent[key].shape[rank]:
+                if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
             _check_size(state[key], key)

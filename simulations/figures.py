@@ -17,9 +17,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MANY_CLIENTS = 7  # above this, lines become a heat map
 STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.grid": True, "grid.color": "#E6E6E6",
-    "axes.axisbelow": True, "legend.frameon": False,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
 }
 
 
@@ -48,14 +55,20 @@ def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
     correlation = any(task.name in ("cola", "stsb") for task in experiment.tasks)
     for position, history in enumerate(histories):
         axes.plot(
-            [entry.number for entry in history.rounds], history.curve,
-            color=COLOURS[position % len(COLOURS)], marker=MARKERS[position % len(MARKERS)],
+            [entry.number for entry in history.rounds],
+            history.curve,
+            color=COLOURS[position % len(COLOURS)],
+            marker=MARKERS[position % len(MARKERS)],
             label=f"{display_name(history.label)}: {_value(history.final, correlation)} at the end",
-            linewidth=2, clip_on=False,
+            linewidth=2,
+            clip_on=False,
         )
     constant = "majority class" if not correlation and len(experiment.tasks) == 1 else "constant answer"
     axes.axhline(
-        experiment.baseline, color="#555555", linestyle="--", linewidth=1.2,
+        experiment.baseline,
+        color="#555555",
+        linestyle="--",
+        linewidth=1.2,
         label=f"{constant}: {_value(experiment.baseline, correlation)}",
     )
     names = ", ".join(task.name for task in experiment.tasks)
@@ -110,8 +123,14 @@ def _about(experiment: Any, share: Any) -> str:
 
 def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
     rounds, table = _weight_table(experiment, history)
-    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest",
-                        extent=(0.5, len(rounds) + 0.5, len(table) - 0.5, -0.5))
+    image = axes.imshow(
+        table,
+        aspect="auto",
+        cmap="viridis",
+        vmin=0,
+        interpolation="nearest",
+        extent=(0.5, len(rounds) + 0.5, len(table) - 0.5, -0.5),
+    )
     axes.figure.colorbar(image, ax=axes, label="weight, mean over layers", format=PercentFormatter(1.0, decimals=0))
     axes.set_title(f"Weight of each client in {display_name(history.label)}")
     axes.set_xlabel("round")

@@ -170,12 +170,19 @@ class Options:
             ("--seed: expected 0 or more", self.seed < 0),
             ("--strategies: none given", not self.strategies),
             ("--strategies: one is named twice", len(set(self.strategies)) < len(self.strategies)),
-            ("--ranks, --rslora and --dora are LoRA's: they don't go with --full", self.full and (
-                bool(self.ranks) or self.rslora or self.dora)),
-            (f"--rank {self.rank}: above the adapter's own rank {self.server_rank}",
-             not self.full and self.rank is not None and self.rank > self.server_rank),
-            ("--strategies fedavg: Flower's FedAvg can't average adapters of different ranks (--ranks); "
-             "use --strategies from,average", "fedavg" in names and len(set(self.ranks)) > 1),
+            (
+                "--ranks, --rslora and --dora are LoRA's: they don't go with --full",
+                self.full and (bool(self.ranks) or self.rslora or self.dora),
+            ),
+            (
+                f"--rank {self.rank}: above the adapter's own rank {self.server_rank}",
+                not self.full and self.rank is not None and self.rank > self.server_rank,
+            ),
+            (
+                "--strategies fedavg: Flower's FedAvg can't average adapters of different ranks (--ranks); "
+                "use --strategies from,average",
+                "fedavg" in names and len(set(self.ranks)) > 1,
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def run(options: Options) -> Path:
         histories = simulate(experiment, narrator)
         folder.publish(experiment, histories)
     narrator.table(experiment, histories)
-    narrator.say(f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
-                 f"partition.png and the final {'models' if experiment.options.full else 'adapters'}")
+    narrator.say(
+        f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
+        f"partition.png and the final {'models' if experiment.options.full else 'adapters'}"
+    )
     return folder.path
 
 

@@ -99,8 +99,12 @@ def _load(name: str, glue_folder: str, seed: int, train_examples: int, eval_exam
         if len(examples) == 0:
             raise BadInput(f"task {name}: no {part} examples in {task.source}")
     return Task(
-        name, _sample(task.train, train_examples, seed), _sample(task.held_out, eval_examples, seed),
-        task.label_names, task.source, task.natural_key,
+        name,
+        _sample(task.train, train_examples, seed),
+        _sample(task.held_out, eval_examples, seed),
+        task.label_names,
+        task.source,
+        task.natural_key,
     )
 
 

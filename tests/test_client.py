@@ -1,5 +1,6 @@
 """fedfrom.client: clients of other ranks, alphas and scalings than the server's, end to end."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from peft import PeftModel
 
 from fedfrom import FedFroM, FedMerge, client
-from fedfrom.replies import ADAPTER_KEY
+from fedfrom.merging import layers as L
+from fedfrom.records import ADAPTER_KEY
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,
@@ -188,18 +190,18 @@ def test_a_client_of_the_largest_rank_keeps_its_own_directions() -> None:
 
 def message(state: Arrays, config: dict[str, Any] | None = None, arrays: str = "arrays") -> Message:
     """Return what a strategy would send."""
-    from fedfrom.replies import config_to_record
+    from fedfrom.records import config_to_record
 
     grid = InProcessGrid(lambda message, context: message, 1)
     content = RecordDict({arrays: record_of(state), "config": ConfigRecord({"server-round": 1})})
     if config is not None:
-        content[ADAPTER_KEY] = config_to_record(config)
+        content[ADAPTER_KEY] = config_to_record(config, list(L.find_layers(state, "state")))
     return Message(content, next(iter(grid.partition_of)), "train")
 
 
 def test_loading_gives_the_servers_outputs_at_any_alpha() -> None:
     server = Federation("rsLoRA").server.eval()
-    state, config = arrays_of(adapter(server)), server.peft_config["default"]
+    state, config = arrays_of(adapter(server)), server.peft_config["default"].to_dict()
     tokens = torch.arange(20).reshape(4, 5)
     for own in ({"r": 8, "lora_alpha": 3}, {"r": 11, "lora_alpha": 30, "use_rslora": True}):
         model = adapted(seed=5, **BOTH, **own).eval()
@@ -360,16 +362,19 @@ def test_a_model_without_adapters_goes_both_ways() -> None:
 
 
 def test_the_reply_says_rank_and_alpha() -> None:
-    model = adapted(r=6, lora_alpha=9, use_rslora=True, rank_pattern={"query": 3})
+    model = adapted(**BOTH, r=6, lora_alpha=9, use_rslora=True, rank_pattern={"quer.": 3})
     reply = client.reply(model, message(arrays_of(adapter(model))), {"num-examples": 3})
     assert set(reply.content) == {"arrays", "metrics", ADAPTER_KEY}
-    assert dict(reply.content[ADAPTER_KEY]) == {
-        "r": 6,
-        "lora_alpha": 9,
-        "use_rslora": True,
-        "rank_pattern": '{"query": 3}',
-        "alpha_pattern": "{}",
+    said = dict(reply.content[ADAPTER_KEY])
+    ranks = json.loads(str(said.pop("rank_pattern")))
+    assert said == {"r": 6, "lora_alpha": 9, "use_rslora": True, "alpha_pattern": "{}"}
+    # spelled out: a full name for every module, and no expression
+    modules = {
+        name
+        for name in dict(model.base_model.model.named_modules())
+        if hasattr(model.base_model.model.get_submodule(name), "lora_A")
     }
+    assert ranks == {name: 3 if name.endswith("query") else 6 for name in modules} and len(set(ranks.values())) == 2
 
 
 def test_other_names_of_records_and_adapters() -> None:

@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 
 from fedfrom import FedFroM
 from fedfrom.merging import layers as L
-from fedfrom.replies import (
+from fedfrom.records import (
     ADAPTER_KEY,
-    comparable_metrics,
     config_to_record,
     metric_record,
     model_record,
-    read_reply,
     record_to_config,
     to_record,
     to_state,
 )
+from fedfrom.replies import Sent, comparable_metrics, read_reply
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits
 
@@ -345,7 +344,8 @@ def test_nothing_but_a_rejection_or_a_sound_merge(lora_config: Any, faults: list
 
 def read(message: Message, ranks_may_differ: bool = True, state: Any = None) -> Any:
     sent = to_state(record_of(mixed_state() if state is None else state))
-    return read_reply(message, sent, L.find_layers(sent, "sent"), "arrays", "num-examples", ranks_may_differ)
+    lora_config = {"r": 4, "lora_alpha": 4} if ranks_may_differ else None
+    return read_reply(message, Sent(sent, L.find_layers(sent, "sent"), lora_config), "arrays", "num-examples")
 
 
 def test_a_sound_reply_is_read_as_it_was_sent() -> None:
@@ -390,24 +390,32 @@ def test_flower_carries_no_bfloat16() -> None:
         to_record({"w": torch.zeros(2, dtype=torch.bfloat16)})
 
 
-@pytest.mark.parametrize("as_object", [False, True])
-def test_a_config_comes_back(as_object: bool) -> None:
-    from peft import LoraConfig
-
-    fields = {
+def test_a_config_comes_back_with_its_expressions_spelled_out() -> None:
+    config = {
         "r": 8,
         "lora_alpha": 20,
         "use_rslora": True,
-        "rank_pattern": {"q": 4, r"layers\.0\.k": 2},
+        "rank_pattern": {"q": 4, r"layers\.\d+\.k": 2},
         "alpha_pattern": {"q": 3.5},
     }
-    found = record_to_config(config_to_record(LoraConfig(**fields) if as_object else fields))
-    assert found == fields
+    modules = ["base_model.model.layers.0.k", "base_model.model.layers.0.q", "base_model.model.k", "base_model.model.q"]
+    found = record_to_config(config_to_record(config, modules))
+    assert {name: L.rank_and_scaling(found, name) for name in modules} == {
+        name: L.rank_and_scaling(config, name) for name in modules
+    }
+    assert set(found["rank_pattern"]) == {name.removeprefix("base_model.model.") for name in modules}
 
 
 def test_a_config_of_the_least_fields() -> None:
-    found = record_to_config(config_to_record({"r": 8, "lora_alpha": 16}))
+    found = record_to_config(config_to_record({"r": 8, "lora_alpha": 16}, ["q"]))
     assert L.rank_and_scaling(found, "q") == (8, 2.0)
+
+
+def test_no_expression_that_came_in_a_message_is_run() -> None:
+    record = config_to_record({"r": 8, "lora_alpha": 16}, ["q"])
+    record["rank_pattern"] = json.dumps({r"(\w+\.?)+X": 4})
+    with pytest.raises(ValueError, match="expected module names, found"):
+        record_to_config(record)
 
 
 def test_model_record_prefers_the_name() -> None:

@@ -348,7 +348,7 @@ def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixt
     assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
     report = strategy.reports[2]
     assert report.merge is None and report.nodes == [] and len(report.rejected) == 2 and len(report.failed) == 1
-    assert logged(flower_log, "no valid reply", "round 2", "stay")
+    assert logged(flower_log, "round 2 is skipped", "stay")
     assert not logged(flower_log, "no valid reply", "round 1")
 
 
@@ -397,7 +397,7 @@ def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
         for key, value in fedavg.train_metrics_clientapp[server_round].items():
             assert metrics.pop(key) == pytest.approx(value, rel=1e-12)
         assert set(metrics) == {
-            *("replies-valid", "replies-rejected", "replies-failed", "merge-seconds"),
+            *("replies-valid", "replies-rejected", "replies-failed", "replies-missing", "merge-seconds"),
             *("weight-min", "weight-max", "clients-effective", "lambda-max", "rank-max", "energy-dropped-max"),
         }
         assert 0 < metrics["weight-min"] < 1 / 3 < metrics["weight-max"] < 1 < metrics["clients-effective"] <= 3

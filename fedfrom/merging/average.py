@@ -52,6 +52,7 @@ class FactorAverage:
     """
 
     examples_power: float = 0.0
+    on_factors: ClassVar[bool] = True
     rank: ClassVar[None] = None
     k: ClassVar[float] = 0.0
     scope: ClassVar[str] = "layer"

@@ -8,7 +8,7 @@ lora_B.bias and, when asked for, DoRA's magnitudes. What is not is refused by na
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -70,13 +70,13 @@ class Layer:
         return self.name.endswith(_RUNNING)
 
 
-def find_layers(state: State, who: str, pair_factors: bool = True) -> dict[str, Layer]:
+def find_layers(state: Iterable[str], who: str, pair_factors: bool = True) -> dict[str, Layer]:
     """Return the layers of a state dict by name, in the order of their keys; no tensor is read.
 
     Parameters
     ----------
-    state : Mapping[str, Tensor]
-        A PEFT adapter's state dict (adapter name in the keys or not), a full state dict, or both mixed.
+    state : Iterable[str]
+        The keys of, or as a mapping, a PEFT adapter's state dict (adapter name in the keys or not), a full state dict, or both mixed.
     who : str
         Whose state this is, for the errors.
     pair_factors : bool (default: True)
@@ -309,17 +309,45 @@ def output_config(config: Config, ranks: Mapping[str, int]) -> dict[str, Any]:
                 f"rank, {name!r}: expected one rank for both projections of a MultiheadAttention, as PEFT has, found "
                 f"{modules[_peft_name(name)]} and {rank}: ask for a whole rank"
             )
-    # among names of one length those with fewer dots first: a dot matches any character
-    pattern = {name: modules[name] for name in sorted(modules, key=lambda name: (-len(name), name.count("."), name))}
-    differ = len(set(modules.values())) > 1
+    pattern = _full_names(modules)
     return {
         **config,
         "r": r,
         "lora_alpha": r,
         "use_rslora": False,
-        "rank_pattern": pattern if differ else {},
-        "alpha_pattern": dict(pattern) if differ else {},
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
         "init_lora_weights": True,
+    }
+
+
+def _full_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pattern dict that gives each module its value; none where all have one value."""
+    if len(set(values.values())) < 2:
+        return {}
+    # longest first; among names of one length those with fewer dots: a dot matches any character
+    return {name: values[name] for name in sorted(values, key=lambda name: (-len(name), name.count("."), name))}
+
+
+def spell_out(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """Return what of a config gives ranks and scalings, with patterns as full module names instead of expressions.
+
+    Parameters
+    ----------
+    config : Mapping
+        Checked by `check_config`.
+    names : Iterable[str]
+        The adapter's layers.
+    """
+    modules = [_peft_name(name) for name in names]
+    ranks = {module: int(_pattern(config.get("rank_pattern"), module, config["r"])) for module in modules}
+    alphas = {module: float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])) for module in modules}
+    return {
+        "r": max(ranks.values(), default=int(config["r"])),
+        "lora_alpha": max(alphas.values(), default=float(config["lora_alpha"])),
+        "use_rslora": bool(config.get("use_rslora")),
+        "rank_pattern": _full_names(ranks),
+        "alpha_pattern": _full_names(alphas),
     }
 
 
@@ -350,6 +378,11 @@ RANK_DIMENSION = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
 def adapter_rank(layer: Layer, state: State) -> set[int]:
     """Return the ranks of a LoRA module's factors: one, where they fit each other."""
     return {state[key].shape[RANK_DIMENSION[part]] for part, key in layer.keys.items() if part in RANK_DIMENSION}
+
+
+def ranks(layers: Mapping[str, Layer], state: State) -> dict[str, int]:
+    """Return the rank of each LoRA module by layer name."""
+    return {name: max(adapter_rank(layer, state)) for name, layer in layers.items()}
 
 
 def leading(state: State, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:

@@ -22,6 +22,11 @@ def methods() -> list[str]:
     return list(_METHODS)
 
 
+def method_options(name: str) -> set[str]:
+    """Return the options that the method of this name takes."""
+    return {field.name for field in fields(_METHODS[name])}
+
+
 def make_method(method: str | Method, **options: Any) -> Method:
     """Return the method of that name with those options, or the method object itself.
 
@@ -38,7 +43,7 @@ def make_method(method: str | Method, **options: Any) -> Method:
         return method
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {method!r}")
-    known = {field.name for field in fields(_METHODS[method])}
+    known = method_options(method)
     if unknown := sorted(set(options) - known):
         raise ValueError(f"method {method!r}: expected options {', '.join(sorted(known))}, found {', '.join(unknown)}")
     return _METHODS[method](**options)

@@ -23,7 +23,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
         max_position_embeddings=32,
     )
     BertModel(config).save_pretrained(folder)
@@ -62,23 +66,43 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
         binary = [label % 2 for label in labels]
         write("CoLA", f"{name}.tsv", None, [["x", b, "*", s] for s, b in zip(one, binary, strict=True)])
         write("SST-2", f"{name}.tsv", ["sentence", "label"], [[s, b] for s, b in zip(one, binary, strict=True)])
-        write("MRPC", f"{name}.tsv", ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
-              [[c % 2, i, i, a, b] for i, a, b, c, _, _ in several])
-        write("QQP", f"{name}.tsv", ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
-              [[i, i, i, a, b, c % 2] for i, a, b, c, _, _ in several])
-        write("STS-B", f"{name}.tsv",
-              ["index", "genre", "file", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"],
-              [[i, f"genre{i % 4}", "f", 2012, i, "s", "s", a, b, f"{5 * c / 2:.3f}"] for i, a, b, c, _, _ in several])
+        write(
+            "MRPC",
+            f"{name}.tsv",
+            ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+            [[c % 2, i, i, a, b] for i, a, b, c, _, _ in several],
+        )
+        write(
+            "QQP",
+            f"{name}.tsv",
+            ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+            [[i, i, i, a, b, c % 2] for i, a, b, c, _, _ in several],
+        )
+        write(
+            "STS-B",
+            f"{name}.tsv",
+            ["index", "genre", "file", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"],
+            [[i, f"genre{i % 4}", "f", 2012, i, "s", "s", a, b, f"{5 * c / 2:.3f}"] for i, a, b, c, _, _ in several],
+        )
         part = {"train": "train_subset.tsv", "dev": "dev_matched.tsv"}[name]
-        write("MNLI", part, ["index", "sentence1", "sentence2", "label"],
-              [[i, a, b, t] for i, a, b, _, _, t in several])
+        write(
+            "MNLI", part, ["index", "sentence1", "sentence2", "label"], [[i, a, b, t] for i, a, b, _, _, t in several]
+        )
         part = {"train": "train_subset.tsv", "dev": "dev.tsv"}[name]
         write("QNLI", part, ["index", "question", "sentence", "label"], [[i, a, b, e] for i, a, b, _, e, _ in several])
-        write("RTE", f"{name}.tsv", ["index", "sentence1", "sentence2", "label"],
-              [[i, a, b, e] for i, a, b, _, e, _ in several])
+        write(
+            "RTE",
+            f"{name}.tsv",
+            ["index", "sentence1", "sentence2", "label"],
+            [[i, a, b, e] for i, a, b, _, e, _ in several],
+        )
         # WNLI's 1 is entailment.
-        write("WNLI", f"{name}.tsv", ["index", "sentence1", "sentence2", "label"],
-              [[i, a, b, int(e == "entailment")] for i, a, b, _, e, _ in several])
+        write(
+            "WNLI",
+            f"{name}.tsv",
+            ["index", "sentence1", "sentence2", "label"],
+            [[i, a, b, int(e == "entailment")] for i, a, b, _, e, _ in several],
+        )
     return str(folder)
 
 
@@ -86,7 +110,16 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny(tiny_model: str, tiny_glue: str, tmp_path: Path) -> dict[str, Any]:
     """Options that make every run a matter of milliseconds."""
     return {
-        "model": tiny_model, "glue_dir": tiny_glue, "task": "sst2", "clients": 3, "rounds": 2, "steps": 3,
-        "batch_size": 8, "lora_r": 4, "lr": 0.02, "pooling": "mean", "partition": "iid",
+        "model": tiny_model,
+        "glue_dir": tiny_glue,
+        "task": "sst2",
+        "clients": 3,
+        "rounds": 2,
+        "steps": 3,
+        "batch_size": 8,
+        "lora_r": 4,
+        "lr": 0.02,
+        "pooling": "mean",
+        "partition": "iid",
         "out": str(tmp_path / "results"),
     }

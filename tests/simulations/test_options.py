@@ -8,8 +8,17 @@ from simulations.errors import BadInput
 from simulations.options import Options
 
 CHANGED = {
-    "strategies": ("from:k=1", "average"), "task": ("qnli", "rte"), "partition": "tasks", "ranks": (4, 8),
-    "k": math.inf, "full": False, "lr": 3e-4, "layers": 2, "rank": 4, "target": None, "seed": 7,
+    "strategies": ("from:k=1", "average"),
+    "task": ("qnli", "rte"),
+    "partition": "tasks",
+    "ranks": (4, 8),
+    "k": math.inf,
+    "full": False,
+    "lr": 3e-4,
+    "layers": 2,
+    "rank": 4,
+    "target": None,
+    "seed": 7,
     "lora_targets": ("query",),
 }
 

@@ -59,7 +59,10 @@ def test_strategies_start_alike_and_all_is_written(tiny: dict, names: list[str])
                 assert sum(entry.weights.values()) == pytest.approx(1)
                 assert set(entry.weights) == {0, 1, 2}
     assert {path.name for path in ran.folder.iterdir()} == {
-        "results.json", "comparison.png", "partition.png", *map(results.folder_name, names)
+        "results.json",
+        "comparison.png",
+        "partition.png",
+        *map(results.folder_name, names),
     }
     assert not [path for path in ran.folder.parent.iterdir() if path.name.startswith(".")]
     written = ran.json["strategies"]["from"]
@@ -82,9 +85,7 @@ def test_bytes_are_those_of_the_arrays(tiny: dict) -> None:
 
 
 def test_the_same_seed_gives_the_same_run_on_other_nodes(tiny: dict) -> None:
-    first, again, other = (
-        Ran({**tiny, "seed": seed}, grid_seed) for seed, grid_seed in ((0, 0), (0, 99), (1, 0))
-    )
+    first, again, other = (Ran({**tiny, "seed": seed}, grid_seed) for seed, grid_seed in ((0, 0), (0, 99), (1, 0)))
     for one, two in zip(first.histories, again.histories, strict=True):
         assert one.curve == two.curve
         assert [entry.weights for entry in one.rounds] == [entry.weights for entry in two.rounds]

@@ -1,0 +1,137 @@
+"""Flower's records <-> states, and adapter configs: what travels in a message, under which names."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+
+ADAPTER_KEY = "fedfrom.adapter"
+"""Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
+
+_NUMBERS = ("r", "lora_alpha", "use_rslora")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_MODULE = re.compile(r"[\w.-]+")
+
+
+def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
+    """Return a record's arrays as tensors, by key; new memory.
+
+    Raises
+    ------
+    ValueError
+        An array can't be read; names `who` and the key.
+    """
+    state = {}
+    for key, array in record.items():
+        try:
+            state[key] = torch.from_numpy(array.numpy())
+        except Exception as error:  # malformed bytes fail in numpy in many ways
+            raise ValueError(
+                f"{who}, {key!r}: expected a readable array, found {type(error).__name__}: {error}"
+            ) from error
+    return state
+
+
+def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return tensors as Flower's record, by key; new memory. Flower carries no bfloat16 (TypeError)."""
+    return ArrayRecord({key: Array(tensor.detach().cpu().contiguous().numpy()) for key, tensor in state.items()})
+
+
+def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> ConfigRecord:
+    """Return what of an adapter config the other side needs: rank, lora_alpha, use_rslora and the patterns.
+
+    Parameters
+    ----------
+    config : Mapping
+        adapter_config.json's content.
+    modules : Iterable[str]
+        Names of the adapter's layers: patterns travel spelled out for them, as module names, since no side runs a
+        regular expression that came in a message.
+    """
+    config = L.spell_out(config, modules)
+    record = ConfigRecord({field: config[field] for field in _NUMBERS})
+    for field in _PATTERNS:
+        record[field] = json.dumps(config[field])
+    return record
+
+
+def record_to_config(record: ConfigRecord, who: str = ADAPTER_KEY) -> dict[str, Any]:
+    """Return the adapter config that `config_to_record` wrote.
+
+    Raises
+    ------
+    ValueError
+        A field is missing or is not what it should be. Nothing else, whatever the record holds.
+    """
+    try:
+        config: dict[str, Any] = {field: record[field] for field in _NUMBERS}
+        patterns = {field: json.loads(str(record[field])) for field in _PATTERNS}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{who}: expected {', '.join(_NUMBERS + _PATTERNS)} as fedfrom.client writes them, "
+            f"found {sorted(record)} ({type(error).__name__}: {error})"
+        ) from error
+    if config["use_rslora"] not in (False, True):
+        raise ValueError(f"{who}, 'use_rslora': expected true or false, found {config['use_rslora']!r}")
+    if not all(isinstance(pattern, dict) for pattern in patterns.values()):
+        raise ValueError(f"{who}: expected patterns as JSON objects, found {patterns}")
+    for name in {**patterns["rank_pattern"], **patterns["alpha_pattern"]}:
+        if not _MODULE.fullmatch(name):
+            raise ValueError(f"{who}, rank_pattern and alpha_pattern: expected module names, found {name!r}")
+    return {
+        "r": _positive(who, "r", config["r"], int),
+        "lora_alpha": _positive(who, "lora_alpha", config["lora_alpha"], float),
+        "use_rslora": bool(config["use_rslora"]),
+        "rank_pattern": {
+            k: _positive(who, f"rank_pattern[{k!r}]", v, int) for k, v in patterns["rank_pattern"].items()
+        },
+        "alpha_pattern": {
+            k: _positive(who, f"alpha_pattern[{k!r}]", v, float) for k, v in patterns["alpha_pattern"].items()
+        },
+    }
+
+
+def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    """Return a number > 0 that a float can hold, whole where `kind` is int; or raise ValueError."""
+    if not isinstance(value, int if kind is int else int | float) or not 0 < value <= sys.float_info.max:
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{who}, {field}: expected a {whole}number > 0, found {value!r}")
+    return kind(value)
+
+
+def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
+    """Return the ArrayRecord that holds the model: the one of that name, or the only one."""
+    records = content.array_records
+    if arrayrecord_key in records:
+        return records[arrayrecord_key]
+    if len(records) == 1:
+        return next(iter(records.values()))
+    raise ValueError(f"expected an ArrayRecord {arrayrecord_key!r}, or a single one, found {sorted(records)}")
+
+
+def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
+    """Return the only MetricRecord, checked to hold the weighting key as one number.
+
+    Raises
+    ------
+    ValueError
+        There is none or more than one, or the key is missing, not a number, not finite or not above 0.
+    """
+    records = content.metric_records
+    if len(records) != 1:
+        raise ValueError(f"expected one MetricRecord, found {sorted(records)}")
+    metrics = next(iter(records.values()))
+    value = metrics.get(weighted_by)
+    # compared, not converted: an int may be beyond any float
+    if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"metric {weighted_by!r}: expected a finite number > 0, found {value!r}")
+    return metrics
