@@ -14,6 +14,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging import layers as L
+from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.records import ADAPTER_KEY, config_to_record, model_record, record_to_config, to_record, to_state
 
 
@@ -84,7 +85,7 @@ def _fit(
             )
         ratio = 1.0
         if sent is not None:
-            ratio = L.rank_and_scaling(sent, layer.name)[1] / L.rank_and_scaling(config, layer.name)[1]
+            ratio = rank_and_scaling(sent, layer.name)[1] / rank_and_scaling(config, layer.name)[1]
         trained_last = "embedding_A" if layer.is_embedding else "B"  # the factor that PEFT starts at zero
         for part, key in layer.keys.items():
             if part in L.RANK_DIMENSION:

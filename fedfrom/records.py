@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.merging import layers as L
+from fedfrom.merging.configs import spell_out
 
 ADAPTER_KEY = "fedfrom.adapter"
 """Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
@@ -57,7 +57,7 @@ def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> Confi
         Names of the adapter's layers: patterns travel spelled out for them, as module names, since no side runs a
         regular expression that came in a message.
     """
-    config = L.spell_out(config, modules)
+    config = spell_out(config, modules)
     record = ConfigRecord({field: config[field] for field in _NUMBERS})
     for field in _PATTERNS:
         record[field] = json.dumps(config[field])

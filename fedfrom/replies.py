@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging import layers as L
+from fedfrom.merging.configs import check_config, rank_and_scaling
 from fedfrom.merging.layers import Layer
 from fedfrom.records import ADAPTER_KEY, metric_record, model_record, record_to_config, to_state
 
@@ -59,7 +60,7 @@ class Sent:
                     raise ValueError(f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
             if layer.is_adapter:
                 rank = L.read_adapter(layer, state, 1.0, who).rank
-                if lora_config and rank != (expected := L.rank_and_scaling(lora_config, name)[0]):
+                if lora_config and rank != (expected := rank_and_scaling(lora_config, name)[0]):
                     raise ValueError(f"{who}, {name!r}: expected rank {expected} as lora_config says, found {rank}")
         return cls(state, layers, lora_config if pair_factors else None)
 
@@ -204,7 +205,7 @@ def read_reply(
     state = to_state(record, "reply")
     config = None
     if ADAPTER_KEY in content.config_records:
-        config = L.check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+        config = check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
@@ -219,11 +220,11 @@ def read_reply(
             _check_size(state[key], key)
         if free and layer.is_adapter:
             assert config is not None
-            found, expected = L.adapter_rank(layer, state), L.rank_and_scaling(config, layer.name)[0]
+            found, expected = L.adapter_rank(layer, state), rank_and_scaling(config, layer.name)[0]
             if found != {expected}:
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
         if layer.is_adapter:
-            _check_product(layer, state, 1.0 if config is None else L.rank_and_scaling(config, layer.name)[1])
+            _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
     return Reply(message.metadata.src_node_id, content, state, float(examples), config)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
+from fedfrom.merging.configs import check_config
 from fedfrom.merging.methods import Method, make_method, method_options
 from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
 from fedfrom.replies import Reply, Sent, comparable_metrics, screen
@@ -131,7 +132,7 @@ class FedMerge(FedAvg):
         self.server_lr = server_lr
         self.seed = seed
         self.dora, self.same_base = dora, same_base
-        self.lora_config = None if lora_config is None else L.check_config(lora_config, "lora_config", dora, same_base)
+        self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.reports: dict[int, RoundReport] = {}
         self._sent: Sent | None = None
         self._asked: list[int] = []

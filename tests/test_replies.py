@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedfrom import FedFroM
 from fedfrom.merging import layers as L
+from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.records import (
     ADAPTER_KEY,
     config_to_record,
@@ -400,15 +401,15 @@ def test_a_config_comes_back_with_its_expressions_spelled_out() -> None:
     }
     modules = ["base_model.model.layers.0.k", "base_model.model.layers.0.q", "base_model.model.k", "base_model.model.q"]
     found = record_to_config(config_to_record(config, modules))
-    assert {name: L.rank_and_scaling(found, name) for name in modules} == {
-        name: L.rank_and_scaling(config, name) for name in modules
+    assert {name: rank_and_scaling(found, name) for name in modules} == {
+        name: rank_and_scaling(config, name) for name in modules
     }
     assert set(found["rank_pattern"]) == {name.removeprefix("base_model.model.") for name in modules}
 
 
 def test_a_config_of_the_least_fields() -> None:
     found = record_to_config(config_to_record({"r": 8, "lora_alpha": 16}, ["q"]))
-    assert L.rank_and_scaling(found, "q") == (8, 2.0)
+    assert rank_and_scaling(found, "q") == (8, 2.0)
 
 
 def test_no_expression_that_came_in_a_message_is_run() -> None:

@@ -4,87 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from fedfrom.merging import layers as L
-from fedfrom.merging.layers import Layer, State
-from fedfrom.merging.lowrank import LowRank
-
-
-@dataclass(frozen=True)
-class Source:
-    """A state, where its layers lie, and the config that gives its scalings.
-
-    Attributes
-    ----------
-    who : str
-        What errors call it.
-    sliced : bool
-        The factors are leading parts of those that the config describes: its ranks do not hold, its scalings do.
-    """
-
-    who: str
-    state: State
-    layers: dict[str, Layer]
-    config: dict[str, Any] | None
-    sliced: bool = False
-
-    def scaling(self, name: str) -> float:
-        """Return s of an adapter layer; 1 without a config."""
-        return 1.0 if self.config is None else L.rank_and_scaling(self.config, name)[1]
-
-    def adapter(self, name: str) -> LowRank:
-        """Return an adapter layer's product s B A."""
-        product = L.read_adapter(self.layers[name], self.state, self.scaling(name), self.who)
-        if self.config is not None and not self.sliced:
-            expected = L.rank_and_scaling(self.config, name)[0]
-            if product.rank != expected:
-                raise ValueError(
-                    f"{self.who}, {name!r}: expected rank {expected} as its adapter config says, found {product.rank}"
-                )
-        return product
-
-    def tensor(self, name: str, part: str = "tensor") -> Tensor:
-        """Return one of a layer's tensors."""
-        return self.state[self.layers[name].keys[part]]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What n clients sent and were sent.
-
-    Attributes
-    ----------
-    sent : list[Source]
-        W_i.
-    reference : Source | None
-        W.
-    received : list[Source | None]
-        ref_i; None is W. A state that several clients were sent is one Source.
-    examples : list[float] | None
-        n_i.
-    """
-
-    sent: list[Source]
-    reference: Source | None
-    received: list[Source | None]
-    examples: list[float] | None
-
-    def reference_of(self, name: str) -> Source | None:
-        """Return the source of a layer's W, None where it has none."""
-        return self.reference if self.reference is not None and name in self.reference.layers else None
-
-    def template(self, name: str) -> Source:
-        """Return the source whose keys, dtypes and dimensions a merged layer has."""
-        return self.reference_of(name) or self.sent[0]
-
-    def received_of(self, name: str) -> list[Source | None]:
-        """Return the source of each client's ref_i of a layer."""
-        W = self.reference_of(name)
-        return [W if W is None or source is None else source for source in self.received]
+from fedfrom.merging.configs import check_config
+from fedfrom.merging.layers import State
+from fedfrom.merging.sources import Inputs, Source
 
 
 def check_inputs(
@@ -121,7 +46,7 @@ def check_inputs(
             L.check_dora(layer, name, dora)
         if not pair:
             found = L.find_layers(state, name, pair_factors=False)
-        checked = None if config is None else L.check_config(config, name, dora, same_base)
+        checked = None if config is None else check_config(config, name, dora, same_base)
         return Source(name, state, found, checked, sliced)
 
     sent = [source(state, None if configs is None else configs[i], who[i]) for i, state in enumerate(states)]

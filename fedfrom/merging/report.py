@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,3 +99,9 @@ def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
     norms = gram.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, weights.to(gram.device).sqrt() / norms, torch.zeros_like(norms))
     return float(torch.linalg.eigvalsh(scale[:, None] * gram * scale).max().clamp(0, 1))
+
+
+def power_of_two(norms: list[float]) -> float:
+    """Return a power of two (which scales without rounding) of about the largest norm's size; 1 for zeros."""
+    exponent = math.frexp(max(norms))[1]
+    return 2.0 ** min(max(exponent, -1000), 1000)

@@ -1,102 +1,80 @@
-"""Plain tensors, a block at a time: the norm of a delta and Eq. 5, without temporaries of the tensor's size."""
+"""One plain tensor of n clients, merged by Eq. 5, or kept where its entries are integers."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# float32 sums within a block of 2^16, float64 across: 6e-8 off, nearly twice as fast as all float64
-BLOCK = 1 << 16
-# a norm outside this range may have lost squares to underflow or overflow in float32
-_SAFE = (1e-12, 1e18)
+from fedfrom.merging import blocks
+from fedfrom.merging import layers as L
+from fedfrom.merging.frobenius import weights as norm_weights
+from fedfrom.merging.methods import Method
+from fedfrom.merging.report import LayerReport, largest_eigenvalue, power_of_two
+from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums are formed in: float64 for float64, float32 for all that is narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def merge_tensor(
+    inputs: Inputs, name: str, method: Method, server_lr: float, whole: Tensor | None
+) -> tuple[dict[str, Tensor], LayerReport]:
+    """Merge one plain tensor by Eq. 5; k = 0 where it has no reference, or is a running statistic."""
+    layer, values, references = plain_tensors(inputs, name)
+    W = inputs.reference_of(name)
+    norms = check_norms([blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)], inputs, name)
+    if layer.is_running_statistic or W is None:
+        equal = [1.0] * len(norms)
+        weights = norm_weights(equal, 0.0, inputs.examples, method.examples_power)
+        kind = "buffer" if layer.is_running_statistic else "tensor"
+        server_lr = 1.0  # a mean of values: there is no update that it could scale
+    else:
+        weights = method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples) if whole is None else whole
+        kind = "tensor"
+    check_finite([W], name, ["tensor"])
+    order = summing_order(inputs, name, norms, weights)
+    w = weights[order]
+    result, change = blocks.weighted_sum(
+        [values[i] for i in order],
+        [references[i] for i in order],
+        w.tolist(),
+        None if W is None else W.tensor(name),
+        server_lr,
+    )
+    unit = power_of_two(norms)
+    squares = float((w * torch.tensor([norms[i] / unit for i in order], dtype=torch.float64).square()).sum())
+    spread = max(0.0, squares - (change / unit) ** 2)  # sum_i w_i ||theta_i - theta*||^2
+    samples = torch.stack([blocks.sample(values[i], references[i]) for i in order]) / unit
+    report = LayerReport(
+        name=name,
+        kind=kind,
+        norms=norms,
+        weights=weights.tolist(),
+        clients_effective=float(1 / w.square().sum()),
+        has_reference=W is not None,
+        objective=server_lr**2 * spread * unit * unit,
+        lambda_max=largest_eigenvalue(samples @ samples.T, w),
+    )
+    return {inputs.template(name).layers[name].keys["tensor"]: result}, report
 
 
-def _blocks(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Iterator[list[Any]]:
-    flat = [None if tensor is None else tensor.reshape(-1) for tensor in tensors]
-    length = next(tensor.numel() for tensor in flat if tensor is not None)
-    for start in range(0, length, BLOCK):
-        yield [None if t is None else t[start : start + BLOCK].to(dtype) for t in flat]
+def plain_tensors(inputs: Inputs, name: str) -> tuple[L.Layer, list[Tensor], list[Tensor | None]]:
+    """Return one plain layer with the W_i and the ref_i, checked against each other."""
+    template = inputs.template(name)
+    expected = template.tensor(name)
+    values = [sent.tensor(name) for sent in inputs.sent]
+    for sent, value in zip(inputs.sent, values, strict=True):
+        L.check_same(value, expected, sent.who, sent.layers[name].keys["tensor"])
+    for source in inputs.received_of(name):
+        if source is not None:
+            L.check_same(source.tensor(name), expected, source.who, source.layers[name].keys["tensor"])
+    references = [None if source is None else source.tensor(name) for source in inputs.received_of(name)]
+    return template.layers[name], values, references
 
 
-def delta_norm(value: Tensor, reference: Tensor | None) -> float:
-    """Return ||value - reference||_F (None: zero) of floating-point tensors of one shape and device."""
-    blocks = _blocks([value, reference], arithmetic(value.dtype))
-    return math.hypot(*(_block_norm(x if r is None else x - r) for x, r in blocks))
-
-
-def _block_norm(block: Tensor) -> float:
-    """Return one block's norm; where its squares may leave the dtype's range, from entries relative to the largest."""
-    norm = float(torch.linalg.vector_norm(block))
-    if _SAFE[0] < norm < _SAFE[1]:
-        return norm
-    block = block.to(torch.float64)
-    largest = float(block.abs().max())
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    return largest * float(torch.linalg.vector_norm(block / largest))
-
-
-def weighted_sum(
-    values: Sequence[Tensor],
-    references: Sequence[Tensor | None],
-    weights: Sequence[float],
-    base: Tensor | None,
-    server_lr: float,
-) -> tuple[Tensor, float]:
-    """Return (T, ||theta*||_F): T = W + alpha theta*, theta* = sum_i w_i (W_i - ref_i) (Eq. 5).
-
-    Parameters
-    ----------
-    values : Sequence[Tensor]
-        W_i: n floating-point tensors of one shape, dtype and device.
-    references : Sequence[Tensor | None]
-        ref_i, what each client was sent; None is zero.
-    weights : Sequence[float]
-        (n,) w_i.
-    base : Tensor | None
-        W; None is zero.
-    server_lr : float
-        alpha.
-
-    Returns
-    -------
-    tuple[Tensor, float]
-        T, new memory, in the values' shape, dtype and device; the norm of theta*.
-    """
-    dtype = arithmetic(values[0].dtype)
-    out = torch.empty(values[0].shape, dtype=values[0].dtype, device=values[0].device)
-    flat, position = out.reshape(-1), 0
-    norms: list[float] = []
-    for W, *pairs in _blocks([base, *values, *references], dtype):
-        sent, received = pairs[: len(values)], pairs[len(values) :]
-        total: Tensor | None = None
-        for w, x, r in zip(weights, sent, received, strict=True):
-            if w == 0.0:
-                continue
-            theta = x if r is None else x - r
-            total = theta * w if total is None else total.add_(theta, alpha=w)
-        assert total is not None  # the weights sum to 1
-        norms.append(_block_norm(total))
-        if server_lr != 1.0:
-            total.mul_(server_lr)
-        if W is not None:
-            total.add_(W)
-        flat[position : position + total.numel()] = total
-        position += total.numel()
-    return out, math.hypot(*norms)
-
-
-def sample(value: Tensor, reference: Tensor | None) -> Tensor:
-    """Return at most 2^16 evenly spaced entries of the delta as a float64 vector: all of them in smaller tensors."""
-    step = -(-value.numel() // BLOCK) or 1
-    x = value.reshape(-1)[::step].to(torch.float64)
-    return x if reference is None else x - reference.reshape(-1)[::step].to(torch.float64)
+def keep(inputs: Inputs, name: str) -> tuple[dict[str, Tensor], LayerReport]:
+    """Keep a tensor of integers or booleans: the reference's, or without one the largest entries of the clients'."""
+    layer, values, _ = plain_tensors(inputs, name)
+    source = inputs.reference_of(name)
+    kept = values[0] if source is None else source.tensor(name)
+    if source is None:
+        for value in values[1:]:
+            kept = torch.maximum(kept, value)
+    return {layer.keys["tensor"]: kept.clone()}, LayerReport(name, "kept", has_reference=source is not None)

@@ -1,0 +1,131 @@
+"""What n clients sent and were sent: states with their layers and scalings, and the order that sums run in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+from fedfrom.merging.configs import rank_and_scaling
+from fedfrom.merging.layers import Layer, State
+from fedfrom.merging.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Source:
+    """A state, where its layers lie, and the config that gives its scalings.
+
+    Attributes
+    ----------
+    who : str
+        What errors call it.
+    sliced : bool
+        The factors are leading parts of those that the config describes: its ranks do not hold, its scalings do.
+    """
+
+    who: str
+    state: State
+    layers: dict[str, Layer]
+    config: dict[str, Any] | None
+    sliced: bool = False
+
+    def scaling(self, name: str) -> float:
+        """Return s of an adapter layer; 1 without a config."""
+        return 1.0 if self.config is None else rank_and_scaling(self.config, name)[1]
+
+    def adapter(self, name: str) -> LowRank:
+        """Return an adapter layer's product s B A."""
+        product = L.read_adapter(self.layers[name], self.state, self.scaling(name), self.who)
+        if self.config is not None and not self.sliced:
+            expected = rank_and_scaling(self.config, name)[0]
+            if product.rank != expected:
+                raise ValueError(
+                    f"{self.who}, {name!r}: expected rank {expected} as its adapter config says, found {product.rank}"
+                )
+        return product
+
+    def tensor(self, name: str, part: str = "tensor") -> Tensor:
+        """Return one of a layer's tensors."""
+        return self.state[self.layers[name].keys[part]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What n clients sent and were sent.
+
+    Attributes
+    ----------
+    sent : list[Source]
+        W_i.
+    reference : Source | None
+        W.
+    received : list[Source | None]
+        ref_i; None is W. A state that several clients were sent is one Source.
+    examples : list[float] | None
+        n_i.
+    """
+
+    sent: list[Source]
+    reference: Source | None
+    received: list[Source | None]
+    examples: list[float] | None
+
+    def reference_of(self, name: str) -> Source | None:
+        """Return the source of a layer's W, None where it has none."""
+        return self.reference if self.reference is not None and name in self.reference.layers else None
+
+    def template(self, name: str) -> Source:
+        """Return the source whose keys, dtypes and dimensions a merged layer has."""
+        return self.reference_of(name) or self.sent[0]
+
+    def received_of(self, name: str) -> list[Source | None]:
+        """Return the source of each client's ref_i of a layer."""
+        W = self.reference_of(name)
+        return [W if W is None or source is None else source for source in self.received]
+
+
+def check_norms(norms: list[float], inputs: Inputs, name: str) -> list[float]:
+    """Return the norms of the clients' updates, or raise ValueError naming what is not finite."""
+    for sent, received, norm in zip(inputs.sent, inputs.received_of(name), norms, strict=True):
+        if not math.isfinite(norm):
+            check_finite([received, sent], name, list(sent.layers[name].keys))
+            raise ValueError(f"{sent.who}, {name!r}: expected finite numbers, found an update of norm {norm}")
+    return norms
+
+
+def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) -> None:
+    """Raise ValueError for the first tensor with NaN or infinity in it."""
+    for source in sources:
+        for part in parts if source is not None else []:
+            assert source is not None
+            if not torch.isfinite(source.tensor(name, part)).all():
+                key = source.layers[name].keys[part]
+                raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
+
+
+def summing_order(inputs: Inputs, name: str, norms: list[float], weights: Tensor) -> list[int]:
+    """Return the clients in the order that sums run in, one that does not depend on the order they came in.
+
+    By norm, then weight; the content is digested only to part clients that tie in both with a delta that counts.
+    """
+    keys = list(zip(norms, weights.tolist(), strict=True))
+
+    def key(i: int) -> tuple[float, float, bytes]:
+        tied = keys[i][0] > 0 and keys.count(keys[i]) > 1
+        return (*keys[i], _digest(inputs.sent[i], name) if tied else b"")
+
+    return sorted(range(len(keys)), key=key)
+
+
+def _digest(source: Source, name: str) -> bytes:
+    digest = hashlib.blake2b()
+    for part in sorted(source.layers[name].keys):
+        tensor = source.tensor(name, part).detach().cpu().contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
