@@ -63,7 +63,7 @@ def merge_adapter(
         clients_effective=float(1 / w.square().sum()),
         has_reference=has_reference,
         ranks_in=[product.rank for product in products],
-        rank_out=solution.matrix.rank,
+        rank_out=solution.rank,
         energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
         objective=(solution.residual + server_lr**2 * spread) * unit * unit,
         excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
@@ -135,7 +135,7 @@ def _frozen(W: LowRank | None, products: list[LowRank], target: LowRank, rank: i
         return None
     B = torch.stack([term.B.to(torch.float64) * term.coefficient for term in target.terms]).sum(dim=0)
     matrix = LowRank(B, stays.to(torch.float64))
-    return Solution(matrix, 0.0, 0.0, matrix.norm() ** 2, 0)
+    return Solution(matrix, matrix.rank, 0.0, 0.0, matrix.norm() ** 2, 0)
 
 
 def _merge_beside(

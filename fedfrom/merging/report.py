@@ -31,7 +31,7 @@ class LayerReport:
     ranks_in : list[int]
         By client; empty for plain tensors.
     rank_out : int
-        Rank of the merged factors; 0 for plain tensors.
+        Rank that Eq. 6 was solved at; 0 for plain tensors.
     energy_dropped : float
         Share of ||T||_F^2 that the truncation to rank_out loses, in [0, 1].
     objective : float

@@ -27,6 +27,8 @@ class Solution:
     ----------
     matrix : LowRank
         BA in the gauge, float64.
+    rank : int
+        What Eq. 6 was solved at; the factors may have more rows and columns.
     residual : float
         ||BA - T||_F^2.
     optimum : float
@@ -38,6 +40,7 @@ class Solution:
     """
 
     matrix: LowRank
+    rank: int
     residual: float
     optimum: float
     energy: float
@@ -126,7 +129,7 @@ class Solver:
             U = best[0] @ small
         U, Vh = lift(Q_B, U[:, :rank]), lift(Q_A, Vh[:rank].T).T
         matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
-        return Solution(matrix, residual, optimum, energy, iterations)
+        return Solution(matrix, rank, residual, optimum, energy, iterations)
 
 
 def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
