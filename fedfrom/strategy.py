@@ -24,7 +24,8 @@ from torch import Tensor
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
-from fedfrom.merging.methods import Method, make_method, method_options
+from fedfrom.merging.method import Method
+from fedfrom.merging.methods import make_method, method_options
 from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
 from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 

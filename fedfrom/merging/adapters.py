@@ -10,37 +10,46 @@ from torch import Tensor
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
 from fedfrom.merging.lowrank import LowRank, gram
-from fedfrom.merging.methods import Method
+from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, largest_eigenvalue, power_of_two
-from fedfrom.merging.solve import Solution, Solver
+from fedfrom.merging.solve import Solution
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
 
 
 def merge_adapter(
-    inputs: Inputs, name: str, method: Method, server_lr: float, whole: Tensor | None, as_reference: bool
+    inputs: Inputs, name: str, method: ProductMethod, server_lr: float, survey: Survey, as_reference: bool
 ) -> tuple[dict[str, Tensor], LayerReport]:
     """Merge one LoRA module: the products stacked into T = W + alpha theta*, solved back to the rank (Eq. 6)."""
-    assert isinstance(method, Solver)
     template, has_reference = inputs.template(name), inputs.reference_of(name) is not None
     layer = template.layers[name]
     W, products, deltas = adapter_deltas(inputs, name)
     norms = check_norms([delta.norm() for delta in deltas], inputs, name)
-    weights = method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples) if whole is None else whole
+    weights = survey.weigh(method, norms, inputs.examples)
     order = summing_order(inputs, name, norms, weights)
     w = weights[order]
 
     # from here in units of the layer's size, so that no square leaves float64's range
     check_finite([inputs.reference_of(name)], name, list(layer.keys))
     unit = power_of_two([*norms, 0.0 if W is None else W.norm()])
-    moved = [i for i in order if norms[i] > 0]  # a zero delta adds nothing but rounding
-    change = LowRank.sum([deltas[i] for i in moved] or deltas[:1], [float(weights[i]) / unit for i in moved] or [0.0])
-    target = change * server_lr if W is None else LowRank.sum([W, change], [1 / unit, server_lr])
-    inner = gram([deltas[i] * (1 / unit) for i in order], [norms[i] / unit for i in order])
-    squares = float(w @ inner.diagonal())  # sum_i w_i ||theta_i||^2
+    sizes = torch.tensor([norms[i] / unit for i in order], dtype=torch.float64)
+    thetas = [deltas[i] * (1 / unit) for i in order]
+    squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
 
     own_rank = W.rank if W is not None else max(product.rank for product in products)
     rows = own_rank if as_reference else None
-    rank = _rank(method.rank, own_rank, products, target.shape, name, caps=as_reference)
+    rank = _rank(method.rank, own_rank, products, thetas[0].shape, name, caps=as_reference)
+    coefficients = method.coefficients(w)
+    if method.linear:
+        coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
+    context = Context(
+        name,
+        statistics=inputs.statistics_of(name, order) if method.needs else None,
+        thresholds=None if survey.thresholds is None else [survey.thresholds[i] / unit for i in order],
+        rank=rank if isinstance(rank, int) else None,
+    )
+    change = method.combine_products(thetas, coefficients, context)
+    target = change * server_lr if W is None else LowRank.sum([W, change], [1 / unit, server_lr])
+    inner = gram([*thetas, change], [*sizes.tolist(), change.norm()])
     solution = _frozen(W, products, target, rank)
     if solution is None:
         solution = method.solve(target, rank, name, scale=server_lr**2 * squares, rows=rows)
@@ -54,7 +63,8 @@ def merge_adapter(
     for extra in ("bias", "magnitude"):
         if extra in layer.keys:
             part[layer.keys[extra]] = _merge_beside(inputs, name, extra, weights, order, server_lr, scaling)
-    spread = max(0.0, squares - float(w @ inner @ w))  # sum_i w_i ||theta_i - theta*||^2
+    # sum_i w_i ||theta_i - theta*||^2
+    spread = max(0.0, squares - 2 * float(w @ inner[:-1, -1]) + float(inner[-1, -1]))
     report = LayerReport(
         name=name,
         kind="adapter",
@@ -67,8 +77,9 @@ def merge_adapter(
         energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
         objective=(solution.residual + server_lr**2 * spread) * unit * unit,
         excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
+        interference=spread / squares if squares else 0.0,
         iterations=solution.iterations,
-        lambda_max=largest_eigenvalue(inner, w),
+        lambda_max=largest_eigenvalue(inner[:-1, :-1], w),
     )
     return part, report
 

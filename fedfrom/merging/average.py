@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from fedfrom.merging.frobenius import check_weighting, weights
-from fedfrom.merging.solve import Solver
+from fedfrom.merging.method import Method, ProductMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class Average(Solver):
+class Average(ProductMethod):
     """The (example-weighted) mean of the deltas: for LoRA the mean of the products, solved back by Eq. 6.
 
-    FroM at k = 0. With examples_power = 1 this is FedAvg (McMahan et al., 2017) on full tensors and on products.
+    FroM at k = 0. With examples_power = 1 this is FedAvg (McMahan et al., 2017) on full tensors and on products; of
+    models fine-tuned from one pretrained model it is their uniform soup (Wortsman et al., 2022, arXiv 2203.05482).
 
     Parameters
     ----------
@@ -26,21 +23,9 @@ class Average(Solver):
         See `Solver`.
     """
 
-    examples_power: float = 0.0
-    k: ClassVar[float] = 0.0
-    scope: ClassVar[str] = "layer"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weighting(0.0, self.examples_power, self.scope)
-
-    def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
-        """Return (n,) float64 weights n_i^p, summing to 1."""
-        return weights(norms, 0.0, examples, self.examples_power)
-
 
 @dataclass(frozen=True, kw_only=True)
-class FactorAverage:
+class FactorAverage(Method):
     """The mean of the factors, mean(B) and mean(A): what FedAvg does to LoRA (FedIT, Zhang et al., 2024).
 
     mean(B) mean(A) is not mean(BA): this is here to show the error. Every client must have one rank and one scaling.
@@ -51,15 +36,4 @@ class FactorAverage:
         p: client i weighs n_i^p; 1 is FedAvg's.
     """
 
-    examples_power: float = 0.0
     on_factors: ClassVar[bool] = True
-    rank: ClassVar[None] = None
-    k: ClassVar[float] = 0.0
-    scope: ClassVar[str] = "layer"
-
-    def __post_init__(self) -> None:
-        check_weighting(0.0, self.examples_power, self.scope)
-
-    def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
-        """Return (n,) float64 weights n_i^p, summing to 1."""
-        return weights(norms, 0.0, examples, self.examples_power)

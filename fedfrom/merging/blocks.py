@@ -27,6 +27,12 @@ def _blocks(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Iterator[li
         yield [None if t is None else t[start : start + BLOCK].to(dtype) for t in flat]
 
 
+def delta(value: Tensor, reference: Tensor | None) -> Tensor:
+    """Return value - reference (None: zero) in the dtype sums are formed in; new memory."""
+    dtype = arithmetic(value.dtype)
+    return value.to(dtype, copy=True) if reference is None else value.to(dtype) - reference.to(dtype)
+
+
 def delta_norm(value: Tensor, reference: Tensor | None) -> float:
     """Return ||value - reference||_F (None: zero) of floating-point tensors of one shape and device."""
     blocks = _blocks([value, reference], arithmetic(value.dtype))

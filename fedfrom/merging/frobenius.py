@@ -2,79 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedfrom.merging.solve import Solver
-
-# Norms this close to the largest share the weight at k = infinity.
-_TIE = 1e-6
-SCOPES = ("layer", "model")
-
-
-def weights(
-    norms: Sequence[float] | Tensor,
-    k: float,
-    examples: Sequence[float] | None = None,
-    examples_power: float = 0.0,
-) -> Tensor:
-    """Return FroM's weights (Eq. 1), w_i proportional to n_i^p ||theta_i||_F^k, summing to 1.
-
-    Formed in log space, so no norm and no k overflows. The extremes are exact: k = 0 gives the (example-weighted)
-    mean, with ||0||^0 = 1; k = infinity gives the largest norm all the weight (ties within 1e-6 share it); where
-    every norm is 0 the weights are those of k = 0.
-
-    Parameters
-    ----------
-    norms : Sequence[float] | Tensor
-        (n,) Frobenius norms of the deltas, finite, >= 0.
-    k : float
-        k >= 0, infinity included.
-    examples : Sequence[float] | None (default: None)
-        n_i > 0; None means all equal.
-    examples_power : float (default: 0.0)
-        p. The paper's is 0; FedAvg's, with k = 0, is 1.
-
-    Returns
-    -------
-    Tensor
-        (n,) float64.
-    """
-    norms = torch.as_tensor(norms, dtype=torch.float64)
-    logs = torch.zeros_like(norms)
-    if examples is not None and examples_power != 0:
-        counts = torch.as_tensor(examples, dtype=torch.float64)
-        logs = examples_power * (torch.log(counts) - torch.log(counts.max()))
-    if k > 0 and float(norms.max()) > 0:
-        if k == float("inf"):
-            heard = norms >= norms.max() * (1 - _TIE)
-        else:
-            logs = logs + k * (torch.log(norms) - torch.log(norms.max()))
-            heard = norms > 0
-        # log 0 = -infinity times k is right, but set apart so that no NaN can come of it
-        logs = torch.where(heard, logs, torch.full_like(logs, -float("inf")))
-    # summed in an order of their own, so that the order of clients changes no bit
-    order = torch.argsort(logs)
-    result = torch.empty_like(logs)
-    result[order] = torch.softmax(logs[order], dim=0)
-    return result
-
-
-def check_weighting(k: float, examples_power: float, scope: str) -> None:
-    """Raise ValueError where k, p or the scope is out of range."""
-    if not k >= 0:
-        raise ValueError(f"k: expected a number >= 0 (infinity included), found {k}")
-    if not 0 <= examples_power < float("inf"):
-        raise ValueError(f"examples_power: expected a finite number >= 0, found {examples_power}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}")
+from fedfrom.merging.method import ProductMethod
+from fedfrom.merging.weights import check_weighting
 
 
 @dataclass(frozen=True, kw_only=True)
-class FroM(Solver):
+class FroM(ProductMethod):
     """FroM: theta* = sum_i w_i theta_i (Eq. 5), w_i proportional to n_i^p ||theta_i||_F^k (Eq. 1); adapters by Eq. 6.
 
     Parameters
@@ -90,14 +25,9 @@ class FroM(Solver):
         How adapters are solved back to a rank: see `Solver`.
     """
 
-    k: float = 1.0
-    examples_power: float = 0.0
-    scope: str = "layer"
+    k: float = 1.0  # type: ignore[misc]
+    scope: str = "layer"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weighting(self.k, self.examples_power, self.scope)
-
-    def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
-        """Return (n,) float64 weights, summing to 1, of deltas with these norms (Eq. 1)."""
-        return weights(norms, self.k, examples, self.examples_power)

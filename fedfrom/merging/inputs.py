@@ -20,6 +20,8 @@ def check_inputs(
     reference_config: Any,
     examples: Sequence[float] | None,
     names: Sequence[str] | None,
+    statistics: Sequence[State | None] | None,
+    needs: str | None,
     pair: bool,
     dora: bool,
     same_base: bool,
@@ -28,7 +30,13 @@ def check_inputs(
     n = len(states)
     if n == 0:
         raise ValueError("states: expected at least one client's state, found none")
-    for label, values in {"received": received, "configs": configs, "examples": examples, "names": names}.items():
+    for label, values in {
+        "received": received,
+        "configs": configs,
+        "examples": examples,
+        "names": names,
+        "statistics": statistics,
+    }.items():
         if values is not None and len(values) != n:
             raise ValueError(f"{label}: expected one a client, {n}, found {len(values)}")
     if received is not None and reference is None:
@@ -38,7 +46,14 @@ def check_inputs(
         if not (math.isfinite(count) and count > 0):
             raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count}")
 
-    def source(state: State, config: Any, name: str, sliced: bool = False) -> Source:
+    for i in range(n if needs else 0):
+        if statistics is None or not statistics[i]:
+            raise ValueError(
+                f"{who[i]}: expected {needs} statistics beside its state, found none: compute them with "
+                f"fedfrom.client.{needs} and send them (statistics=)"
+            )
+
+    def source(state: State, config: Any, name: str, sliced: bool = False, statistics: State | None = None) -> Source:
         found = L.find_layers(state, name)
         if not found:
             raise ValueError(f"{name}: expected a state with at least one tensor, found none")
@@ -47,9 +62,11 @@ def check_inputs(
         if not pair:
             found = L.find_layers(state, name, pair_factors=False)
         checked = None if config is None else check_config(config, name, dora, same_base)
-        return Source(name, state, found, checked, sliced)
+        return Source(name, state, found, checked, sliced, statistics)
 
-    sent = [source(state, None if configs is None else configs[i], who[i]) for i, state in enumerate(states)]
+    beside = statistics if statistics is not None and needs else [None] * n
+    own = configs if configs is not None else [None] * n
+    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, strict=True)]
     for client in sent:
         if client.layers.keys() != sent[0].layers.keys():
             missing = sorted(sent[0].layers.keys() - client.layers.keys())

@@ -51,6 +51,11 @@ class LowRank:
         self.terms: tuple[_Term, ...] = (_Term(float(scaling), B, A),)
 
     @classmethod
+    def from_dense(cls, matrix: Tensor) -> LowRank:
+        """Return a (d_out, d_in) matrix that is dense already, as the product of it and the identity."""
+        return cls(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device))
+
+    @classmethod
     def sum(cls, matrices: Sequence[LowRank], coefficients: Sequence[float] | None = None) -> LowRank:
         """Return sum_i c_i M_i by stacking factors; equal terms are held once and cancelled ones dropped.
 
@@ -275,7 +280,16 @@ def complete(rows: Tensor, rank: int, name: str) -> Tensor:
 
 
 def random_normal(rows: int, columns: int, seed: str) -> Tensor:
-    """Return a (rows, columns) float64 standard normal matrix from a text seed: the same on every machine."""
+    """Return a (rows, columns) float64 standard normal matrix from a text seed: the same on every device."""
+    return torch.randn(rows, columns, dtype=torch.float64, generator=_generator(seed))
+
+
+def random_uniform(length: int, seed: str) -> Tensor:
+    """Return (length,) float32 numbers, uniform in [0, 1), from a text seed: the same on every device."""
+    return torch.rand(length, generator=_generator(seed))
+
+
+def _generator(seed: str) -> torch.Generator:
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
-    # drawn on the CPU, so that every device gets the same
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    # on the CPU, so that every device gets the same
+    return torch.Generator().manual_seed(number)

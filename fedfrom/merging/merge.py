@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
-from fedfrom.merging.adapters import adapter_deltas, merge_adapter
+from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.configs import output_config
 from fedfrom.merging.inputs import check_inputs
 from fedfrom.merging.layers import State
-from fedfrom.merging.methods import Method, make_method
+from fedfrom.merging.method import Method, ProductMethod
+from fedfrom.merging.methods import make_method
 from fedfrom.merging.report import LayerReport, MergeReport
-from fedfrom.merging.sources import Inputs, check_norms
-from fedfrom.merging.tensors import keep, merge_tensor, plain_tensors
+from fedfrom.merging.soups import GreedySoup
+from fedfrom.merging.sources import Inputs
+from fedfrom.merging.survey import survey
+from fedfrom.merging.tensors import keep, merge_tensor
 
 
 def merge(
@@ -34,6 +36,7 @@ def merge(
     server_lr: float = 1.0,
     as_reference: bool = False,
     names: Sequence[str] | None = None,
+    statistics: Sequence[State | None] | None = None,
     dora: bool = False,
     same_base: bool = False,
     **options: Any,
@@ -66,6 +69,9 @@ def merge(
         to match.
     names : Sequence[str] | None (default: None)
         What errors and the report call the clients; None: client 0, client 1, ...
+    statistics : Sequence[Mapping[str, Tensor]] | None (default: None)
+        What each client sends beside its state, for the methods that need it: Gram matrices by module name
+        (`fedfrom.client.gram`) or Fisher diagonals by key (`fedfrom.client.fisher`).
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base: see `layers.check_config`.
     **options
@@ -90,17 +96,42 @@ def merge(
     chosen = make_method(method, **options)
     if not math.isfinite(server_lr):
         raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
+    if isinstance(chosen, GreedySoup):
+        each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
+        each["names"] = names or [f"client {i}" for i in range(len(states))]
+
+        def mean_of(clients: list[int]) -> tuple[dict[str, Tensor], MergeReport]:
+            own: dict[str, Any] = {
+                key: None if values is None else [values[i] for i in clients] for key, values in each.items()
+            }
+            same: dict[str, Any] = {"reference_config": reference_config, "server_lr": server_lr}
+            same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base}
+            return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
+
+        return mean_of(chosen.choose(len(states), lambda clients: mean_of(clients)[0]))
     inputs = check_inputs(
-        states, reference, received, configs, reference_config, examples, names, not chosen.on_factors, dora, same_base
+        states,
+        reference,
+        received,
+        configs,
+        reference_config,
+        examples,
+        names,
+        statistics,
+        chosen.needs,
+        not chosen.on_factors,
+        dora,
+        same_base,
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
     merged: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     with _one_thread(), torch.no_grad():
-        whole = _whole_weights(inputs, chosen) if chosen.scope == "model" else None
+        whole = survey(inputs, chosen)
         for name, layer in inputs.sent[0].layers.items():
             if layer.is_adapter:
+                assert isinstance(chosen, ProductMethod)  # methods on factors see no adapters
                 part, report = merge_adapter(inputs, name, chosen, server_lr, whole, as_reference)
             elif not inputs.sent[0].tensor(name).is_floating_point():
                 part, report = keep(inputs, name)
@@ -113,21 +144,6 @@ def merge(
         settings["k"] = "infinity"  # JSON has no number for it
     config = _config(inputs, reports, keep=as_reference or chosen.on_factors)
     return merged, MergeReport(settings, [source.who for source in inputs.sent], reports, config)
-
-
-def _whole_weights(inputs: Inputs, method: Method) -> Tensor:
-    """Return one weight a client, from the norm of its whole update (buffers and layers without a delta left out)."""
-    norms = [0.0] * len(inputs.sent)
-    for name, layer in inputs.sent[0].layers.items():
-        if layer.is_adapter:
-            found = [delta.norm() for delta in adapter_deltas(inputs, name)[2]]
-        else:
-            _, values, references = plain_tensors(inputs, name)
-            if layer.is_running_statistic or inputs.reference_of(name) is None or not values[0].is_floating_point():
-                continue
-            found = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
-        norms = [math.hypot(a, b) for a, b in zip(norms, check_norms(found, inputs, name), strict=True)]
-    return method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples)
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

@@ -6,14 +6,34 @@ from dataclasses import fields
 from typing import Any
 
 from fedfrom.merging.average import Average, FactorAverage
+from fedfrom.merging.dare import Dare, DareFroM, DareTies
+from fedfrom.merging.fisher import Fisher
 from fedfrom.merging.frobenius import FroM
+from fedfrom.merging.knots import KnotsDareTies, KnotsTA, KnotsTies
+from fedfrom.merging.lorm import LoRM
+from fedfrom.merging.method import Method
+from fedfrom.merging.regmean import RegMean
+from fedfrom.merging.soups import GreedySoup
+from fedfrom.merging.task_arithmetic import TaskArithmetic
+from fedfrom.merging.ties import Ties
 
-Method = FroM | Average | FactorAverage
-
-_METHODS: dict[str, type[FroM] | type[Average] | type[FactorAverage]] = {
+_METHODS: dict[str, type[Method]] = {
     "from": FroM,
     "average": Average,
     "factor-average": FactorAverage,
+    "task-arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare": Dare,
+    "dare-ties": DareTies,
+    "dare-from": DareFroM,
+    "regmean": RegMean,
+    "fisher": Fisher,
+    "knots-ta": KnotsTA,
+    "knots-ties": KnotsTies,
+    "knots-dare-ties": KnotsDareTies,
+    "lorm": LoRM,
+    "soup": Average,
+    "greedy-soup": GreedySoup,
 }
 
 

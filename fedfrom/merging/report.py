@@ -38,6 +38,9 @@ class LayerReport:
         Eq. 6 (for plain tensors Eq. 5's): sum_i w_i ||merged - T_i||_F^2.
     excess : float
         How far the objective is above that of the best matrix of this rank, relative to sum_i w_i ||theta_i||_F^2.
+    interference : float
+        sum_i w_i ||theta* - theta_i||^2 / sum_i w_i ||theta_i||^2: the share of the updates' energy that the merge
+        loses, in [0, 1] for FroM and averages; 0 where all updates are alike.
     iterations : int
         Of Algorithm 1.
     lambda_max : float
@@ -56,6 +59,7 @@ class LayerReport:
     energy_dropped: float = 0.0
     objective: float = 0.0
     excess: float = 0.0
+    interference: float = 0.0
     iterations: int = 0
     lambda_max: float = 0.0
 

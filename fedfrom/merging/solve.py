@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,8 +64,6 @@ class Solver:
     seed : int (default: 0)
         Of Algorithm 1's random A_0.
     """
-
-    on_factors: ClassVar[bool] = False  # whether a method merges A and B apart, as plain tensors
 
     rank: int | float | None = None
     solver: str = "svd"

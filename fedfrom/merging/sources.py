@@ -27,6 +27,8 @@ class Source:
         What errors call it.
     sliced : bool
         The factors are leading parts of those that the config describes: its ranks do not hold, its scalings do.
+    statistics : Mapping[str, Tensor] | None
+        What a client sent beside its state: Gram matrices by module, or Fisher diagonals by key.
     """
 
     who: str
@@ -34,6 +36,7 @@ class Source:
     layers: dict[str, Layer]
     config: dict[str, Any] | None
     sliced: bool = False
+    statistics: State | None = None
 
     def scaling(self, name: str) -> float:
         """Return s of an adapter layer; 1 without a config."""
@@ -83,6 +86,22 @@ class Inputs:
     def template(self, name: str) -> Source:
         """Return the source whose keys, dtypes and dimensions a merged layer has."""
         return self.reference_of(name) or self.sent[0]
+
+    def statistics_of(self, name: str, order: list[int]) -> list[Tensor] | None:
+        """Return what the clients sent beside a layer, in that order; None where none of them did.
+
+        Raises
+        ------
+        ValueError
+            Some clients sent it and some did not.
+        """
+        found = [(self.sent[i].statistics or {}).get(name) for i in order]
+        if all(tensor is None for tensor in found):
+            return None
+        for i, tensor in zip(order, found, strict=True):
+            if tensor is None:
+                raise ValueError(f"{self.sent[i].who}, {name!r}: expected statistics as other clients sent, found none")
+        return [tensor for tensor in found if tensor is not None]
 
     def received_of(self, name: str) -> list[Source | None]:
         """Return the source of each client's ref_i of a layer."""

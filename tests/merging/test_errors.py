@@ -259,7 +259,7 @@ def test_methods_and_options_that_are_unknown():
     refused("examples_power", call=Average, examples_power=-1.0)
     refused("examples_power", call=FactorAverage, examples_power=-1.0)
     assert methods()[:3] == ["from", "average", "factor-average"]
-    for name in methods():
+    for name in set(methods()) - {"regmean", "lorm", "fisher", "greedy-soup"}:  # which need more than states
         merge(adapters(), method=name)
 
 

@@ -1,0 +1,52 @@
+"""Fisher merging: each entry averaged by how much each client's loss cares for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.method import Context, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher(Method):
+    """theta* = sum_i w_i F_i theta_i / sum_i w_i F_i entry by entry (Matena & Raffel, 2022, arXiv 2111.09832, Eq. 4).
+
+    F_i is the diagonal of client i's Fisher matrix: the mean over its examples of the squared gradient. Needs
+    `fedfrom.client.fisher`. On LoRA it is taken of the factors A and B, one by one: the result depends on the gauge
+    (the same product BA written with other factors merges to another one), and all clients must have one rank and
+    scaling.
+
+    Parameters
+    ----------
+    floor : float (default: 1e-6)
+        Added to every F_i, > 0: entries that no loss cares for are averaged.
+    examples_power : float (default: 0.0)
+        p: w_i proportional to n_i^p.
+    """
+
+    linear: ClassVar[bool] = False
+    on_factors: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "fisher"
+
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.floor < float("inf"):
+            raise ValueError(f"floor: expected a finite number > 0, found {self.floor}")
+
+    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
+        """Return theta*; without statistics (buffers) the mean."""
+        if context.statistics is None:
+            return super().combine(deltas, coefficients, context)
+        total = torch.zeros(deltas[0].shape, dtype=torch.float64, device=deltas[0].device)
+        weight = torch.zeros_like(total)
+        for c, delta, fisher in zip(coefficients.tolist(), deltas, context.statistics, strict=True):
+            importance = c * (fisher.to(torch.float64) + self.floor)
+            total += importance * delta
+            weight += importance
+        return (total / weight).to(deltas[0].dtype)

@@ -1,0 +1,100 @@
+"""KnOTS: the updates in one shared basis, so that what is merged there is aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.dare import DareTies
+from fedfrom.merging.lowrank import LowRank, lift
+from fedfrom.merging.method import Context
+from fedfrom.merging.task_arithmetic import TaskArithmetic
+from fedfrom.merging.ties import Ties
+
+# singular values this far below the largest are rounding
+_ROUNDING = 1e-12
+
+
+def align(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return (U, S, [V_i]): the SVD of the updates side by side, [theta_1 ... theta_n] = U diag(S) [V_1 ... V_n].
+
+    Parameters
+    ----------
+    deltas : Sequence[LowRank]
+        n of one shape (d_out, d_in), with R columns of factors in all.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, list[Tensor]]
+        U (d_out, m), S (m,) descending, V_i (m, d_in), float64, m <= min(R, d_out) the rank of the whole.
+
+    Notes
+    -----
+    From the factors: QR of the B's side by side, then of what is left of each A^T: O((d_out + n d_in) R^2) time and
+    n R d_in numbers of memory; no d_out x d_in matrix.
+    """
+    widths = [delta.rank for delta in deltas]
+    B = torch.cat([delta.B for delta in deltas], dim=1)
+    Q, R = (None, B) if B.shape[1] >= B.shape[0] else torch.linalg.qr(B)
+    side_by_side = torch.cat(
+        [part @ delta.A for part, delta in zip(R.split(widths, dim=1), deltas, strict=True)], dim=1
+    )
+    # the long side goes by QR, the SVD is of the small square that is left
+    V, small = torch.linalg.qr(side_by_side.T)
+    U, S, W = torch.linalg.svd(small.T, full_matrices=False)
+    kept = max(1, int((_ROUNDING * S[0] < S).sum()))
+    Vh = W[:kept] @ V.T
+    return lift(Q, U[:, :kept]), S[:kept], list(Vh.split(deltas[0].shape[1], dim=1))
+
+
+class _Aligned:
+    """Merges the V_i of LoRA modules by the method it is mixed into; plain tensors go to that method as they are."""
+
+    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
+        """Return theta* = U diag(S) V, V the merged V_i."""
+        U, S, parts = align(deltas)
+        return LowRank(U * S, self.combine(parts, coefficients, context))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnotsTA(_Aligned, TaskArithmetic):
+    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then Task Arithmetic: the same as Task Arithmetic, by way of V.
+
+    The V parts are merged without the singular values, as the paper writes it (the official code has a switch that puts
+    them on V). Nothing dense: see `align`. Clients send nothing more than their state.
+
+    Parameters
+    ----------
+    coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+        See `TaskArithmetic`.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnotsTies(_Aligned, Ties):
+    """KnOTS, then TIES on the V parts.
+
+    Parameters
+    ----------
+    density, majority, coefficient, examples_power, rank, solver, iterations, tolerance, seed
+        See `Ties`; entries are trimmed by layer, since V's are not comparable between layers.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope != "layer":
+            raise ValueError(f"scope: expected layer for KnOTS, found {self.scope!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnotsDareTies(_Aligned, DareTies):
+    """KnOTS, then DARE and TIES' election on the V parts.
+
+    Parameters
+    ----------
+    density, majority, coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+        See `DareTies`.
+    """

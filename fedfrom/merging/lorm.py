@@ -1,0 +1,52 @@
+"""LoRM: the adapter whose outputs on all clients' inputs are closest to theirs, factor by factor in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.lowrank import LowRank, random_normal
+from fedfrom.merging.method import Context
+from fedfrom.merging.regmean import RegMean
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRM(RegMean):
+    """min over B, A of sum_i w_i ||(BA - theta_i) G_i^1/2||_F^2, by alternating closed forms (arXiv 2410.17961).
+
+    Given A, B = (sum_i w_i theta_i G_i A^T)(A sum_i w_i G_i A^T)^+; given B, A = B^+ (sum_i w_i theta_i G_i)
+    (sum_i w_i G_i)^-1, which is B^+ times RegMean's solution. FroM's Algorithm 1 is this with G_i = ||theta_i||^k I.
+    LoRM holds one factor fixed in each round and trains the other; here both are merged, the one after the other, until
+    the product settles. Needs `fedfrom.client.gram`; plain tensors go by RegMean.
+
+    Parameters
+    ----------
+    off_diagonal, examples_power, rank, solver, seed
+        See `RegMean`.
+    iterations : int (default: 10000)
+        At most so many alternations.
+    tolerance : float (default: 1e-9)
+        They end when the product moves by less than this share of its norm.
+    """
+
+    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
+        """Return theta* of at most the rank that the adapter is solved back to."""
+        target = super().combine_products(deltas, coefficients, context)
+        if context.statistics is None or context.rank is None:
+            return target
+        grams, _ = self.weighted_grams(context.statistics, coefficients)
+        metric = torch.stack(grams).sum(dim=0)
+        rank = min(context.rank, *target.shape, target.rank)
+        A = random_normal(rank, target.shape[1], f"{self.seed}:{context.name}").to(metric.device)
+        result = LowRank(torch.zeros(target.shape[0], rank, dtype=A.dtype, device=A.device), A)
+        B_target, A_target = target.B, target.A
+        for _ in range(self.iterations):
+            A = torch.linalg.qr(A.T).Q.T  # its span is all that counts
+            B = B_target @ (A_target @ metric @ A.T) @ torch.linalg.pinv(A @ metric @ A.T, hermitian=True)
+            A = torch.linalg.pinv(B) @ B_target @ A_target
+            before, result = result, LowRank(B, A)
+            if (result - before).norm() <= self.tolerance * result.norm():
+                break
+        return result

@@ -1,0 +1,107 @@
+"""What every merging method is: weights for the clients, and a way to combine their deltas of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.solve import Solver
+from fedfrom.merging.weights import check_weighting, weights
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a method of scope "model" learnt of the clients' whole updates, in the order given; empty for "layer".
+
+    Attributes
+    ----------
+    weights : Tensor | None
+        (n,) float64, one weight a client for all layers.
+    thresholds : list[float] | None
+        One magnitude a client, which the entries that TIES keeps reach.
+    """
+
+    weights: Tensor | None = None
+    thresholds: list[float] | None = None
+
+    def weigh(self, method: Method, norms: list[float], examples: list[float] | None) -> Tensor:
+        """Return the weights of a layer with these norms: the whole updates', or the layer's own."""
+        if self.weights is not None:
+            return self.weights
+        return method.weights(torch.tensor(norms, dtype=torch.float64), examples)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may need to know of the layer it combines.
+
+    Attributes
+    ----------
+    name : str
+        The layer's name: seeds draws.
+    statistics : list[Tensor] | None
+        What the clients sent beside the layer, in the order of the deltas: see the method's `needs`.
+    thresholds : list[float] | None
+        `Survey`'s, in the order and unit of the deltas.
+    rank : int | None
+        Rank that the adapter will be solved back to, where it is known.
+    """
+
+    name: str = ""
+    statistics: list[Tensor] | None = None
+    thresholds: list[float] | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The (example-weighted) mean of the deltas, and the base of the other methods.
+
+    Parameters
+    ----------
+    examples_power : float (default: 0.0)
+        p: client i weighs n_i^p.
+    """
+
+    k: ClassVar[float] = 0.0  # power of the norm in the weights
+    scope: ClassVar[str] = "layer"
+    on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
+    linear: ClassVar[bool] = True  # whether theta* is sum_i c_i theta_i, so that nothing else is ever formed
+    needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
+
+    examples_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_weighting(self.k, self.examples_power, self.scope)
+
+    def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
+        """Return (n,) float64 weights, summing to 1, of deltas with these norms."""
+        return weights(norms, self.k, examples, self.examples_power)
+
+    def coefficients(self, weights: Tensor) -> Tensor:
+        """Return (n,) float64 c_i from the weights."""
+        return weights
+
+    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
+        """Return theta* of one layer's deltas, dense tensors of one shape; they may be overwritten."""
+        return torch.stack([c * delta for c, delta in zip(coefficients.tolist(), deltas, strict=True)]).sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductMethod(Method, Solver):
+    """A method that merges adapters as products, and solves the result back to a rank (Eq. 6)."""
+
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)
+        Solver.__post_init__(self)
+
+    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
+        """Return theta* of one LoRA module's deltas; a method that is not linear goes through dense matrices."""
+        if self.linear:
+            return LowRank.sum(deltas, coefficients.tolist())
+        return LowRank.from_dense(self.combine([delta.dense() for delta in deltas], coefficients, context))

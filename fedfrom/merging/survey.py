@@ -1,0 +1,57 @@
+"""What a method of scope="model" has to know of the whole updates before any layer is merged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fedfrom.merging import blocks
+from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.method import Method, Survey
+from fedfrom.merging.sources import Inputs, check_norms
+from fedfrom.merging.tensors import plain_tensors
+from fedfrom.merging.ties import Ties
+
+
+def survey(inputs: Inputs, method: Method) -> Survey:
+    """Return the method's survey of the clients' updates; buffers and layers without a delta are left out."""
+    if method.scope != "model":
+        return Survey()
+    if isinstance(method, Ties):
+        return Survey(thresholds=_thresholds(inputs, method))
+    norms = [0.0] * len(inputs.sent)
+    for name in _updated(inputs):
+        if inputs.sent[0].layers[name].is_adapter:
+            found = [delta.norm() for delta in adapter_deltas(inputs, name)[2]]
+        else:
+            _, values, references = plain_tensors(inputs, name)
+            found = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
+        norms = [math.hypot(a, b) for a, b in zip(norms, check_norms(found, inputs, name), strict=True)]
+    return Survey(weights=method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples))
+
+
+def _thresholds(inputs: Inputs, method: Ties) -> list[float]:
+    """Return the magnitude that each client's largest entries reach; holds one client's whole update at a time."""
+    thresholds = []
+    for i in range(len(inputs.sent)):
+        magnitudes = []
+        for name in _updated(inputs):
+            if inputs.sent[0].layers[name].is_adapter:
+                magnitudes.append(adapter_deltas(inputs, name)[2][i].dense().abs())
+            else:
+                _, values, references = plain_tensors(inputs, name)
+                magnitudes.append(blocks.delta(values[i], references[i]).to(torch.float64).abs())
+        thresholds.append(method.threshold(magnitudes))
+    return thresholds
+
+
+def _updated(inputs: Inputs) -> list[str]:
+    """Return the names of the layers that have an update."""
+    names = []
+    for name, layer in inputs.sent[0].layers.items():
+        plain = not layer.is_adapter
+        without = plain and (layer.is_running_statistic or inputs.reference_of(name) is None)
+        if not (without or (plain and not inputs.sent[0].tensor(name).is_floating_point())):
+            names.append(name)
+    return names

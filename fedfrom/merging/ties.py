@@ -1,0 +1,105 @@
+"""TIES: trim each update to its largest entries, elect a sign for each entry, average those that agree with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.method import Context, ProductMethod
+from fedfrom.merging.weights import SCOPES
+
+
+def check_density(density: float) -> None:
+    """Raise ValueError where the share of entries to keep is not in (0, 1]."""
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected a share of the entries to keep, 0 < density <= 1, found {density}")
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """Return the delta with its floor(density * numel) largest entries by magnitude, 0 elsewhere; new memory."""
+    flat = delta.reshape(-1)
+    kept = torch.topk(flat.abs(), int(density * flat.numel())).indices
+    result = torch.zeros_like(flat)
+    result[kept] = flat[kept]
+    return result.reshape(delta.shape)
+
+
+def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float], majority: str = "total") -> Tensor:
+    """Return the disjoint mean of n trimmed deltas: of each entry, those whose sign is the elected one.
+
+    PEFT's convention: the sign is elected before the coefficients are applied, that of the sum ("total") or of most
+    ("frequency"), + where they cancel; the sum of the agreeing entries is divided by their count. (mergekit applies
+    weights first and divides by their sum; with unit weights and "total" the two are one.)
+    """
+    votes = torch.stack([delta if majority == "total" else delta.sign() for delta in deltas]).sum(dim=0)
+    elected = torch.where(votes >= 0, 1, -1)
+    total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for c, delta in zip(coefficients, deltas, strict=True):
+        agrees = delta.sign() == elected
+        total += c * delta * agrees
+        count += agrees
+    return total / count.clamp_min(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(ProductMethod):
+    """TIES-Merging (Yadav et al., 2023, arXiv 2306.01708, Algorithm 1), in PEFT's convention.
+
+    Elementwise, so adapters go through their dense products: O(n d_out d_in) time and memory a layer, and a dense SVD
+    to solve them back. Clients send nothing more than their state.
+
+    Parameters
+    ----------
+    density : float (default: 0.2)
+        Share of entries that are kept, 0 < density <= 1.
+    scope : str (default: "layer")
+        Where the largest entries are sought: "layer", PEFT's, or "model", the paper's, over the whole update.
+    majority : str (default: "total")
+        The elected sign: "total", of the sum, the paper's, or "frequency", of most.
+    coefficient : float (default: 1.0)
+        The paper's lambda.
+    examples_power : float (default: 0.0)
+        p: client i's entries are multiplied by n_i^p relative to the clients' mean, after the election.
+    rank, solver, iterations, tolerance, seed
+        See `Solver`.
+    """
+
+    linear: ClassVar[bool] = False
+
+    density: float = 0.2
+    scope: str = "layer"  # type: ignore[misc]
+    majority: str = "total"
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_density(self.density)
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {self.scope!r}")
+        if self.majority not in ("total", "frequency"):
+            raise ValueError(f"majority: expected total or frequency, found {self.majority!r}")
+        if not math.isfinite(self.coefficient):
+            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient}")
+
+    def coefficients(self, weights: Tensor) -> Tensor:
+        """Return (n,) float64: lambda each where all weights are equal."""
+        return self.coefficient * weights * len(weights)
+
+    def threshold(self, magnitudes: Sequence[Tensor]) -> float:
+        """Return the magnitude that the largest entries of a whole update reach, from all its layers' entries."""
+        flat = torch.cat([magnitude.reshape(-1) for magnitude in magnitudes])
+        kept = int(self.density * flat.numel())
+        return float("inf") if kept == 0 else float(torch.topk(flat, kept).values[-1])
+
+    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
+        """Return theta* by trim, elect and disjoint mean."""
+        if context.thresholds is None:
+            deltas = [trim(delta, self.density) for delta in deltas]
+        else:
+            deltas = [d * (d.abs() >= least) for d, least in zip(deltas, context.thresholds, strict=True)]
+        return elect_and_average(deltas, coefficients.tolist(), self.majority)
