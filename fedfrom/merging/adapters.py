@@ -41,9 +41,11 @@ def merge_adapter(
     coefficients = method.coefficients(w)
     if method.linear:
         coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
+    shape = method.statistics_shape(thetas[0].shape)
+    statistics = inputs.statistics_of(name, order, shape) if method.needs else None
     context = Context(
         name,
-        statistics=inputs.statistics_of(name, order) if method.needs else None,
+        statistics=statistics,
         thresholds=None if survey.thresholds is None else [survey.thresholds[i] / unit for i in order],
         rank=rank if isinstance(rank, int) else None,
     )

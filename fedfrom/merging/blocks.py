@@ -90,7 +90,8 @@ def weighted_sum(
                 continue
             theta = x if r is None else x - r
             total = theta * w if total is None else total.add_(theta, alpha=w)
-        assert total is not None  # the weights sum to 1
+        if total is None:  # a coefficient of 0
+            total = torch.zeros_like(sent[0])
         norms.append(_block_norm(total))
         if server_lr != 1.0:
             total.mul_(server_lr)

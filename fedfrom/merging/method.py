@@ -87,6 +87,10 @@ class Method:
         """Return (n,) float64 c_i from the weights."""
         return weights
 
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what a client sends beside a layer of this shape, (d_out, d_in) for a LoRA module."""
+        return shape
+
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta* of one layer's deltas, dense tensors of one shape; they may be overwritten."""
         return torch.stack([c * delta for c, delta in zip(coefficients.tolist(), deltas, strict=True)]).sum(dim=0)

@@ -48,6 +48,10 @@ class RegMean(ProductMethod):
         if not 0 <= self.off_diagonal <= 1:
             raise ValueError(f"off_diagonal: expected 0 to 1, found {self.off_diagonal}")
 
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return (d_in, d_in)."""
+        return (shape[-1], shape[-1]) if shape else ()
+
     def weighted_grams(self, grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return [w_i G_i] and the (pseudo-)inverse of their sum, float64: 0 where no client has inputs."""
         weighted = [w * shrink(gram, self.off_diagonal) for w, gram in zip(weights.tolist(), grams, strict=True)]

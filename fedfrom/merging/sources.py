@@ -87,13 +87,13 @@ class Inputs:
         """Return the source whose keys, dtypes and dimensions a merged layer has."""
         return self.reference_of(name) or self.sent[0]
 
-    def statistics_of(self, name: str, order: list[int]) -> list[Tensor] | None:
+    def statistics_of(self, name: str, order: list[int], shape: tuple[int, ...]) -> list[Tensor] | None:
         """Return what the clients sent beside a layer, in that order; None where none of them did.
 
         Raises
         ------
         ValueError
-            Some clients sent it and some did not.
+            Some clients sent it and some did not, it has another shape, or a number in it is not finite.
         """
         found = [(self.sent[i].statistics or {}).get(name) for i in order]
         if all(tensor is None for tensor in found):
@@ -101,6 +101,14 @@ class Inputs:
         for i, tensor in zip(order, found, strict=True):
             if tensor is None:
                 raise ValueError(f"{self.sent[i].who}, {name!r}: expected statistics as other clients sent, found none")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{self.sent[i].who}, {name!r}: expected statistics of shape {shape}, found {tuple(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{self.sent[i].who}, {name!r}: expected finite numbers in its statistics, found NaN or infinity"
+                )
         return [tensor for tensor in found if tensor is not None]
 
     def received_of(self, name: str) -> list[Source | None]:

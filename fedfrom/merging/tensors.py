@@ -21,8 +21,10 @@ def merge_tensor(
     norms = check_norms([blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)], inputs, name)
     check_finite([W], name, ["tensor"])
     if W is None or layer.is_running_statistic:
-        # a mean of values: there is no update that a method could weigh or the server scale
-        method, server_lr, survey = Method(examples_power=method.examples_power), 1.0, Survey()
+        # a mean of values: there is no update that a norm could weigh or the server scale
+        server_lr, survey = 1.0, Survey()
+        if layer.is_running_statistic or not method.needs:
+            method = Method(examples_power=method.examples_power)  # what clients send beside them weighs values too
     weights = survey.weigh(method, norms, inputs.examples)
     order = summing_order(inputs, name, norms, weights)
     w = weights[order]
@@ -40,7 +42,11 @@ def merge_tensor(
         mean, _ = blocks.weighted_sum(thetas, [None] * len(thetas), w.tolist(), None, 1.0)
         context = Context(
             name,
-            statistics=inputs.statistics_of(_statistics_name(name, method), order) if method.needs else None,
+            statistics=inputs.statistics_of(
+                _statistics_name(name, method), order, method.statistics_shape(tuple(values[0].shape))
+            )
+            if method.needs
+            else None,
             thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
         )
         change = method.combine(thetas, coefficients, context)
