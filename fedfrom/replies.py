@@ -17,6 +17,7 @@ from torch import Tensor
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config, rank_and_scaling
 from fedfrom.merging.layers import Layer
+from fedfrom.merging.method import Method
 from fedfrom.records import ADAPTER_KEY, metric_record, model_record, record_to_config, to_state
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
@@ -48,11 +49,23 @@ class Sent:
     lora_config: dict[str, Any] | None
 
     @classmethod
-    def check(cls, record: ArrayRecord, lora_config: dict[str, Any] | None, pair_factors: bool, dora: bool) -> Sent:
-        """Return the global arrays as sent, or raise ValueError where no reply to them could be merged."""
+    def check(cls, record: ArrayRecord, lora_config: dict[str, Any] | None, method: Method, dora: bool) -> Sent:
+        """Return the global arrays as sent, or raise ValueError where no reply to them could be merged.
+
+        Parameters
+        ----------
+        record : ArrayRecord
+            The global arrays.
+        lora_config : dict[str, Any] | None
+            The global adapter's config, checked.
+        method : Method
+            What will merge the replies.
+        dora : bool
+            Whether DoRA is accepted.
+        """
         who = "global arrays"
         state = to_state(record, who)
-        layers = L.find_layers(state, who, pair_factors)
+        layers = L.find_layers(state, who)
         for name, layer in layers.items():
             L.check_dora(layer, who, dora)
             for key in layer.keys.values():
@@ -62,7 +75,14 @@ class Sent:
                 rank = L.read_adapter(layer, state, 1.0, who).rank
                 if lora_config and rank != (expected := rank_and_scaling(lora_config, name)[0]):
                     raise ValueError(f"{who}, {name!r}: expected rank {expected} as lora_config says, found {rank}")
-        return cls(state, layers, lora_config if pair_factors else None)
+        if method.scope == "model" and lora_config is None and len({lay.is_adapter for lay in layers.values()}) > 1:
+            raise ValueError(
+                "lora_config: expected the global adapter's with scope='model', which compares adapters with plain "
+                "tensors by their true size, found None"
+            )
+        if method.on_factors:  # A and B apart; one scaling is assumed
+            return cls(state, L.find_layers(state, who, pair_factors=False), None)
+        return cls(state, layers, lora_config)
 
     @property
     def adapters(self) -> dict[str, Layer]:

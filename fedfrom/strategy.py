@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
@@ -31,6 +30,7 @@ from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
+_OWN = {"server_lr", "lora_config", "seed", "dora", "same_base"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RoundReport:
             "replies-missing": len(self.missing),
             "merge-seconds": self.seconds,
         }
-        weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.weights]
+        weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.is_update]
         if weighed:
             metrics["weight-min"] = min(min(layer.weights) for layer in weighed)
             metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
@@ -125,8 +125,15 @@ class FedMerge(FedAvg):
         **options: Any,
     ) -> None:
         super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
-        if method in methods() and "seed" in method_options(str(method)):
-            options.setdefault("seed", seed)
+        if isinstance(method, str) and method in methods():
+            known = method_options(method)
+            if unknown := sorted(options.keys() - known):
+                raise ValueError(
+                    f"{type(self).__name__}: expected {', '.join(sorted(known | _OWN | _FEDAVG))}, found "
+                    f"{', '.join(unknown)}"
+                )
+            if "seed" in known:
+                options.setdefault("seed", seed)
         self.method = make_method(method, **options)
         if not math.isfinite(server_lr):
             raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
@@ -152,7 +159,7 @@ class FedMerge(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
-        self._sent = Sent.check(arrays, self.lora_config, not self.method.on_factors, self.dora)
+        self._sent = Sent.check(arrays, self.lora_config, self.method, self.dora)
         share, least = self.fraction_train, self.min_train_nodes
         messages = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
         self._asked = [message.metadata.dst_node_id for message in messages]
@@ -218,26 +225,31 @@ class FedMerge(FedAvg):
         failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
         nodes = [reply.node_id for reply in valid]
         missing = sorted(set(self._asked) - {*nodes, *rejected, *failed})
-        merged, report = self._merge(valid, self._sent) if valid else (None, None)
+        merged, report = None, None
+        try:
+            if valid:
+                merged, report = self._merge(valid, self._sent)
+        except ValueError as error:
+            log.error("aggregate_train: %s", error)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
         seconds = time.perf_counter() - start
         self.reports[server_round] = RoundReport(nodes, rejected, failed, missing, report, seconds)
         if merged is None or report is None:
             return None, None
-        self._warn_of_swapping(report)
+        self._warn_of_swinging(report)
         metrics = self._aggregate_metrics([reply.content for reply in valid], self.train_metrics_aggr_fn)
         metrics = MetricRecord() if metrics is None else metrics
         metrics.update(self.reports[server_round].metrics())
         return to_record(merged), metrics
 
-    def _merge(self, replies: list[Reply], sent: Sent) -> tuple[dict[str, Tensor] | None, MergeReport]:
-        """Hand the replies to `merge`, each with its config and what it was sent; None where the result overflows."""
+    def _merge(self, replies: list[Reply], sent: Sent) -> tuple[dict[str, Tensor], MergeReport]:
+        """Hand the replies to `merge`, each with its config and what it was sent."""
         configs = None
         if sent.lora_config is not None:
             configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
         states = [reply.state for reply in replies]
-        merged, report = merge(
+        return merge(
             states,
             sent.state,
             self.method,
@@ -251,17 +263,13 @@ class FedMerge(FedAvg):
             dora=self.dora,
             same_base=self.same_base,
         )
-        for key, tensor in merged.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                log.error("aggregate_train: %r of the merged arrays is beyond %s; lower server_lr", key, tensor.dtype)
-                return None, report
-        return merged, report
 
-    def _warn_of_swapping(self, report: MergeReport) -> None:
+    def _warn_of_swinging(self, report: MergeReport) -> None:
         """Log, once, that the step may be beyond the bound server_lr c (1 + k lambda_max) < 2 at c = 1."""
-        weighed = [layer for layer in report.layers if layer.lambda_max > 0]  # infinity * 0 is NaN
-        bound = max((self.server_lr * (1 + self.method.k * layer.lambda_max) for layer in weighed), default=0.0)
-        if bound >= 2 and len(report.clients) > 1 and not self._warned:
+        largest = max((layer.lambda_max for layer in report.layers if layer.is_update), default=0.0)
+        bound = self.server_lr * (1 + self.method.k * largest) if largest > 0 else 0.0  # infinity * 0 is NaN
+        # two opposed clients have lambda_max = 1 but for rounding
+        if bound >= 2 * (1 - 1e-6) and len(report.clients) > 1 and not self._warned:
             self._warned = True
             log.warning(
                 "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients whose updates "

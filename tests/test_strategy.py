@@ -58,6 +58,7 @@ def emptied(content: RecordDict) -> None:
 
 # --- The merge itself, against the dense oracle ----------------------------------------------------------------------
 
+UNIT = {"r": 4, "lora_alpha": 4}  # the config of mixed_state's adapter, at scaling 1
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"k": 1.0, "examples_power": 0.0},
@@ -65,10 +66,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"k": 8.0},
     {"server_lr": 0.5},
     {"server_lr": 1.5},
-    {"scope": "model"},
-    {"scope": "model", "k": 2.0, "server_lr": 0.5},
+    {"scope": "model", "lora_config": UNIT},
+    {"scope": "model", "k": 2.0, "server_lr": 0.5, "lora_config": UNIT},
     {"rank": 2},
-    {"rank": 1, "scope": "model"},
+    {"rank": 1, "scope": "model", "lora_config": UNIT},
     {"rank": 100},
 ]
 
@@ -82,6 +83,7 @@ def test_every_round_is_the_oracles(options: dict[str, Any]) -> None:
     after = [*(arrays_of(content[0]["arrays"]) for content in down[1:]), arrays_of(result.arrays)]
     settings = {"k": 0.5, "examples_power": 0.5, **options}
     settings["p"] = settings.pop("examples_power")
+    settings.pop("lora_config", None)
     for server_round in range(3):
         sent = arrays_of(down[server_round][0]["arrays"])
         replies = [arrays_of(up[server_round][i]["arrays"]) for i in range(3)]
@@ -215,7 +217,9 @@ def copycat(message: Message, context: Context) -> Message:
     return reply
 
 
-@pytest.mark.parametrize("options", [{}, {"scope": "model"}, {"solver": "alternating"}, {"k": math.inf}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "model", "lora_config": UNIT}, {"solver": "alternating"}, {"k": math.inf}], ids=str
+)
 def test_order_and_nodes_change_no_bit(options: dict[str, Any]) -> None:
     ends = []
     for grid in (
@@ -605,14 +609,57 @@ def test_a_wrong_method_is_named() -> None:
         FedMerge(FroM(), k=1.0)
 
 
-def test_initial_arrays_that_cannot_be_merged_end_the_run_by_name() -> None:
+@pytest.mark.parametrize("method", ["from", "factor-average"])
+def test_initial_arrays_that_cannot_be_merged_end_the_run_by_name(method: str) -> None:
     """Half an adapter is the server app's mistake, not a client's: nothing is trained for nothing."""
-    state = mixed_state()
-    del state[f"{Q}.lora_B.weight"]
+    half, dora = mixed_state(), mixed_state()
+    del half[f"{Q}.lora_B.weight"]
+    dora[f"{Q}.lora_magnitude_vector"] = np.ones(10, np.float32)
+    for state, found in ((half, r"base_model\.model\.q.*lora_B"), (dora, r"lora_magnitude_vector.*DoRA")):
+        grid = InProcessGrid(noisy, 3)
+        with pytest.raises(ValueError, match=found):
+            FedMerge(method).start(grid, record_of(state), num_rounds=1)
+        assert not grid.traffic
+
+
+def test_the_model_scope_needs_the_scaling_where_adapters_stand_beside_tensors() -> None:
     grid = InProcessGrid(noisy, 3)
-    with pytest.raises(ValueError, match=r"base_model\.model\.q.*lora_B"):
-        FedFroM().start(grid, record_of(state), num_rounds=1)
+    with pytest.raises(ValueError, match=r"lora_config.*scope='model'"):
+        FedFroM(scope="model").start(grid, record_of(mixed_state()), num_rounds=1)
     assert not grid.traffic
+
+
+@pytest.mark.parametrize("key", ["w", "base_model.model.q.lora_B.weight"])
+def test_opposed_updates_are_warned_of_in_spite_of_rounding(key: str, flower_log: pytest.LogCaptureFixture) -> None:
+    def opposed(message: Message, context: Context) -> Message:
+        reply = noisy(message, context)
+        if message.metadata.message_type == "train":
+            sent = arrays_of(message.content["arrays"])
+            step = np.random.default_rng(5).normal(size=sent[key].shape).astype(np.float32)
+            sign = 1 if context.node_config["partition-id"] else -1
+            reply.content["arrays"] = record_of({**sent, key: sent[key] + sign * step})
+        return reply
+
+    start = mixed_state() | {"w": np.random.default_rng(4).normal(size=(7, 5)).astype(np.float32)}
+    run(opposed, nodes=2, rounds=1, state=start, k=1.0)
+    assert logged(flower_log, "lambda_max", "2.00", "lower k")
+
+
+def test_buffers_count_in_no_figure_of_the_weights(flower_log: pytest.LogCaptureFixture) -> None:
+    def client(message: Message, context: Context) -> Message:
+        reply = noisy(message, context)
+        if message.metadata.message_type == "train":
+            sent = arrays_of(message.content["arrays"])
+            partition = int(context.node_config["partition-id"])
+            moved = {"w": sent["w"].copy(), "bn.running_mean": sent["bn.running_mean"] + 1 + partition}
+            moved["w"][partition] += 1  # orthogonal updates: lambda_max = 1/2
+            reply.content["arrays"] = record_of(moved)
+        return reply
+
+    state = {"w": np.zeros((2, 3)), "bn.running_mean": np.zeros(4)}
+    metrics = run(client, nodes=2, rounds=1, state=state, k=1.0, examples_power=0.0).train_metrics_clientapp[1]
+    assert metrics["lambda-max"] == pytest.approx(0.5) and metrics["weight-max"] == pytest.approx(0.5)
+    assert not logged(flower_log, "lambda_max", "lower k")
 
 
 def test_updates_that_swing_are_warned_of(flower_log: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,9 @@
-"""Merging: pure functions over the layers of n clients. Imports torch alone."""
+"""Merging: pure functions over the layers of n clients. Imports torch alone.
+
+Where the paper's equations (arXiv 2506.02478) are: Eq. 1, the weights, in weights.py; Eq. 5, their sum, in
+frobenius.py's FroM and blocks.weighted_sum; Eq. 6, adapters solved back to a rank, in solve.py, and there Eq. 7, Eq. 8
+and Algorithm 1 too. `merge` in merge.py walks the layers: adapters.py merges one LoRA module, tensors.py one tensor.
+"""
 
 from fedfrom.merging.average import Average, FactorAverage
 from fedfrom.merging.dare import Dare, DareFroM, DareTies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,18 +49,20 @@ def merge(
         W_i: what each client sends, at least one: adapters' state dicts, full state dicts, or both mixed. A mapping may
         read its tensors when asked for them: one layer is held at a time. Never changed.
     reference : Mapping[str, Tensor] | None (default: None)
-        W, the global state; None is zero, which is right for fresh adapters. Layers that it lacks have none.
+        W, the global state; None is zero, which is right for fresh adapters. Layers that it lacks have none; those that
+        the clients lack are not in the result.
     method : str | Method (default: "from")
         A name of `methods()`, with its options as further keywords, or a method object.
     received : Sequence[Mapping | None] | None (default: None)
         ref_i for each client that was sent something else than W (a smaller rank); None, there or in all, is W.
     configs : Sequence | None (default: None)
         An adapter config a client (adapter_config.json as a mapping, or a LoraConfig): gives each module's scaling.
-        Without them all ranks must be equal and one scaling is assumed, which cancels.
+        Without them all ranks must be equal and one scaling is assumed, which cancels (but not between adapters and
+        plain tensors: scope="model" needs them for states that hold both). Norms in the report are then without it.
     reference_config : optional
         The adapter config of `reference` and `received`; needed with `configs` where the reference has adapters.
     examples : Sequence[float] | None (default: None)
-        n_i > 0.
+        n_i > 0; None takes all for equal, whatever the method's examples_power.
     server_lr : float (default: 1.0)
         alpha.
     as_reference : bool (default: False)
@@ -94,6 +96,8 @@ def merge(
     a digest of the content).
     """
     chosen = make_method(method, **options)
+    if isinstance(states, Mapping):
+        raise ValueError("states: expected a sequence of state dicts, one a client, found a single mapping")
     if not math.isfinite(server_lr):
         raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
     if isinstance(chosen, GreedySoup):
@@ -137,6 +141,10 @@ def merge(
                 part, report = keep(inputs, name)
             else:
                 part, report = merge_tensor(inputs, name, chosen, server_lr, whole)
+            for key, tensor in part.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
             merged.update(part)
             reports.append(report)
     settings = {"name": type(chosen).__name__, **asdict(chosen), "server_lr": server_lr}
@@ -148,7 +156,9 @@ def merge(
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:
     """Return the adapter config that goes with the result, None where none was given or there is no adapter."""
-    given = (inputs.reference or inputs.sent[0]).config if keep else inputs.sent[0].config
+    given = inputs.sent[0].config
+    if keep and inputs.reference is not None and inputs.reference.config is not None:
+        given = inputs.reference.config
     ranks = {report.name: report.rank_out for report in reports if report.kind == "adapter"}
     if given is None or keep or not ranks:
         return given

@@ -60,6 +60,8 @@ def make_method(method: str | Method, **options: Any) -> Method:
             raise ValueError(
                 f"options {sorted(options)} go with a method's name; found {type(method).__name__}: set them there"
             )
+        if not isinstance(method, Method):
+            raise ValueError(f"method: expected a name of {', '.join(_METHODS)} or a method object, found {method!r}")
         return method
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {method!r}")

@@ -63,6 +63,11 @@ class LayerReport:
     iterations: int = 0
     lambda_max: float = 0.0
 
+    @property
+    def is_update(self) -> bool:
+        """Whether clients' updates were weighed here: not for buffers, nor for tensors without a reference."""
+        return self.kind == "adapter" or (self.kind == "tensor" and self.has_reference)
+
 
 @dataclass(frozen=True)
 class MergeReport:

@@ -18,6 +18,12 @@ def survey(inputs: Inputs, method: Method) -> Survey:
     """Return the method's survey of the clients' updates; buffers and layers without a delta are left out."""
     if method.scope != "model":
         return Survey()
+    mixed = len({inputs.sent[0].layers[name].is_adapter for name in _updated(inputs)}) > 1
+    if mixed and inputs.sent[0].config is None:
+        raise ValueError(
+            "scope: expected adapter configs with scope='model', which compares adapters with plain tensors by their "
+            "true size, found none: give configs= (a strategy: lora_config=), or scope='layer'"
+        )
     if isinstance(method, Ties):
         return Survey(thresholds=_thresholds(inputs, method))
     norms = [0.0] * len(inputs.sent)

@@ -62,6 +62,9 @@ def weights(
 
 def check_weighting(k: float, examples_power: float, scope: str) -> None:
     """Raise ValueError where k, p or the scope is out of range."""
+    for name, value in {"k": k, "examples_power": examples_power}.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}: expected a number, found {value!r}")
     if not k >= 0:
         raise ValueError(f"k: expected a number >= 0 (infinity included), found {k}")
     if not 0 <= examples_power < float("inf"):

@@ -354,10 +354,14 @@ def test_model_scope_weighs_adapters_and_tensors_together():
     heads = [normal(5, g=g) for _ in range(3)]
     W = normal(5, g=g)
     states = [{**state, "head": head} for state, head in zip(case.states, heads, strict=True)]
-    _, report = merge(states, {"head": W}, k=2.0, scope="model")
+    with pytest.raises(ValueError, match=r"scope.*configs"):  # a scaling that cancels in a layer does not here
+        merge(states, {"head": W}, k=2.0, scope="model")
+    ranks = [state[A_KEY].shape[0] for state in states]
+    configs = [{"r": r, "lora_alpha": r} for r in ranks]
+    _, report = merge(states, {"head": W}, k=2.0, scope="model", configs=configs)
     norms = [math.hypot(a, float((head - W).norm())) for a, head in zip(case.layer.norms, heads, strict=True)]
     for layer in report.layers:
         assert layer.weights == pytest.approx(oracle.weights(norms, 2.0), rel=1e-12)
-    merged, _ = merge(states, {"head": W}, k=2.0, scope="model")
+    merged, _ = merge(states, {"head": W}, k=2.0, scope="model", configs=configs)
     T = case.layer.target(oracle.weights(norms, 2.0))
     assert oracle.relative_error(oracle.product(merged[B_KEY], merged[A_KEY]), oracle.truncated(T, 3)) <= 1e-12

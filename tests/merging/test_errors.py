@@ -263,6 +263,19 @@ def test_methods_and_options_that_are_unknown():
         merge(adapters(), method=name)
 
 
+def test_methods_of_another_type_and_states_that_are_none():
+    refused("method", "FroM", states=adapters(), method=FroM)
+    refused("method", 0.5, states=adapters(), method=0.5)
+    refused("k", "'1'", call=FroM, k="1")
+    refused("states", "sequence", states=adapters()[0])
+
+
+def test_a_result_beyond_its_dtype():
+    big = [{key: (150 * value).half() for key, value in state.items()} for state in adapters()]
+    assert all(bool(value.isfinite().all()) for state in big for value in state.values())
+    refused("lora_B", "float16", "infinity", states=[{k: v * 20 for k, v in state.items()} for state in big])
+
+
 def test_rank_above_the_matrix():
     refused("rank", MODULE, 9, 10, states=adapters(), rank=10)
     refused("rank", MODULE, states=adapters(), rank=10, solver="alternating")
