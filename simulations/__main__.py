@@ -45,6 +45,9 @@ def run(**given: Any) -> None:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except PermissionError as error:
+        print(f"error: {error.filename}: can't be read or written: {error.strerror}; check its rights", file=sys.stderr)
+        raise typer.Exit(2) from None
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

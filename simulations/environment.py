@@ -20,19 +20,23 @@ QUIET = {
 }
 
 
-def prepare(online: bool = False) -> None:
-    """Set what is not set yet; the libraries read most of these once, when they are imported.
+def quiet() -> None:
+    """Set what is not set yet, but for the Hub; the libraries read most of these once, when they are imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # Raised by ray's and flwr's own imports; nothing a user of the simulation can act on.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def prepare(online: bool) -> None:
+    """Be quiet, and say whether the Hugging Face Hub may be asked; to be called before its libraries are imported.
 
     Parameters
     ----------
     online : bool
-        Something named in the options has to come from the Hugging Face Hub. Otherwise the Hub is never asked,
-        so a missing file is an error at once instead of a series of timeouts. A value of HF_HUB_OFFLINE that
-        the user has set stays as it is.
+        Something named in the options has to come from the Hub. Otherwise the Hub is never asked, so a missing file is
+        an error at once instead of a series of timeouts. A value of HF_HUB_OFFLINE that the user has set stays.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    quiet()
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if online else "1")
-    # Raised by ray's and flwr's own imports; nothing a user of the simulation can act on.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -13,7 +13,7 @@ from simulations.history import History, Round, client_weights
 from simulations.options import Options
 from simulations.traffic import CountingGrid
 
-environment.prepare()
+environment.quiet()
 
 ABOUT = "simulation"  # the client's record of who trained; see client_app
 NODES_TIMEOUT = 120.0

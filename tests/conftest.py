@@ -33,8 +33,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones.
 settings.register_profile(
     "fedfrom",
@@ -83,13 +81,10 @@ def task_identity() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def glue_dir() -> Path:
-    """The folder of GLUE's TSV files: FEDFROM_GLUE_DIR, else the one beside the checkout. Skips without it."""
+    """The folder of GLUE's TSV files, FEDFROM_GLUE_DIR. Skips without it."""
     named = os.environ.get("FEDFROM_GLUE_DIR")
-    if named:
-        if not Path(named).is_dir():
-            pytest.fail(f"FEDFROM_GLUE_DIR={named}: no such folder")
-        return Path(named)
-    beside = ROOT.parent / "shared" / "data" / "glue"
-    if not beside.is_dir():
+    if not named:
         pytest.skip("needs GLUE: set FEDFROM_GLUE_DIR to a folder in GLUE's TSV layout")
-    return beside
+    if not Path(named).is_dir():
+        pytest.fail(f"FEDFROM_GLUE_DIR={named}: no such folder")
+    return Path(named)

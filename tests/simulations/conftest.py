@@ -8,7 +8,7 @@ import pytest
 
 from simulations import environment
 
-environment.prepare()
+environment.prepare(online=False)
 
 WORDS = ("good", "great", "fine", "bad", "poor", "dull", "film", "plot", "the", "a", "is", "was")
 
