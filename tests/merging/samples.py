@@ -29,6 +29,7 @@ class Case:
     configs: list[dict[str, Any]] | None = None
     reference_config: dict[str, Any] | None = None
     examples: list[int] | None = None
+    statistics: list[State] | None = None
     server_lr: float = 1.0
     rank: int | None = None
     dtype: torch.dtype = torch.float64
@@ -40,6 +41,7 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         """Keywords of `merge` but for the method's."""
         names = ("states", "reference", "received", "configs", "reference_config", "examples", "server_lr")
+        names += ("statistics",)
         return {name: getattr(self, name) for name in names}
 
     def permuted(self, order: list[int]) -> Case:
@@ -54,6 +56,7 @@ class Case:
             received=pick(self.received),
             configs=pick(self.configs),
             examples=pick(self.examples),
+            statistics=pick(self.statistics),
             layer=oracle.Layer(pick(self.layer.sent), pick(self.layer.received), self.layer.W),
         )
 
