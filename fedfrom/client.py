@@ -1,4 +1,4 @@
-"""What a client needs: load the global arrays at its own rank, reply with its rank and scaling.
+"""What a client needs: load the global arrays at its own rank, reply with its rank and scaling, and its statistics.
 
 A client whose adapter has the global adapter's rank and alpha needs none of this: PEFT's `set_peft_model_state_dict`
 and `get_peft_model_state_dict` do.
@@ -15,7 +15,18 @@ from torch import Tensor
 
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
-from fedfrom.records import ADAPTER_KEY, config_to_record, model_record, record_to_config, to_record, to_state
+from fedfrom.records import (
+    ADAPTER_KEY,
+    STATISTICS_KEY,
+    config_to_record,
+    model_record,
+    record_to_config,
+    to_record,
+    to_state,
+)
+from fedfrom.statistics import collecting_gram, fisher, gram
+
+__all__ = ["adapter_state", "collecting_gram", "fisher", "gram", "load", "reply"]
 
 
 def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapter_name: str = "default") -> None:
@@ -105,6 +116,7 @@ def reply(
     message: Message,
     metrics: Mapping[str, Any],
     *,
+    statistics: Mapping[str, Tensor] | None = None,
     arrayrecord_key: str = "arrays",
     adapter_name: str = "default",
 ) -> Message:
@@ -118,6 +130,9 @@ def reply(
         What is replied to.
     metrics : Mapping[str, float]
         Holds "num-examples".
+    statistics : Mapping[str, Tensor] | None (default: None)
+        What `gram` or `fisher` returned, for strategies whose method needs it: sent as a second ArrayRecord, which
+        Flower's FedAvg would refuse.
     arrayrecord_key : str (default: "arrays")
         Name of the record with the arrays.
     adapter_name : str (default: "default")
@@ -131,6 +146,8 @@ def reply(
         content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
     else:
         content[arrayrecord_key] = to_record(model.state_dict())
+    if statistics is not None:
+        content[STATISTICS_KEY] = to_record(statistics)
     return Message(content=content, reply_to=message)
 
 

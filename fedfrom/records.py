@@ -17,6 +17,9 @@ from fedfrom.merging.configs import spell_out
 ADAPTER_KEY = "fedfrom.adapter"
 """Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
 
+STATISTICS_KEY = "fedfrom.statistics"
+"""Name of the ArrayRecord with a client's Gram or Fisher statistics, in replies."""
+
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _MODULE = re.compile(r"[\w.-]+")
@@ -109,8 +112,8 @@ def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -
 
 
 def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
-    """Return the ArrayRecord that holds the model: the one of that name, or the only one."""
-    records = content.array_records
+    """Return the ArrayRecord that holds the model: the one of that name, or the only one beside statistics."""
+    records = {name: record for name, record in content.array_records.items() if name != STATISTICS_KEY}
     if arrayrecord_key in records:
         return records[arrayrecord_key]
     if len(records) == 1:

@@ -18,7 +18,7 @@ from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config, rank_and_scaling
 from fedfrom.merging.layers import Layer
 from fedfrom.merging.method import Method
-from fedfrom.records import ADAPTER_KEY, metric_record, model_record, record_to_config, to_state
+from fedfrom.records import ADAPTER_KEY, STATISTICS_KEY, metric_record, model_record, record_to_config, to_state
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
@@ -122,6 +122,8 @@ class Reply:
         num-examples.
     config : dict[str, Any] | None
         The client's adapter config, where it sent one.
+    statistics : dict[str, Tensor] | None (default: None)
+        Gram matrices by layer or Fisher diagonals by key, where the method needs them.
     """
 
     node_id: int
@@ -129,6 +131,7 @@ class Reply:
     state: dict[str, Tensor]
     examples: float
     config: dict[str, Any] | None
+    statistics: dict[str, Tensor] | None = None
 
     @property
     def who(self) -> str:
@@ -137,7 +140,7 @@ class Reply:
 
 
 def screen(
-    messages: Iterable[Message], sent: Sent, arrayrecord_key: str, weighted_by: str
+    messages: Iterable[Message], sent: Sent, arrayrecord_key: str, weighted_by: str, needs: str | None = None
 ) -> tuple[list[Reply], dict[int, str]]:
     """Return the replies that can be merged, and by node why the others can't.
 
@@ -152,28 +155,35 @@ def screen(
         What they reply to.
     arrayrecord_key, weighted_by : str
         Names of the model's record and of the metric with the number of examples.
+    needs : str | None (default: None)
+        The statistics that the method needs, "gram" or "fisher"; None leaves those that came unread.
     """
     valid: list[Reply] = []
     rejected: dict[int, str] = {}
     for message in messages:
         try:
-            valid.append(read_reply(message, sent, arrayrecord_key, weighted_by))
+            valid.append(read_reply(message, sent, arrayrecord_key, weighted_by, needs))
         except ValueError as error:
             rejected[message.metadata.src_node_id] = str(error)
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
         rejected |= others
+    if needs is not None:
+        valid, others = _of_one_kind(valid, needs)
+        rejected |= others
     return sorted(valid, key=lambda reply: _content_key(reply, arrayrecord_key, weighted_by)), rejected
 
 
 def _content_key(reply: Reply, arrayrecord_key: str, weighted_by: str) -> tuple[bytes, str]:
-    """Return a digest of a reply's arrays (of the end of each: they may be large), then its metrics.
+    """Return a digest of a reply's arrays and statistics (of the end of each: they may be large), then its metrics.
 
     Arrays first: some clients' metrics hold times, which are chance too.
     """
     digest = hashlib.blake2b()
     for array in model_record(reply.content, arrayrecord_key).values():
         digest.update(array.data[-_DIGESTED:])
+    for statistic in (reply.content.array_records[STATISTICS_KEY] if reply.statistics else {}).values():
+        digest.update(statistic.data[-_DIGESTED:])
     return digest.digest(), repr(sorted(metric_record(reply.content, weighted_by).items()))
 
 
@@ -191,11 +201,27 @@ def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, str]]:
     return [reply for reply in replies if reply.node_id not in others], others
 
 
+def _of_one_kind(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[int, str]]:
+    """Part off the replies whose statistics are of other layers than most have: those could not be merged."""
+    kinds = {reply.node_id: frozenset(reply.statistics or ()) for reply in replies}
+    counts = Counter(kinds.values())
+    common = max(sorted(counts, key=sorted), key=lambda kind: (counts[kind], len(kind)), default=frozenset())
+    others = {
+        node_id: f"{needs} statistics: expected those of the layers that most clients sent, found "
+        f"{len(common - kind)} missing {sorted(common - kind)[:3]} and {len(kind - common)} more "
+        f"{sorted(kind - common)[:3]}"
+        for node_id, kind in kinds.items()
+        if kind != common
+    }
+    return [reply for reply in replies if reply.node_id not in others], others
+
+
 def read_reply(
     message: Message,
     sent: Sent,
     arrayrecord_key: str,
     weighted_by: str,
+    needs: str | None = None,
 ) -> Reply:
     """Return a train reply as a state, or raise ValueError with the reason to reject it.
 
@@ -207,6 +233,8 @@ def read_reply(
         What it replies to. With a lora_config, a client that says its own config may have other ranks.
     arrayrecord_key, weighted_by : str
         Names of the model's record and of the metric with the number of examples.
+    needs : str | None (default: None)
+        The statistics that the method needs.
 
     Raises
     ------
@@ -245,20 +273,62 @@ def read_reply(
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
         if layer.is_adapter:
             _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
-    return Reply(message.metadata.src_node_id, content, state, float(examples), config)
+    statistics = None if needs is None else _read_statistics(content, sent, needs)
+    return Reply(message.metadata.src_node_id, content, state, float(examples), config, statistics)
 
 
-def _check_size(tensor: Tensor, key: str) -> None:
+def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:
+    """Return a reply's Gram matrices by layer or Fisher diagonals by key, or raise ValueError with what is wrong."""
+    record = content.array_records.get(STATISTICS_KEY)
+    if not record:
+        raise ValueError(
+            f"expected {needs} statistics beside the arrays, in a record {STATISTICS_KEY!r}, found none: the client "
+            f"computes them with fedfrom.client.{needs} and sends them with fedfrom.client.reply(statistics=)"
+        )
+    statistics = to_state(record, "statistics")
+    shapes: Mapping[str, tuple[int, ...]] = _gram_shapes(sent) if needs == "gram" else _fisher_shapes(sent)
+    for name, tensor in statistics.items():
+        if name not in shapes:
+            raise ValueError(
+                f"statistics, {name!r}: expected the name of a layer that was sent, as fedfrom.client.{needs} gives "
+                f"them, such as {next(iter(shapes), None)!r}"
+            )
+        found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            raise ValueError(f"statistics, {name!r}: expected floating-point {shapes[name]}, found {found}")
+        _check_size(tensor, name, "statistics")
+        if (tensor.diagonal() if needs == "gram" else tensor).lt(0).any():
+            raise ValueError(f"statistics, {name!r}: expected mean squares >= 0, found some below 0")
+    return statistics
+
+
+def _fisher_shapes(sent: Sent) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the Fisher diagonal of each tensor: its own."""
+    return {name: tuple(sent.state[key].shape) for name, layer in sent.layers.items() for key in layer.keys.values()}
+
+
+def _gram_shapes(sent: Sent) -> dict[str, tuple[int, int]]:
+    """Return the shape (d_in, d_in) of the Gram matrix of each layer that may have one: LoRA modules and weights."""
+    shapes = {}
+    for name, layer in sent.layers.items():
+        if layer.is_adapter and not layer.is_embedding:
+            shapes[name] = sent.state[layer.keys["A"]]
+        elif name.endswith("weight") and sent.state[layer.keys["tensor"]].ndim == 2:
+            shapes[name.removesuffix(".weight")] = sent.state[layer.keys["tensor"]]
+    return {name: (matrix.shape[1], matrix.shape[1]) for name, matrix in shapes.items() if matrix.ndim == 2}
+
+
+def _check_size(tensor: Tensor, key: str, who: str = "reply") -> None:
     """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     low, high = torch.aminmax(tensor)  # NaN where there is one
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
-        raise ValueError(f"reply, {key!r}: expected finite numbers, found NaN or infinity")
+        raise ValueError(f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
     limit = _LARGEST.get(tensor.dtype, _LARGEST[torch.float32])
     if largest > limit:
-        raise ValueError(f"reply, {key!r}: expected entries up to {limit:g}, found {largest:g}")
+        raise ValueError(f"{who}, {key!r}: expected entries up to {limit:g}, found {largest:g}")
 
 
 def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) -> None:

@@ -25,6 +25,7 @@ from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
+from fedfrom.merging.soups import GreedySoup
 from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
 from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 
@@ -134,6 +135,11 @@ class FedMerge(FedAvg):
                 )
             if "seed" in known:
                 options.setdefault("seed", seed)
+        if method == "greedy-soup" or isinstance(method, GreedySoup):
+            raise ValueError(
+                "method 'greedy-soup': expected a method for a federation, whose server has no validation data: use "
+                "'soup' here, or merge(states, method='greedy-soup', validate=...) offline"
+            )
         self.method = make_method(method, **options)
         if not math.isfinite(server_lr):
             raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
@@ -219,7 +225,9 @@ class FedMerge(FedAvg):
             return None, None
         start = time.perf_counter()
         with_content, failures = self._check_and_log_replies(list(replies), is_train=True, validate=False)
-        valid, rejected = screen(with_content, self._sent, self.arrayrecord_key, self.weighted_by_key)
+        valid, rejected = screen(
+            with_content, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs
+        )
         for node_id, reason in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
@@ -260,6 +268,7 @@ class FedMerge(FedAvg):
             server_lr=self.server_lr,
             as_reference=True,
             names=[reply.who for reply in replies],
+            statistics=[reply.statistics for reply in replies] if self.method.needs else None,
             dora=self.dora,
             same_base=self.same_base,
         )

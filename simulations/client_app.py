@@ -1,6 +1,7 @@
 """The Flower ClientApp: a client trains the global model on its own share of the data, and sends it back.
 
-Nothing here knows which strategy the server runs: `fedfrom.client` loads and replies, for FedAvg too.
+`fedfrom.client` loads and replies whatever strategy the server runs, FedAvg too; those that merge by statistics of the
+clients' data get them beside the weights.
 """
 
 from functools import lru_cache
@@ -12,7 +13,7 @@ from flwr.clientapp import ClientApp
 from simulations import environment
 from simulations.options import Options
 
-environment.prepare()
+environment.quiet()
 
 app = ClientApp()
 ABOUT = "simulation"  # the reply's record of who trained and how fast; aggregated by no strategy
@@ -31,18 +32,22 @@ def prepare(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train for one round and reply with the weights, what they were trained on, and how it went."""
     from fedfrom import client
-    from simulations import training
+    from simulations import statistics, training
 
-    server_round = int(str(message.content.config_records["config"]["server-round"]))
+    config = message.content.config_records["config"]
+    server_round = int(str(config["server-round"]))
     worker, partition_id = _worker_of(message, context)
     options = worker.options
     model = worker.model(options.client_rank(partition_id))
     client.load(model, message)
     tokens = worker.tokens(partition_id)[0]
-    done = training.train(model, tokens, options, training.round_seed(options.seed, server_round, partition_id))
+    seed = training.round_seed(options.seed, server_round, partition_id)
+    done = training.train(model, tokens, options, seed)
+    kind = statistics.needed(str(config.get("strategy", "fedavg")))
+    found = None if kind is None else statistics.compute(kind, model, tokens, options, seed)
     speed = done.examples / max(done.seconds, 1e-9)
     metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
-    reply = client.reply(model, message, metrics=metrics)
+    reply = client.reply(model, message, metrics, statistics=found)
     reply.content[ABOUT] = _about(partition_id, loss=done.loss, seconds=done.seconds, speed=speed)
     return reply
 

@@ -69,6 +69,7 @@ class Options:
     lr: float | None = option(None, "Learning rate of AdamW. [default: 2e-3 for LoRA, 1e-4 for --full]")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     max_length: int = option(64, "Longest input, in tokens; the rest is cut off.")
+    statistics_batches: int = option(8, "Batches that a client's statistics are of (regmean, lorm, fisher).")
 
     k: float = option(0.5, "FroM: power of the Frobenius norm in the weights (inf: the largest alone).")
     examples_power: float = option(0.5, "FroM: power of a client's number of examples in the weights.")
@@ -150,6 +151,7 @@ class Options:
             *_at_least("--steps", self.steps, 0),
             *_at_least("--epochs", self.epochs, 1),
             *_at_least("--batch-size", self.batch_size, 1),
+            *_at_least("--statistics-batches", self.statistics_batches, 1),
             *_at_least("--max-length", self.max_length, 4),
             *_at_least("--train-examples", self.train_examples, 0),
             *_at_least("--eval-examples", self.eval_examples, 0),

@@ -44,7 +44,8 @@ def _precision(where: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
 
-def _loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def loss_of(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of logits, or the mean squared error where the labels are real numbers."""
     if labels.is_floating_point():
         return nn.functional.mse_loss(output.squeeze(-1).float(), labels)
     return nn.functional.cross_entropy(output.float(), labels)
@@ -82,7 +83,7 @@ def train(model: nn.Module, tokens: Tokens, options: Options, seed: int) -> Trai
             inputs, labels = tokens.batch(chosen)
             with _precision(where):
                 output = models.logits(model, {name: value.to(where) for name, value in inputs.items()})
-            loss = _loss(output, labels.to(where))
+            loss = loss_of(output, labels.to(where))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -119,7 +120,7 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
         with _precision(where):
             output = models.logits(model, {name: value.to(where) for name, value in inputs.items()}).float()
         answer = output.squeeze(-1) if labels.is_floating_point() else output.argmax(-1)
-        return answer.cpu().numpy(), float(_loss(output, labels.to(where))) * len(chosen)
+        return answer.cpu().numpy(), float(loss_of(output, labels.to(where))) * len(chosen)
 
     batches = tokens.by_length()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
