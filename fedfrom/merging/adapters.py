@@ -32,7 +32,8 @@ def merge_adapter(
     check_finite([inputs.reference_of(name)], name, list(layer.keys))
     unit = power_of_two([*norms, 0.0 if W is None else W.norm()])
     sizes = torch.tensor([norms[i] / unit for i in order], dtype=torch.float64)
-    thetas = [deltas[i] * (1 / unit) for i in order]
+    # an update within rounding of zero is zero: it must not vote with its rounding
+    thetas = [deltas[i] * (1 / unit if norms[i] > 0 else 0.0) for i in order]
     squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
 
     own_rank = W.rank if W is not None else max(product.rank for product in products)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank, random_normal
+from fedfrom.merging.lowrank import LowRank, lift, random_normal
 from fedfrom.merging.method import Context
 from fedfrom.merging.regmean import RegMean
 
@@ -33,20 +33,20 @@ class LoRM(RegMean):
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* of at most the rank that the adapter is solved back to."""
-        target = super().combine_products(deltas, coefficients, context)
         if context.statistics is None or context.rank is None:
-            return target
-        grams, _ = self.weighted_grams(context.statistics, coefficients)
-        metric = torch.stack(grams).sum(dim=0)
+            return super().combine_products(deltas, coefficients, context)
+        target, metric = self.regressed(deltas, context.statistics, coefficients)
         rank = min(context.rank, *target.shape, target.rank)
-        A = random_normal(rank, target.shape[1], f"{self.seed}:{context.name}").to(metric.device)
-        result = LowRank(torch.zeros(target.shape[0], rank, dtype=A.dtype, device=A.device), A)
-        B_target, A_target = target.B, target.A
+        # every A but the first lies in the target's row space: all of it runs in the target's small core
+        Q_B, C, Q_A = target.core()
+        M = metric if Q_A is None else Q_A.T @ metric @ Q_A
+        A = random_normal(rank, C.shape[1], f"{self.seed}:{context.name}").to(C.device)
+        result = torch.zeros_like(C)
         for _ in range(self.iterations):
             A = torch.linalg.qr(A.T).Q.T  # its span is all that counts
-            B = B_target @ (A_target @ metric @ A.T) @ torch.linalg.pinv(A @ metric @ A.T, hermitian=True)
-            A = torch.linalg.pinv(B) @ B_target @ A_target
-            before, result = result, LowRank(B, A)
-            if (result - before).norm() <= self.tolerance * result.norm():
+            B = C @ (M @ A.T) @ torch.linalg.pinv(A @ M @ A.T, hermitian=True)
+            A = torch.linalg.pinv(B) @ C
+            before, result = result, B @ A
+            if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):
                 break
-        return result
+        return LowRank(lift(Q_B, B), lift(Q_A, A.T).T)

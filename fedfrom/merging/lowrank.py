@@ -52,8 +52,9 @@ class LowRank:
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> LowRank:
-        """Return a (d_out, d_in) matrix that is dense already, as the product of it and the identity."""
-        return cls(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device))
+        """Return a (d_out, d_in) matrix that is dense already, as the product of it and the smaller identity."""
+        identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+        return cls(identity, matrix) if matrix.shape[0] < matrix.shape[1] else cls(matrix, identity)
 
     @classmethod
     def sum(cls, matrices: Sequence[LowRank], coefficients: Sequence[float] | None = None) -> LowRank:

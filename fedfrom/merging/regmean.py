@@ -15,8 +15,14 @@ from fedfrom.merging.method import Context, ProductMethod
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
     """Return a (d, d) Gram matrix with its off-diagonal entries multiplied by `off_diagonal`; float64, new memory."""
-    gram = gram.to(torch.float64)
-    return off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal())
+    result = gram.to(torch.float64) * off_diagonal
+    result.diagonal().copy_(gram.diagonal())
+    return result
+
+
+def inverse(gram: Tensor) -> Tensor:
+    """Return the (pseudo-)inverse of a (d, d) Gram matrix: 0 where no client has inputs."""
+    return torch.linalg.pinv(gram, hermitian=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,7 @@ class RegMean(ProductMethod):
     G_i = mean X^T X of the layer's inputs at client i, off-diagonals multiplied by a. On W_i = W + theta_i the formula
     gives W + theta*, so that the base model cancels: the deltas are enough, for LoRA as for full weights. Needs
     `fedfrom.client.gram` from every client; layers without a G (embeddings, biases, norms) are averaged, as in the
-    paper. Time O(d_in^3) a layer and n d_in^2 numbers of memory; nothing of d_out x d_in for adapters.
+    paper. Time O(d_in^3) a layer, memory of a few d_in^2 beside what clients sent; no d_out x d_in for adapters.
 
     Parameters
     ----------
@@ -52,22 +58,30 @@ class RegMean(ProductMethod):
         """Return (d_in, d_in)."""
         return (shape[-1], shape[-1]) if shape else ()
 
-    def weighted_grams(self, grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return [w_i G_i] and the (pseudo-)inverse of their sum, float64: 0 where no client has inputs."""
-        weighted = [w * shrink(gram, self.off_diagonal) for w, gram in zip(weights.tolist(), grams, strict=True)]
-        return weighted, torch.linalg.pinv(torch.stack(weighted).sum(dim=0), hermitian=True)
+    def regress(self, rows: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return ([X_i w_i G_i], sum_i w_i G_i) of X_i (any, d_in), float64; holds one Gram matrix beside the sum."""
+        products, total = [], torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
+        for w, x, gram in zip(weights.tolist(), rows, grams, strict=True):
+            weighted = shrink(gram, self.off_diagonal).mul_(w)
+            products.append(x.to(torch.float64) @ weighted)
+            total += weighted
+        return products, total
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta* of (d_out, d_in) weights; without statistics their mean."""
         if context.statistics is None:
             return super().combine(deltas, coefficients, context)
-        grams, inverse = self.weighted_grams(context.statistics, coefficients)
-        products = [delta.to(torch.float64) @ gram for delta, gram in zip(deltas, grams, strict=True)]
-        return (torch.stack(products).sum(dim=0) @ inverse).to(deltas[0].dtype)
+        products, total = self.regress(deltas, context.statistics, coefficients)
+        return (torch.stack(products).sum(dim=0) @ inverse(total)).to(deltas[0].dtype)
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* of a LoRA module: the factors A_i G_i (sum G)^-1 in place of A_i."""
         if context.statistics is None:
             return LowRank.sum(deltas, coefficients.tolist())
-        grams, inverse = self.weighted_grams(context.statistics, coefficients)
-        return LowRank.sum([LowRank(d.B, d.A @ gram @ inverse) for d, gram in zip(deltas, grams, strict=True)])
+        return self.regressed(deltas, context.statistics, coefficients)[0]
+
+    def regressed(self, deltas: list[LowRank], grams: list[Tensor], weights: Tensor) -> tuple[LowRank, Tensor]:
+        """Return theta* of a LoRA module, and sum_i w_i G_i."""
+        products, total = self.regress([delta.A for delta in deltas], grams, weights)
+        undone = inverse(total)
+        return LowRank.sum([LowRank(d.B, x @ undone) for d, x in zip(deltas, products, strict=True)]), total
