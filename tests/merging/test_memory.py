@@ -74,3 +74,53 @@ def test_extra_memory(solver):
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     kib = int(found)
     assert 0 < kib < 64 * 1024, f"{kib / 1024:.1f} MiB"
+
+
+def largest_result(states, reference, **options):
+    with LargestResult() as largest:
+        merge(states, reference, **options)
+    return largest.numel
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize(
+    "method", ["from", "average", "soup", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"]
+)
+def test_methods_form_no_matrix_of_the_layers_size(method, with_reference):
+    d, r, n = 512, 4, 3
+    g = torch.Generator().manual_seed(0)
+    *states, reference = [
+        {A_KEY: torch.randn(r, d, generator=g), B_KEY: torch.randn(d, r, generator=g)} for _ in range(n + 1)
+    ]
+    # KnOTS' [V_1 ... V_n]: (n + 1) r rows, n d columns
+    assert largest_result(states, reference if with_reference else None, method=method) <= n * d * (n + 1) * r
+
+
+@pytest.mark.parametrize("method", ["regmean", "lorm"])
+def test_statistics_need_no_more_than_their_own_size(method):
+    """A Gram matrix is d_in x d_in; nothing is d_out x d_in, nor n Gram matrices at once."""
+    d_out, d_in, r, n = 2048, 128, 2, 4
+    g = torch.Generator().manual_seed(0)
+    *states, reference = [
+        {A_KEY: torch.randn(r, d_in, generator=g), B_KEY: torch.randn(d_out, r, generator=g)} for _ in range(n + 1)
+    ]
+    inputs = [torch.randn(300, d_in, generator=g) for _ in range(n)]
+    statistics = [{A_KEY.removesuffix(".lora_A.weight"): x.T @ x / 300} for x in inputs]
+    # the factors of all deltas, and of the change: two terms a client
+    columns = (n + 1) * r + 2 * n * r
+    assert largest_result(states, reference, method=method, statistics=statistics) <= d_out * columns
+
+
+MEASURE_METHODS = MEASURE.replace("range(4)", "range(9)").replace("solver=sys.argv[1]", "method=sys.argv[1]")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", ["from", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"])
+def test_extra_memory_of_methods(method):
+    """8 clients at d = 4096, r = 16, each delta against a reference."""
+    command = [sys.executable, "-c", MEASURE_METHODS, method]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    kib = int(found)
+    print(f"{method}: {kib / 1024:.1f} MiB")
+    assert 0 < kib < 256 * 1024, f"{kib / 1024:.1f} MiB"
