@@ -69,11 +69,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
 def _check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks_may_differ: bool) -> None:
     """Raise ValueError where the global arrays have other keys or shapes than this model's; dtypes may differ."""
     if own.keys() != state.keys():
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        raise ValueError(
-            f"global arrays: expected the keys of this model, found {len(missing)} missing {missing[:3]} and "
-            f"{len(extra)} more {extra[:3]}"
-        )
+        raise ValueError(f"global arrays: expected the keys of this model, found {L.difference(state, own)}")
     for layer in L.find_layers(state, "global arrays", pair_factors=ranks_may_differ).values():
         for part, key in layer.keys.items():
             free = L.RANK_DIMENSION.get(part) if ranks_may_differ else None

@@ -208,8 +208,7 @@ def _of_one_kind(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[in
     common = max(sorted(counts, key=sorted), key=lambda kind: (counts[kind], len(kind)), default=frozenset())
     others = {
         node_id: f"{needs} statistics: expected those of the layers that most clients sent, found "
-        f"{len(common - kind)} missing {sorted(common - kind)[:3]} and {len(kind - common)} more "
-        f"{sorted(kind - common)[:3]}"
+        f"{L.difference(kind, common)}"
         for node_id, kind in kinds.items()
         if kind != common
     }
@@ -245,11 +244,7 @@ def read_reply(
     examples: Any = metric_record(content, weighted_by)[weighted_by]
     record = model_record(content, arrayrecord_key)
     if record.keys() != sent.state.keys():
-        missing, extra = sorted(sent.state.keys() - record.keys()), sorted(record.keys() - sent.state.keys())
-        raise ValueError(
-            f"expected the keys that were sent, found {len(missing)} missing {missing[:3]} and {len(extra)} more "
-            f"{extra[:3]}"
-        )
+        raise ValueError(f"expected the keys that were sent, found {L.difference(record, sent.state)}")
     state = to_state(record, "reply")
     config = None
     if ADAPTER_KEY in content.config_records:

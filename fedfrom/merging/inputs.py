@@ -69,12 +69,8 @@ def check_inputs(
     sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, strict=True)]
     for client in sent:
         if client.layers.keys() != sent[0].layers.keys():
-            missing = sorted(sent[0].layers.keys() - client.layers.keys())
-            extra = sorted(client.layers.keys() - sent[0].layers.keys())
-            raise ValueError(
-                f"{client.who}: expected the layers of {sent[0].who}, found {len(missing)} missing {missing[:3]} and "
-                f"{len(extra)} more {extra[:3]}"
-            )
+            found = L.difference(client.layers, sent[0].layers)
+            raise ValueError(f"{client.who}: expected the layers of {sent[0].who}, found {found}")
         _check_parts(client, sent[0])
         if (client.config is None) != (sent[0].config is None):
             raise ValueError(f"{client.who}: expected an adapter config a client or none at all, found some without")

@@ -200,6 +200,12 @@ def check_dora(layer: Layer, who: str, dora: bool) -> None:
         raise ValueError(f"{who}, {layer.keys['magnitude']!r}: {NO_DORA}")
 
 
+def difference(found: Iterable[str], expected: Iterable[str]) -> str:
+    """Return in words which names are missing and which are more than expected; the first three of each."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    return f"{len(missing)} missing {missing[:3]} and {len(extra)} more {extra[:3]}"
+
+
 def check_same(found: Tensor, expected: Tensor, who: str, key: str, rank_may_differ: int | None = None) -> None:
     """Raise ValueError where shape or dtype are not as expected.
 
