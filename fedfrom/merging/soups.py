@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +45,21 @@ class GreedySoup(Average):
         mean_of : Callable[[list[int]], Mapping[str, Tensor]]
             The merged state of some of them.
         """
-        assert self.validate is not None
-        alone = [self.validate(mean_of([i])) for i in range(n)]
+        alone = [self._score(mean_of([i])) for i in range(n)]
         first, *others = sorted(range(n), key=lambda i: -alone[i])
         chosen, best = [first], alone[first]
         for i in others:
-            score = self.validate(mean_of(sorted([*chosen, i])))
+            score = self._score(mean_of(sorted([*chosen, i])))
             if score >= best:
                 chosen, best = [*chosen, i], score
         return sorted(chosen)
+
+    def _score(self, state: Mapping[str, Tensor]) -> float:
+        assert self.validate is not None
+        score = float(self.validate(state))
+        if math.isnan(score):
+            raise ValueError("validate: expected a number for every state, found NaN")
+        return score
 
     def average(self) -> Average:
         """Return the method that merges the clients that were chosen."""

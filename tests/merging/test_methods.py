@@ -764,6 +764,11 @@ def test_options_out_of_range(option, values, names):
                 merge(**case.arguments(), method=name, **{option: value})
 
 
+def test_greedy_soup_refuses_a_score_that_is_no_number():
+    with pytest.raises(ValueError, match=r"validate.*NaN"):
+        merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], method="greedy-soup", validate=lambda state: math.nan)
+
+
 def test_greedy_soup_without_a_validation_function():
     with pytest.raises(ValueError, match="validate"):
         merge([{"w": torch.ones(2)}], method="greedy-soup")
