@@ -33,6 +33,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+
 # The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones.
 settings.register_profile(
     "fedfrom",

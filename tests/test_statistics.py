@@ -296,7 +296,7 @@ def expected_round(name: str, sent: Arrays, replies: list[Arrays], stats: list[A
             elif key not in stats[0]:
                 merged[key] = W + mean(deltas)
             else:
-                F = [s[key].astype(np.float64) + 1e-6 for s in stats]
+                F = [s[key].astype(np.float64) + 1e-12 for s in stats]
                 merged[key] = W + mean([f * d for f, d in zip(F, deltas, strict=True)]) / mean(F)
         return products(merged)
     W, own, merged = products(sent), [products(reply) for reply in replies], {}
