@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from torch import Tensor
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
+from fedfrom.merging.inputs import check_server_lr
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.soups import GreedySoup
@@ -141,8 +141,7 @@ class FedMerge(FedAvg):
                 "'soup' here, or merge(states, method='greedy-soup', validate=...) offline"
             )
         self.method = make_method(method, **options)
-        if not math.isfinite(server_lr):
-            raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
+        check_server_lr(server_lr)
         self.server_lr = server_lr
         self.seed = seed
         self.dora, self.same_base = dora, same_base

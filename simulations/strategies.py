@@ -37,6 +37,8 @@ def build(spec: str, options: Options, lora_config: dict[str, Any] | None) -> St
         if name == "fedavg":
             return FedAvg(**flower, **settings)
         return _merging(name, options, lora_config, settings, flower)
+    except BadInput:
+        raise
     except (TypeError, ValueError) as error:
         raise BadInput(f"--strategies {spec}: {error}") from None
 

@@ -60,6 +60,8 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
     ValueError
         Not LoRA, or LoRA of a kind whose products can't be merged.
     """
+    if not (isinstance(config, Mapping) or hasattr(config, "to_dict")):
+        raise ValueError(f"{who}: expected an adapter config (a mapping or a LoraConfig), found {config!r}")
     config = {key: _plain(value) for key, value in (config.to_dict() if hasattr(config, "to_dict") else config).items()}
     kind = str(config.get("peft_type") or "LORA")
     if kind != "LORA":

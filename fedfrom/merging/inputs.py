@@ -103,6 +103,12 @@ def check_inputs(
     return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])
 
 
+def check_server_lr(server_lr: float) -> None:
+    """Raise ValueError where alpha is not a finite number."""
+    if not isinstance(server_lr, int | float) or not math.isfinite(server_lr):
+        raise ValueError(f"server_lr: expected a finite number, found {server_lr!r}")
+
+
 def _check_scalings(sources: list[Source]) -> None:
     """Raise ValueError where configs give a module's factors different scalings: their mean has no scaling."""
     for source in sources[1:]:

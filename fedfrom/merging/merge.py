@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.configs import output_config
-from fedfrom.merging.inputs import check_inputs
+from fedfrom.merging.inputs import check_inputs, check_server_lr
 from fedfrom.merging.layers import State
 from fedfrom.merging.method import Method, ProductMethod
 from fedfrom.merging.methods import make_method
@@ -98,8 +98,12 @@ def merge(
     chosen = make_method(method, **options)
     if isinstance(states, Mapping):
         raise ValueError("states: expected a sequence of state dicts, one a client, found a single mapping")
-    if not math.isfinite(server_lr):
-        raise ValueError(f"server_lr: expected a finite number, found {server_lr}")
+    for i, state in enumerate(states):
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"client {i}: expected a state dict (key -> tensor), found {type(state).__name__}: load it"
+            )
+    check_server_lr(server_lr)
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
         each["names"] = names or [f"client {i}" for i in range(len(states))]

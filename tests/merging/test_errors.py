@@ -268,6 +268,9 @@ def test_methods_of_another_type_and_states_that_are_none():
     refused("method", 0.5, states=adapters(), method=0.5)
     refused("k", "'1'", call=FroM, k="1")
     refused("states", "sequence", states=adapters()[0])
+    refused("client 1", "state dict", "str", states=[adapters()[0], "adapter-b"])
+    refused("server_lr", "'a'", states=adapters(), server_lr="a")
+    refused("client 0", "adapter config", 3, states=adapters(), configs=[3, 3, 3])
 
 
 def test_a_result_beyond_its_dtype():
