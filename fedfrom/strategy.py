@@ -99,7 +99,7 @@ class FedMerge(FedAvg):
     seed : int (default: 0)
         Of the sampling of nodes, and the method's.
     dora, same_base : bool (default: False)
-        Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.layers.check_config`.
+        Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
     **options
         The method's, where it is given by name; the rest is FedAvg's.
 

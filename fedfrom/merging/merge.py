@@ -75,7 +75,7 @@ def merge(
         What each client sends beside its state, for the methods that need it: Gram matrices by module name
         (`fedfrom.client.gram`) or Fisher diagonals by key (`fedfrom.client.fisher`).
     dora, same_base : bool (default: False)
-        Accept DoRA, and initialisations that alter the base: see `layers.check_config`.
+        Accept DoRA, and initialisations that alter the base: see `configs.check_config`.
     **options
         The method's, where it is given by name.
 
@@ -92,8 +92,8 @@ def merge(
 
     Notes
     -----
-    The order of clients changes nothing, to the bit: sums run in the order of the deltas' norms (ties: examples, then
-    a digest of the content).
+    The order of clients changes nothing, to the bit: sums run in the order of the deltas' norms (ties: weights,
+    then a digest of the content).
     """
     chosen = make_method(method, **options)
     if isinstance(states, Mapping):
