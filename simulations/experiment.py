@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from simulations import models, partitions, strategies, tasks, training
@@ -25,6 +26,7 @@ class Experiment:
     model: nn.Module
     initial: dict[str, Tensor]
     held_out: list[Tokens]
+    validation: list[Tokens]
     _start: Scores = field(default_factory=dict)
 
     @classmethod
@@ -44,11 +46,18 @@ class Experiment:
         tokenizer = models.tokenizer(options)
         model = models.build(options, head)
         held_out = [tokenise(task.held_out, tokenizer, options, head.regression) for task in loaded]
+        validation = [
+            tokenise(task.validation, tokenizer, options, head.regression) for task in loaded if task.validation
+        ]
         initial = {name: tensor.detach().clone() for name, tensor in models.trained_state(model).items()}
-        experiment = cls(options, loaded, shares, model, initial, held_out)
+        experiment = cls(options, loaded, shares, model, initial, held_out, validation)
         for spec in options.strategies:
-            strategies.build(spec, options, experiment.lora_config)
+            experiment.strategy(spec)
         return experiment
+
+    def strategy(self, spec: str) -> Strategy:
+        """Return a fresh strategy of that spec: see `strategies.build`."""
+        return strategies.build(spec, self.options, self.lora_config, self.validate if self.validation else None)
 
     @property
     def lora_config(self) -> dict[str, Any] | None:
@@ -91,12 +100,19 @@ class Experiment:
 
         With several tasks, each task's metrics carry its name, and "score" and "loss" are means over tasks.
         """
+        return self._scores(state, self.held_out)
+
+    def validate(self, state: Mapping[str, Tensor]) -> float:
+        """Return the score of a global state on the examples set apart by `--validation-examples`."""
+        return self._scores(state, self.validation)["score"]
+
+    def _scores(self, state: Mapping[str, Tensor], examples: list[Tokens]) -> Scores:
         models.load_trained_state(self.model, state)
         # The clients wait meanwhile: all cores are free. One worker feeds a GPU best.
         workers = training.cores() if training.device().type == "cpu" else 1
         each = [
             training.evaluate(self.model, tokens, task.name, workers)
-            for tokens, task in zip(self.held_out, self.tasks, strict=True)
+            for tokens, task in zip(examples, self.tasks, strict=True)
         ]
         if len(each) == 1:
             return each[0]

@@ -20,6 +20,7 @@ class Round:
     evaluation_seconds: float = 0.0
     clients: dict[int, dict[str, float]] = field(default_factory=dict)  # partition id -> loss, seconds, speed
     weights: dict[int, float] = field(default_factory=dict)  # partition id -> mean weight over the layers
+    distance_from_mean: float | None = None  # see simulations.aggregation
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
 

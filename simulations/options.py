@@ -44,6 +44,7 @@ class Options:
     glue_dir: str = option("", f"Folder with GLUE's TSV files (or set {GLUE_VARIABLE}); empty: the Hub.")
     train_examples: int = option(0, "Use at most this many training examples of a task, 0: all.")
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.")
+    validation_examples: int = option(0, "Held-out examples set apart for k=auto to choose by; no score is of them.")
 
     partition: str = option("dirichlet", "iid, dirichlet (over labels), natural (by a column) or tasks (one a client).")
     alpha: float = option(2.0, "Concentration of the Dirichlet partition; smaller is more uneven.")
@@ -155,6 +156,7 @@ class Options:
             *_at_least("--max-length", self.max_length, 4),
             *_at_least("--train-examples", self.train_examples, 0),
             *_at_least("--eval-examples", self.eval_examples, 0),
+            *_at_least("--validation-examples", self.validation_examples, 0),
             *_at_least("--layers", self.kept_layers, 0),
             *_at_least("--lora-r", self.lora_r, 1),
             *_at_least("--ranks", min(self.ranks, default=1), 1),

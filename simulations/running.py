@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,11 @@ def run(options: Options) -> Path:
     return folder.path
 
 
-def simulate(experiment: Any, narrator: Any) -> list[Any]:
-    """Run a prepared experiment in Flower's simulation and return a history of every strategy."""
+def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = lambda history: None) -> list[Any]:
+    """Run a prepared experiment in Flower's simulation and return a history of every strategy.
+
+    Each history is handed to `finished` as soon as its strategy has ended.
+    """
     from flwr.simulation import run_simulation
 
     from simulations import client_app, server_app, training
@@ -75,8 +78,13 @@ def simulate(experiment: Any, narrator: Any) -> list[Any]:
     gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
     narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
     histories: list[History] = []
+
+    def keep(history: History) -> None:
+        histories.append(history)
+        finished(history)
+
     run_simulation(
-        server_app=server_app.app_for(experiment, narrator, histories),
+        server_app=server_app.app_for(experiment, narrator, keep),
         client_app=client_app.app,
         num_supernodes=options.clients,
         backend_config={

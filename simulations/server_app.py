@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from simulations import environment
+from simulations.aggregation import distance_from_mean
 from simulations.history import History, Round, client_weights
 from simulations.options import Options
 from simulations.traffic import CountingGrid
@@ -38,25 +40,26 @@ def main(grid: Grid, context: Context) -> None:
         experiment = Experiment.prepare(options)
         narrator.settings(experiment)
         narrator.partition(experiment)
-        histories = compare(grid, experiment, narrator)
+        histories = list(compare(grid, experiment, narrator))
         folder.publish(experiment, histories)
     narrator.table(experiment, histories)
     narrator.say(f"Results in {folder.path}")
 
 
-def app_for(experiment: Any, narrator: Any, histories: list[History]) -> ServerApp:
-    """Return an app that runs a prepared experiment and appends what came out to `histories`."""
+def app_for(experiment: Any, narrator: Any, finished: Callable[[History], None]) -> ServerApp:
+    """Return an app that runs a prepared experiment and hands over each strategy's history when it is finished."""
     bound = ServerApp()
 
     @bound.main()
     def run(grid: Grid, context: Context) -> None:
-        histories.extend(compare(grid, experiment, narrator))
+        for history in compare(grid, experiment, narrator):
+            finished(history)
 
     return bound
 
 
-def compare(grid: Grid, experiment: Any, narrator: Any) -> list[History]:
-    """Run every strategy of the options from the same initial weights.
+def compare(grid: Grid, experiment: Any, narrator: Any) -> Iterator[History]:
+    """Run every strategy of the options from the same initial weights, and yield each history as it is finished.
 
     Raises
     ------
@@ -65,7 +68,8 @@ def compare(grid: Grid, experiment: Any, narrator: Any) -> list[History]:
     """
     start_clients(grid, experiment.options, narrator)
     specs = experiment.options.strategies
-    return [run_strategy(grid, spec, experiment, narrator, len(specs) - n) for n, spec in enumerate(specs, 1)]
+    for number, spec in enumerate(specs, 1):
+        yield run_strategy(grid, spec, experiment, narrator, len(specs) - number)
 
 
 def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
@@ -91,13 +95,11 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
 
 def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to_come: int = 0) -> History:
     """Run one strategy over all rounds and return its history; how many come after it tells the time left."""
-    from simulations import strategies
-
     options = experiment.options
     narrator.strategy(spec)
     recorder = Recorder(spec, experiment, narrator, still_to_come)
-    strategy = strategies.build(spec, options, experiment.lora_config)
-    strategy.aggregate_train = recorder.timed(strategy.aggregate_train)  # type: ignore[method-assign]
+    strategy = experiment.strategy(spec)
+    strategy.aggregate_train = recorder.timed(strategy.aggregate_train)
     counting = CountingGrid(grid, recorder.on_reply)
     recorder.attach(counting, strategy)
     result = strategy.start(
@@ -140,7 +142,7 @@ class Recorder:
         self.experiment = experiment
         self.narrator = narrator
         self._client_of_node: dict[int, int] = {}
-        self._round_of_reports = 0
+        self._before = experiment.initial
         self._new_round()
 
     def attach(self, counting: CountingGrid, strategy: Any) -> None:
@@ -149,6 +151,7 @@ class Recorder:
 
     def _new_round(self) -> None:
         self._clients: dict[int, dict[str, float]] = {}
+        self._replies: list[Message] = []
         self._merge_seconds = 0.0
         self._started = time.perf_counter()
 
@@ -157,7 +160,7 @@ class Recorder:
 
         @functools.wraps(aggregate)
         def aggregate_train(server_round: int, replies: Any) -> Any:
-            replies = list(replies)  # waiting for clients is not the server's time
+            self._replies = replies = list(replies)  # waiting for clients is not the server's time
             start = time.perf_counter()
             try:
                 return aggregate(server_round, replies)
@@ -186,7 +189,8 @@ class Recorder:
         if server_round and not self._clients:
             raise RuntimeError(f"{self.history.label}, round {server_round}: every client failed; see above")
         start = time.perf_counter()
-        scores = self.experiment.evaluate(arrays.to_torch_state_dict()) if server_round else self.experiment.start()
+        state = arrays.to_torch_state_dict()
+        scores = self.experiment.evaluate(state) if server_round else self.experiment.start()
         now = time.perf_counter()
         entry = Round(server_round, scores, evaluation_seconds=now - start)
         if server_round:
@@ -195,11 +199,19 @@ class Recorder:
             entry.clients = dict(sorted(self._clients.items()))
             report = self._report(server_round)
             entry.weights = client_weights(report, self._client_of_node)
+            entry.distance_from_mean = self._distance_from_mean(state)
+            self._before = state
         self.history.rounds.append(entry)
         self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric, self._seconds_left())
         self._counting.down = self._counting.up = 0
         self._new_round()
         return MetricRecord(scores)
+
+    def _distance_from_mean(self, state: dict[str, Any]) -> float | None:
+        replies = [reply.content for reply in self._replies if reply.has_content()]
+        states = [next(iter(content.array_records.values())).to_torch_state_dict() for content in replies]
+        examples = [float(content.metric_records["metrics"]["num-examples"]) for content in replies]  # type: ignore[arg-type]
+        return distance_from_mean(self._before, states, examples, state)
 
     def _seconds_left(self) -> float:
         done, rounds = self.history.rounds[1:], self.experiment.options.rounds

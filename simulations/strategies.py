@@ -1,5 +1,6 @@
 """Strategies by name: Flower's own FedAvg, and fedfrom's methods."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -8,7 +9,9 @@ from simulations.errors import BadInput
 from simulations.options import Options
 
 
-def build(spec: str, options: Options, lora_config: dict[str, Any] | None) -> Strategy:
+def build(
+    spec: str, options: Options, lora_config: dict[str, Any] | None, validate: Callable[[Any], float] | None = None
+) -> Strategy:
     """Return a fresh strategy.
 
     Parameters
@@ -19,6 +22,8 @@ def build(spec: str, options: Options, lora_config: dict[str, Any] | None) -> St
         The settings that all strategies share.
     lora_config : dict[str, Any] | None
         The server's PEFT configuration; None for full fine-tuning.
+    validate : Callable[[Mapping[str, Tensor]], float] | None (default: None)
+        Scores a global state, for k=auto.
 
     Raises
     ------
@@ -36,6 +41,10 @@ def build(spec: str, options: Options, lora_config: dict[str, Any] | None) -> St
     try:
         if name == "fedavg":
             return FedAvg(**flower, **settings)
+        if settings.get("k") == "auto":
+            if validate is None:
+                raise BadInput(f"--strategies {spec}: k=auto chooses by held-out examples; set --validation-examples")
+            settings["validate"] = validate
         return _merging(name, options, lora_config, settings, flower)
     except BadInput:
         raise

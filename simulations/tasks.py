@@ -1,5 +1,6 @@
 """A task: training and held-out examples, what its labels are called, and what a constant answer scores."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ class Task:
     label_names: tuple[str, ...]  # empty: regression
     source: str
     natural_key: str = ""
+    validation: datasets.Dataset | None = None  # held-out examples that are in no score
 
     @property
     def regression(self) -> bool:
@@ -69,7 +71,14 @@ def load(options: Options) -> list[Task]:
         A task's source is missing or unreadable, it has no examples, or several tasks can't share one head.
     """
     tasks = [
-        _load(name, options.glue_folder, options.seed, options.train_examples, options.eval_examples)
+        _load(
+            name,
+            options.glue_folder,
+            options.seed,
+            options.train_examples,
+            options.eval_examples,
+            options.validation_examples,
+        )
         for name in options.task
     ]
     heads = {(task.num_labels, task.regression) for task in tasks}
@@ -80,7 +89,9 @@ def load(options: Options) -> list[Task]:
 
 
 @lru_cache(maxsize=16)
-def _load(name: str, glue_folder: str, seed: int, train_examples: int, eval_examples: int) -> Task:
+def _load(
+    name: str, glue_folder: str, seed: int, train_examples: int, eval_examples: int, validation_examples: int
+) -> Task:
     if name == "reviews":
         task = _reviews(seed)
     else:
@@ -98,13 +109,20 @@ def _load(name: str, glue_folder: str, seed: int, train_examples: int, eval_exam
     for part, examples in (("training", task.train), ("held-out", task.held_out)):
         if len(examples) == 0:
             raise BadInput(f"task {name}: no {part} examples in {task.source}")
-    return Task(
-        name,
-        _sample(task.train, train_examples, seed),
-        _sample(task.held_out, eval_examples, seed),
-        task.label_names,
-        task.source,
-        task.natural_key,
+    if validation_examples >= len(task.held_out):
+        raise BadInput(
+            f"--validation-examples {validation_examples}: task {name} has {len(task.held_out)} held-out examples only"
+        )
+    held_out, validation = task.held_out, None
+    if validation_examples:
+        drawn = set(random.Random(f"validation:{seed}").sample(range(len(held_out)), validation_examples))
+        validation = held_out.select(sorted(drawn))
+        held_out = held_out.select([row for row in range(len(held_out)) if row not in drawn])
+    return dataclasses.replace(
+        task,
+        train=_sample(task.train, train_examples, seed),
+        held_out=_sample(held_out, eval_examples, seed),
+        validation=validation,
     )
 
 
