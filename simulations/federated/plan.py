@@ -39,6 +39,12 @@ ROWS: Mapping[str, str] = {
     "k=auto": from_spec("auto", 0.5),
 }
 BASELINE = "FedAvg on factors"
+SAME = "√n average of products"  # the average where all clients hold equally much
+
+
+def rows(setting: str) -> list[str]:
+    """Return the comparison's rows on one kind of clients."""
+    return [row for row in ROWS if not (setting == "equal" and row == SAME)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,10 @@ class Plan:
             for k, p in GRID[setting]
         ]
         return grid + [
-            Piece("comparison", setting, seed, row) for setting in SETTINGS for seed in self.seeds for row in ROWS
+            Piece("comparison", setting, seed, row)
+            for setting in SETTINGS
+            for seed in self.seeds
+            for row in rows(setting)
         ]
 
     def settings(self) -> dict[str, Any]:
