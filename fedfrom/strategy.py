@@ -22,16 +22,17 @@ from torch import Tensor
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
-from fedfrom.merging.inputs import check_server_lr
+from fedfrom.merging.inputs import check_clip, check_server_lr
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.soups import GreedySoup
+from fedfrom.merging.weighing import stable
 from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
 from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
-_OWN = {"server_lr", "lora_config", "seed", "dora", "same_base"}
+_OWN = {"server_lr", "clip", "lora_config", "seed", "dora", "same_base"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,15 @@ class RoundReport:
             metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
             metrics["clients-effective"] = sum(layer.clients_effective for layer in weighed) / len(weighed)
             metrics["lambda-max"] = max(layer.lambda_max for layer in weighed)
+            metrics["server-lr-min"] = min(layer.server_lr for layer in weighed)
+            metrics["updates-clipped"] = sum(factor < 1 for layer in weighed for factor in layer.clipped)
+        if self.merge is not None and weighed:
+            metrics["interference"] = self.merge.interference
+            if pairs := [row[j] for i, row in enumerate(self.merge.cosines()) for j in range(i)]:
+                metrics["cosine-mean"] = sum(pairs) / len(pairs)
+            if self.merge.validation:
+                metrics["k"] = float(self.merge.method["k"])
+                metrics["validation-score"] = max(score for _, score in self.merge.validation)
         if adapters := [layer for layer in weighed if layer.kind == "adapter"]:
             metrics["rank-max"] = max(layer.rank_out for layer in adapters)
             metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)
@@ -91,8 +101,10 @@ class FedMerge(FedAvg):
     ----------
     method : str | Method (default: "from")
         A name of `fedfrom.methods()`, with its options as further keywords, or a method object.
-    server_lr : float (default: 1.0)
-        alpha: the new global model is W + alpha theta*.
+    server_lr : float | str (default: 1.0)
+        alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
+    clip : float | None (default: None)
+        No client's update of a layer counts for more than so many times the median norm there: see `merge`.
     lora_config : LoraConfig | Mapping | None (default: None)
         The global adapter's config. Needed where clients have other ranks or alphas than it; without it all clients
         must have the global adapter's rank, one scaling is assumed, and cancels.
@@ -118,7 +130,8 @@ class FedMerge(FedAvg):
         self,
         method: str | Method = "from",
         *,
-        server_lr: float = 1.0,
+        server_lr: float | str = 1.0,
+        clip: float | None = None,
         lora_config: Any = None,
         seed: int = 0,
         dora: bool = False,
@@ -142,7 +155,8 @@ class FedMerge(FedAvg):
             )
         self.method = make_method(method, **options)
         check_server_lr(server_lr)
-        self.server_lr = server_lr
+        check_clip(clip)
+        self.server_lr, self.clip = server_lr, clip
         self.seed = seed
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
@@ -153,7 +167,12 @@ class FedMerge(FedAvg):
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
-        settings = {"server_lr": self.server_lr, "seed": self.seed, "lora_config": self.lora_config is not None}
+        settings = {
+            "server_lr": self.server_lr,
+            "clip": self.clip,
+            "seed": self.seed,
+            "lora_config": self.lora_config is not None,
+        }
         log.info("\t├──> Merging: %s", self.method)
         log.info("\t│\t└── %s", ", ".join(f"{name}: {value}" for name, value in settings.items()))
         super().summary()
@@ -265,6 +284,7 @@ class FedMerge(FedAvg):
             reference_config=sent.lora_config,
             examples=[reply.examples for reply in replies],
             server_lr=self.server_lr,
+            clip=self.clip,
             as_reference=True,
             names=[reply.who for reply in replies],
             statistics=[reply.statistics for reply in replies] if self.method.needs else None,
@@ -273,16 +293,19 @@ class FedMerge(FedAvg):
         )
 
     def _warn_of_swinging(self, report: MergeReport) -> None:
-        """Log, once, that the step may be beyond the bound server_lr c (1 + k lambda_max) < 2 at c = 1."""
-        largest = max((layer.lambda_max for layer in report.layers if layer.is_update), default=0.0)
-        bound = self.server_lr * (1 + self.method.k * largest) if largest > 0 else 0.0  # infinity * 0 is NaN
-        # two opposed clients have lambda_max = 1 but for rounding
-        if bound >= 2 * (1 - 1e-6) and len(report.clients) > 1 and not self._warned:
+        """Log, once, that a layer's step may be beyond the bound alpha c (1 + k lambda_max) < 2 at c = 1."""
+        clients = len(report.clients)
+        beyond = [
+            layer.server_lr * (1 + float(layer.k) * layer.lambda_max)
+            for layer in report.layers
+            if layer.is_update and not stable(layer.server_lr, float(layer.k), layer.lambda_max, clients)
+        ]
+        if beyond and not self._warned:
             self._warned = True
             log.warning(
                 "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients whose updates "
-                "oppose each other can make rounds swing for ever; if the scores do, lower k or server_lr",
-                bound,
+                "oppose each other can make rounds swing for ever; if the scores do, lower k, or say server_lr='safe'",
+                max(beyond),
             )
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
@@ -398,8 +421,9 @@ class FedFroM(FedMerge):
 
     Parameters
     ----------
-    k : float (default: 0.5)
-        Power of the norm, k >= 0; 0 with examples_power 1 is exactly FedAvg, on products. The paper's is 1.
+    k : float | str (default: 0.5)
+        Power of the norm, k >= 0; 0 with examples_power 1 is exactly FedAvg, on products. The paper's is 1. "auto"
+        takes in each round the k of `grid` whose merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
     rank : int | float | None (default: None)
@@ -410,7 +434,9 @@ class FedFroM(FedMerge):
         "layer", the paper's, or "model": one weight a client from the norm of its whole update.
     iterations, tolerance
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
-    server_lr, lora_config, seed, dora, same_base
+    validate, grid
+        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
+    server_lr, clip, lora_config, seed, dora, same_base
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.
@@ -419,7 +445,7 @@ class FedFroM(FedMerge):
     def __init__(
         self,
         *,
-        k: float = 0.5,
+        k: float | str = 0.5,
         examples_power: float = 0.5,
         rank: int | float | None = None,
         solver: str = "svd",

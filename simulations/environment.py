@@ -1,7 +1,9 @@
 """The environment of a quiet run that talks to nobody: set before flwr, ray or Hugging Face are imported."""
 
 import os
+import platform
 import warnings
+from pathlib import Path
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -40,3 +42,17 @@ def prepare(online: bool) -> None:
     """
     quiet()
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if online else "1")
+
+
+def machine() -> str:
+    """Return what a reader of results wants to know of this machine: cores, processor, memory, GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{cores} cores of {processor}{gpu}"

@@ -2,89 +2,154 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.lowrank import LowRank, gram
+from fedfrom.merging.lowrank import Cores, LowRank, gram
 from fedfrom.merging.method import Context, ProductMethod, Survey
-from fedfrom.merging.report import LayerReport, largest_eigenvalue, power_of_two
+from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.solve import Solution
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
+from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
 def merge_adapter(
-    inputs: Inputs, name: str, method: ProductMethod, server_lr: float, survey: Survey, as_reference: bool
-) -> tuple[dict[str, Tensor], LayerReport]:
-    """Merge one LoRA module: the products stacked into T = W + alpha theta*, solved back to the rank (Eq. 6)."""
-    template, has_reference = inputs.template(name), inputs.reference_of(name) is not None
-    layer = template.layers[name]
-    W, products, deltas = adapter_deltas(inputs, name)
-    norms = check_norms([delta.norm() for delta in deltas], inputs, name)
-    weights = survey.weigh(method, norms, inputs.examples)
-    order = summing_order(inputs, name, norms, weights)
-    w = weights[order]
+    inputs: Inputs,
+    name: str,
+    methods: Sequence[ProductMethod],
+    server_lr: float | str,
+    survey: Survey,
+    as_reference: bool,
+    clip: float | None,
+) -> list[tuple[dict[str, Tensor], LayerReport]]:
+    """Merge one LoRA module by each method: the products stacked into T = W + alpha theta*, solved back to the rank.
 
-    # from here in units of the layer's size, so that no square leaves float64's range
-    check_finite([inputs.reference_of(name)], name, list(layer.keys))
-    unit = power_of_two([*norms, 0.0 if W is None else W.norm()])
-    sizes = torch.tensor([norms[i] / unit for i in order], dtype=torch.float64)
-    # an update within rounding of zero is zero: it must not vote with its rounding
-    thetas = [deltas[i] * (1 / unit if norms[i] > 0 else 0.0) for i in order]
-    squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
+    What is the same for all methods (deltas, norms, Gram matrix, the QR of the stack) is computed once.
+    """
+    module = _Module.read(inputs, name, survey, as_reference, clip)
+    return once_each(module.updates.weigh(methods, survey, inputs.examples, server_lr), module.merged)
 
-    own_rank = W.rank if W is not None else max(product.rank for product in products)
-    rows = own_rank if as_reference else None
-    rank = _rank(method.rank, own_rank, products, thetas[0].shape, name, caps=as_reference)
-    coefficients = method.coefficients(w)
-    if method.linear:
-        coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
-    shape = method.statistics_shape(thetas[0].shape)
-    statistics = inputs.statistics_of(name, order, shape) if method.needs else None
-    context = Context(
-        name,
-        statistics=statistics,
-        thresholds=None if survey.thresholds is None else [survey.thresholds[i] / unit for i in order],
-        rank=rank if isinstance(rank, int) else None,
-    )
-    change = method.combine_products(thetas, coefficients, context)
-    target = change * server_lr if W is None else LowRank.sum([W, change], [1 / unit, server_lr])
-    inner = gram([*thetas, change], [*sizes.tolist(), change.norm()])
-    solution = _frozen(W, products, target, rank)
-    if solution is None:
-        solution = method.solve(target, rank, name, scale=server_lr**2 * squares, rows=rows)
-        if layer.is_embedding:
-            # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
-            root = target.shape[1] ** 0.5
-            solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
 
-    scaling = template.scaling(name) if as_reference else 1.0
-    part = L.write_adapter(layer, solution.matrix * unit, template.state, scaling)
-    for extra in ("bias", "magnitude"):
-        if extra in layer.keys:
-            part[layer.keys[extra]] = _merge_beside(inputs, name, extra, weights, order, server_lr, scaling)
-    # sum_i w_i ||theta_i - theta*||^2
-    spread = max(0.0, squares - 2 * float(w @ inner[:-1, -1]) + float(inner[-1, -1]))
-    report = LayerReport(
-        name=name,
-        kind="adapter",
-        norms=norms,
-        weights=weights.tolist(),
-        clients_effective=float(1 / w.square().sum()),
-        has_reference=has_reference,
-        ranks_in=[product.rank for product in products],
-        rank_out=solution.rank,
-        energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
-        objective=(solution.residual + server_lr**2 * spread) * unit * unit,
-        excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
-        interference=spread / squares if squares else 0.0,
-        iterations=solution.iterations,
-        lambda_max=largest_eigenvalue(inner[:-1, :-1], w),
-    )
-    return part, report
+@dataclass(frozen=True)
+class _Module:
+    """One LoRA module of n clients as products: W, and the theta_i in `updates.order` and `updates.unit`."""
+
+    inputs: Inputs
+    name: str
+    survey: Survey
+    as_reference: bool
+    clip: float | None
+    W: LowRank | None
+    products: list[LowRank]
+    thetas: list[LowRank]
+    updates: Updates
+    cores: Cores = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, inputs: Inputs, name: str, survey: Survey, as_reference: bool, clip: float | None) -> _Module:
+        W, products, deltas = adapter_deltas(inputs, name)
+        norms = check_norms([delta.norm() for delta in deltas], inputs, name)
+        check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
+        factors = clip_factors(norms, clip)
+        clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
+        order = summing_order(inputs, name, clipped)
+        unit = power_of_two([*clipped, 0.0 if W is None else W.norm()])
+        # an update within rounding of zero is zero: it must not vote with its rounding
+        thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
+        sizes = [clipped[i] / unit for i in order]
+        updates = Updates(norms, factors, order, unit, sizes, gram(thetas, sizes))
+        return cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates)
+
+    def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
+        """Return the module's tensors and its report."""
+        updates, method, alpha, w = self.updates, weighing.method, weighing.server_lr, weighing.weights
+        assert isinstance(method, ProductMethod)
+        own = self.W.rank if self.W is not None else max(product.rank for product in self.products)
+        rank = _rank(method.rank, own, self.products, self.thetas[0].shape, self.name, caps=self.as_reference)
+        squares = float(w @ updates.gram.diagonal())  # sum_i w_i ||theta_i||^2
+        coefficients = method.coefficients(w)
+        if method.linear:
+            coefficients = coefficients * (updates.gram.diagonal() > 0)  # a zero delta adds nothing but rounding
+        change = method.combine_products(self.thetas, coefficients, self._context(method, rank))
+        target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
+        solution = _frozen(self.W, self.products, target, rank)
+        if solution is None:
+            rows = own if self.as_reference else None
+            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, cores=self.cores)
+            if self.inputs.template(self.name).layers[self.name].is_embedding:
+                # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
+                root = target.shape[1] ** 0.5
+                solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
+        size = change.norm()
+        inner = updates.gram @ coefficients if method.linear else self._inner(change, size)
+        spread = max(0.0, squares - 2 * float(w @ inner) + size**2)  # sum_i w_i ||theta_i - theta*||^2
+        report = LayerReport(
+            name=self.name,
+            kind="adapter",
+            has_reference=self.W is not None,
+            ranks_in=[product.rank for product in self.products],
+            rank_out=solution.rank,
+            energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
+            objective=(solution.residual + alpha**2 * spread) * updates.unit * updates.unit,
+            excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
+            iterations=solution.iterations,
+            **updates.report(weighing, squares, spread),
+        )
+        return self._write(solution, weighing), report
+
+    def _context(self, method: ProductMethod, rank: int | float) -> Context:
+        order, thresholds = self.updates.order, self.survey.thresholds
+        shape = method.statistics_shape(self.thetas[0].shape)
+        return Context(
+            self.name,
+            statistics=self.inputs.statistics_of(self.name, order, shape) if method.needs else None,
+            thresholds=None if thresholds is None else [thresholds[i] / self.updates.unit for i in order],
+            rank=rank if isinstance(rank, int) else None,
+        )
+
+    def _inner(self, change: LowRank, size: float) -> Tensor:
+        """Return (n,) <theta_i, theta*>."""
+        return gram([*self.thetas, change], [*self.updates.sizes, size])[:-1, -1]
+
+    def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
+        template = self.inputs.template(self.name)
+        layer = template.layers[self.name]
+        scaling = template.scaling(self.name) if self.as_reference else 1.0
+        part = L.write_adapter(layer, solution.matrix * self.updates.unit, template.state, scaling)
+        for extra in {"bias", "magnitude"} & layer.keys.keys():
+            part[layer.keys[extra]] = self._beside(extra, weighing, scaling)
+        return part
+
+    def _beside(self, part: str, weighing: Weighing, scaling: float) -> Tensor:
+        """Merge what goes with a LoRA module by its weights: lora_B.bias, which acts as s * bias, or magnitudes."""
+
+        def value(source: Source) -> Tensor:
+            tensor = source.tensor(self.name, part).to(torch.float64)
+            return tensor * source.scaling(self.name) if part == "bias" else tensor
+
+        W, received = self.inputs.reference_of(self.name), self.inputs.received_of(self.name)
+        check_finite([W, *received, *self.inputs.sent], self.name, [part])
+        values = [value(source) for source in self.inputs.sent]
+        references = [None if source is None else value(source) for source in received]
+        norms = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
+        # without a reference a magnitude is no update, and has nothing to be clipped
+        factors = clip_factors(norms, None if W is None else self.clip)
+        order = self.updates.order
+        total, _ = blocks.weighted_sum(
+            [values[i] for i in order],
+            [references[i] for i in order],
+            [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],
+            None if W is None else value(W),
+            weighing.server_lr,
+        )
+        return (total / scaling if part == "bias" else total).to(
+            self.inputs.template(self.name).tensor(self.name, part).dtype
+        )
 
 
 def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowRank], list[LowRank]]:
@@ -150,24 +215,3 @@ def _frozen(W: LowRank | None, products: list[LowRank], target: LowRank, rank: i
     B = torch.stack([term.B.to(torch.float64) * term.coefficient for term in target.terms]).sum(dim=0)
     matrix = LowRank(B, stays.to(torch.float64))
     return Solution(matrix, matrix.rank, 0.0, 0.0, matrix.norm() ** 2, 0)
-
-
-def _merge_beside(
-    inputs: Inputs, name: str, part: str, weights: Tensor, order: list[int], server_lr: float, scaling: float
-) -> Tensor:
-    """Merge what goes with a LoRA module by its weights: lora_B.bias, which acts as s * bias, or DoRA's magnitudes."""
-
-    def value(source: Source) -> Tensor:
-        tensor = source.tensor(name, part).to(torch.float64)
-        return tensor * source.scaling(name) if part == "bias" else tensor
-
-    W, received = inputs.reference_of(name), inputs.received_of(name)
-    check_finite([W, *received, *inputs.sent], name, [part])
-    total, _ = blocks.weighted_sum(
-        [value(inputs.sent[i]) for i in order],
-        [None if (source := received[i]) is None else value(source) for i in order],
-        weights[order].tolist(),
-        None if W is None else value(W),
-        server_lr,
-    )
-    return (total / scaling if part == "bias" else total).to(inputs.template(name).tensor(name, part).dtype)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from fedfrom.merging.method import ProductMethod
 from fedfrom.merging.weights import check_weighting
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,20 +21,56 @@ class FroM(ProductMethod):
 
     Parameters
     ----------
-    k : float (default: 1.0)
-        Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1.
+    k : float | str (default: 1.0)
+        Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. "auto" merges
+        with each k of `grid` and takes the one whose merged state `validate` scores best (ties: the smaller). Within a
+        layer k then stays within bounds, alpha (1 + k lambda_max) < 2 and 1 / sum w_i^2 >= n / 2: beyond them the
+        layer gets the largest k of the grid that does. Norms, Gram matrices and factorisations are computed once for
+        all k; a result for each k is held in memory.
     examples_power : float (default: 0.0)
         p, the power of each client's number of examples. The paper's is 0.
     scope : str (default: "layer")
         "layer", the paper's: weights from each layer's norms; "model": one weight a client, from the norm of its
         whole update.
+    validate : Callable[[Mapping[str, Tensor]], float] | None (default: None)
+        The score of a merged state, higher is better; a k whose score is NaN is not taken. For k="auto" alone.
+    grid : Sequence[float]
+        What k="auto" chooses from.
     rank, solver, iterations, tolerance, seed
         How adapters are solved back to a rank: see `Solver`.
     """
 
-    k: float = 1.0  # type: ignore[misc]
+    k: float | str = 1.0  # type: ignore[assignment,misc]
     scope: str = "layer"  # type: ignore[misc]
+    validate: Callable[[Mapping[str, Tensor]], float] | None = None
+    grid: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0)
 
     def __post_init__(self) -> None:
+        if self.k == AUTO:
+            if self.validate is None:
+                raise ValueError("k: expected validate=, a function that scores a state, with k='auto', found None")
+            if len(self.grid) == 0:
+                raise ValueError("grid: expected at least one k, found none")
+            for k in self.grid:
+                check_weighting(k, self.examples_power, self.scope)
         super().__post_init__()
-        check_weighting(self.k, self.examples_power, self.scope)
+
+    def candidates(self) -> list[FroM]:
+        """Return the methods that k stands for, with ascending k: this one, or with k="auto" one for each of the grid.
+
+        Whoever merges with several scores them by `score` and takes the first best.
+        """
+        return [self] if self.k != AUTO else [replace(self, k=float(k)) for k in sorted(set(self.grid))]
+
+    def score(self, state: Mapping[str, Tensor]) -> float:
+        """Return what `validate` says of a merged state, -infinity for NaN."""
+        assert self.validate is not None
+        score = float(self.validate(state))
+        return -math.inf if math.isnan(score) else score
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options as plain types; with a k that is a number those of the choice are left out."""
+        settings = super().settings()
+        if self.k != AUTO:
+            del settings["grid"]
+        return settings

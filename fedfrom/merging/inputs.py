@@ -10,6 +10,7 @@ from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
 from fedfrom.merging.layers import State
 from fedfrom.merging.sources import Inputs, Source
+from fedfrom.merging.weighing import SAFE
 
 
 def check_inputs(
@@ -103,10 +104,16 @@ def check_inputs(
     return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])
 
 
-def check_server_lr(server_lr: float) -> None:
-    """Raise ValueError where alpha is not a finite number."""
-    if not isinstance(server_lr, int | float) or not math.isfinite(server_lr):
-        raise ValueError(f"server_lr: expected a finite number, found {server_lr!r}")
+def check_server_lr(server_lr: float | str) -> None:
+    """Raise ValueError where alpha is neither a finite number nor "safe"."""
+    if server_lr != SAFE and (not isinstance(server_lr, int | float) or not math.isfinite(server_lr)):
+        raise ValueError(f"server_lr: expected a finite number or 'safe', found {server_lr!r}")
+
+
+def check_clip(clip: float | None) -> None:
+    """Raise ValueError where the bound on norms is neither None nor a positive number."""
+    if clip is not None and (not isinstance(clip, int | float) or not 0 < clip < math.inf):
+        raise ValueError(f"clip: expected a positive number or None, found {clip!r}")
 
 
 def _check_scalings(sources: list[Source]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ class _Term(NamedTuple):
     coefficient: float
     B: Tensor
     A: Tensor
+
+
+Cores = dict[tuple[tuple[int, int], ...], Any]
+"""What `LowRank.core` keeps of stacks of factors, for other sums of the same ones; lives no longer than they do."""
 
 
 class LowRank:
@@ -158,18 +162,30 @@ class LowRank:
         norm = float(torch.linalg.matrix_norm(rows))
         return b * a * norm if norm > _ROUNDING * size**0.5 else 0.0
 
-    def core(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def core(self, cores: Cores | None = None) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return (Q_B, C, Q_A) with self = Q_B C Q_A^T, Q's with orthonormal columns, float64.
 
         The thin QRs of the stacked factors cost O((d_out + d_in) R^2). Where the stack is at least as wide as the
         matrix is narrow that costs more than forming the matrix: then C is the matrix and both Q's are None.
+
+        Parameters
+        ----------
+        cores : Cores | None (default: None)
+            Keeps the QRs, which do not depend on the terms' coefficients.
         """
-        B, A = self.B, self.A
-        if B.shape[1] >= min(self.shape):
-            return None, B @ A, None
-        Q_B, R_B = torch.linalg.qr(B)
-        Q_A, R_A = torch.linalg.qr(A.T)
-        return Q_B, R_B @ R_A.T, Q_A
+        if self.rank >= min(self.shape):
+            return None, self.B @ self.A, None
+        key = tuple((id(term.B), id(term.A)) for term in self.terms)
+        if cores is None or key not in cores:
+            unscaled = torch.cat([term.B.to(torch.float64) for term in self.terms], dim=1)
+            found = (*torch.linalg.qr(unscaled), *torch.linalg.qr(self.A.T))
+            if cores is not None:
+                cores[key] = found
+        else:
+            found = cores[key]
+        Q_B, R_B, Q_A, R_A = found
+        coefficients = torch.tensor([t.coefficient for t in self.terms for _ in range(len(t.A))], dtype=torch.float64)
+        return Q_B, (R_B * coefficients.to(R_B.device)) @ R_A.T, Q_A
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the thin (U, S, Vh) by thin QR of the factors and one small SVD, float64."""

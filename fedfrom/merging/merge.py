@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.configs import output_config
-from fedfrom.merging.inputs import check_inputs, check_server_lr
+from fedfrom.merging.frobenius import AUTO, FroM
+from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr
 from fedfrom.merging.layers import State
-from fedfrom.merging.method import Method, ProductMethod
+from fedfrom.merging.method import Method, ProductMethod, Survey
 from fedfrom.merging.methods import make_method
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.soups import GreedySoup
@@ -33,7 +33,8 @@ def merge(
     configs: Sequence[Any] | None = None,
     reference_config: Any = None,
     examples: Sequence[float] | None = None,
-    server_lr: float = 1.0,
+    server_lr: float | str = 1.0,
+    clip: float | None = None,
     as_reference: bool = False,
     names: Sequence[str] | None = None,
     statistics: Sequence[State | None] | None = None,
@@ -63,8 +64,12 @@ def merge(
         The adapter config of `reference` and `received`; needed with `configs` where the reference has adapters.
     examples : Sequence[float] | None (default: None)
         n_i > 0; None takes all for equal, whatever the method's examples_power.
-    server_lr : float (default: 1.0)
-        alpha.
+    server_lr : float | str (default: 1.0)
+        alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
+        is at most 1.8.
+    clip : float | None (default: None)
+        In each layer no update counts for more than `clip` times the median of the clients' norms there (zeros left
+        out): longer ones are shortened to it before they are weighed. None: no bound.
     as_reference : bool (default: False)
         Give adapters the reference's factor shapes and scaling, so that running clients can load them: `rank` then
         caps the rank of the product. False: factors of the merged rank, B carrying the scaling, and a `report.config`
@@ -104,6 +109,7 @@ def merge(
                 f"client {i}: expected a state dict (key -> tensor), found {type(state).__name__}: load it"
             )
     check_server_lr(server_lr)
+    check_clip(clip)
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
         each["names"] = names or [f"client {i}" for i in range(len(states))]
@@ -112,7 +118,7 @@ def merge(
             own: dict[str, Any] = {
                 key: None if values is None else [values[i] for i in clients] for key, values in each.items()
             }
-            same: dict[str, Any] = {"reference_config": reference_config, "server_lr": server_lr}
+            same: dict[str, Any] = {"reference_config": reference_config, "server_lr": server_lr, "clip": clip}
             same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base}
             return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
 
@@ -133,29 +139,54 @@ def merge(
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
-    merged: dict[str, Tensor] = {}
-    reports: list[LayerReport] = []
+    candidates: Sequence[Method] = chosen.candidates() if isinstance(chosen, FroM) else [chosen]
+    merged: list[dict[str, Tensor]] = [{} for _ in candidates]
+    reports: list[list[LayerReport]] = [[] for _ in candidates]
     with _one_thread(), torch.no_grad():
-        whole = survey(inputs, chosen)
-        for name, layer in inputs.sent[0].layers.items():
-            if layer.is_adapter:
-                assert isinstance(chosen, ProductMethod)  # methods on factors see no adapters
-                part, report = merge_adapter(inputs, name, chosen, server_lr, whole, as_reference)
-            elif not inputs.sent[0].tensor(name).is_floating_point():
-                part, report = keep(inputs, name)
-            else:
-                part, report = merge_tensor(inputs, name, chosen, server_lr, whole)
-            for key, tensor in part.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
-            merged.update(part)
-            reports.append(report)
-    settings = {"name": type(chosen).__name__, **asdict(chosen), "server_lr": server_lr}
-    if math.isinf(chosen.k):
-        settings["k"] = "infinity"  # JSON has no number for it
-    config = _config(inputs, reports, keep=as_reference or chosen.on_factors)
-    return merged, MergeReport(settings, [source.who for source in inputs.sent], reports, config)
+        whole = survey(inputs, chosen, clip)
+        for name in inputs.sent[0].layers:
+            for i, (part, report) in enumerate(
+                _merge_layer(inputs, name, candidates, server_lr, whole, as_reference, clip)
+            ):
+                merged[i].update(part)
+                reports[i].append(report)
+    best, validation = 0, []
+    if isinstance(chosen, FroM) and chosen.k == AUTO:
+        scores = [chosen.score(state) for state in merged]
+        best = scores.index(max(scores))
+        validation = list(zip([float(candidate.k) for candidate in candidates], scores, strict=True))
+        if scores[best] == -math.inf:
+            raise ValueError("validate: expected a number for the merge with at least one k, found none")
+    settings = {**candidates[best].settings(), "server_lr": server_lr, "clip": clip}
+    config = _config(inputs, reports[best], keep=as_reference or chosen.on_factors)
+    clients = [source.who for source in inputs.sent]
+    return merged[best], MergeReport(settings, clients, reports[best], config, validation)
+
+
+def _merge_layer(
+    inputs: Inputs,
+    name: str,
+    methods: Sequence[Method],
+    server_lr: float | str,
+    whole: Survey,
+    as_reference: bool,
+    clip: float | None,
+) -> list[tuple[dict[str, Tensor], LayerReport]]:
+    """Return one layer merged by each method, by key, and what was done."""
+    if inputs.sent[0].layers[name].is_adapter:
+        # methods on factors see no adapters
+        products = [method for method in methods if isinstance(method, ProductMethod)]
+        found = merge_adapter(inputs, name, products, server_lr, whole, as_reference, clip)
+    elif not inputs.sent[0].tensor(name).is_floating_point():
+        found = [keep(inputs, name)] * len(methods)
+    else:
+        found = merge_tensor(inputs, name, methods, server_lr, whole, clip)
+    for part, _ in found:
+        for key, tensor in part.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
+    return found
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,20 +21,14 @@ class Survey:
 
     Attributes
     ----------
-    weights : Tensor | None
-        (n,) float64, one weight a client for all layers.
+    norms : list[float] | None
+        (n,) norms of the whole updates, which every layer is weighed by.
     thresholds : list[float] | None
         One magnitude a client, which the entries that TIES keeps reach.
     """
 
-    weights: Tensor | None = None
+    norms: list[float] | None = None
     thresholds: list[float] | None = None
-
-    def weigh(self, method: Method, norms: list[float], examples: list[float] | None) -> Tensor:
-        """Return the weights of a layer with these norms: the whole updates', or the layer's own."""
-        if self.weights is not None:
-            return self.weights
-        return method.weights(torch.tensor(norms, dtype=torch.float64), examples)
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,12 @@ class Method:
 
     def __post_init__(self) -> None:
         check_weighting(self.k, self.examples_power, self.scope)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the options as plain types, functions left out."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: "infinity" if value == math.inf else value for name, value in options.items()}
+        return {"name": type(self).__name__, **{name: v for name, v in plain.items() if name != "validate"}}
 
     def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
         """Return (n,) float64 weights, summing to 1, of deltas with these norms."""

@@ -6,9 +6,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -46,6 +43,14 @@ class LayerReport:
     lambda_max : float
         Largest eigenvalue of the weighted cosine Gram matrix sqrt(w_i w_j) cos(theta_i, theta_j), in [0, 1]: 1 where
         all updates lie on one line, whatever their signs. Of tensors above 2^16 entries, on an even sample of them.
+    cosines : list[list[float]]
+        cos(theta_i, theta_j) by client, in the order given, of the same entries; empty above 32 clients.
+    k : float
+        Power of the norm in the weights: with k="auto" what the layer allows; infinity reads "infinity".
+    server_lr : float
+        alpha: with server_lr="safe" what the layer allows.
+    clipped : list[float]
+        By client, what its update was multiplied by, 1 where it was not clipped; empty where nothing is clipped.
     """
 
     name: str
@@ -62,6 +67,10 @@ class LayerReport:
     interference: float = 0.0
     iterations: int = 0
     lambda_max: float = 0.0
+    cosines: list[list[float]] = field(default_factory=list)
+    k: float | str = 0.0
+    server_lr: float = 1.0
+    clipped: list[float] = field(default_factory=list)
 
     @property
     def is_update(self) -> bool:
@@ -81,6 +90,8 @@ class MergeReport:
         Names of the clients, in the order of every list in the layers.
     layers : list[LayerReport]
         In the order of the state.
+    validation : list[tuple[float, float]]
+        With k="auto" each k of the grid and the score that the merge with it had; `method` has the k that was taken.
     config : dict[str, Any] | None
         The adapter config that goes with the merged state, where configs were given.
     """
@@ -89,25 +100,34 @@ class MergeReport:
     clients: list[str]
     layers: list[LayerReport]
     config: dict[str, Any] | None = None
+    validation: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def interference(self) -> float:
+        """Share of all updates' weighted energy that the merge loses: the layers' interference, by their energy."""
+        energies = [
+            (sum(w * (n * c) ** 2 for w, n, c in zip(layer.weights, layer.norms, _clipped(layer), strict=True)), layer)
+            for layer in self.layers
+            if layer.is_update
+        ]
+        total = sum(energy for energy, _ in energies)
+        return sum(energy * layer.interference for energy, layer in energies) / total if total else 0.0
+
+    def cosines(self) -> list[list[float]]:
+        """Return the cosines of the clients' whole updates, n x n; empty above 32 clients or without updates."""
+        layers = [layer for layer in self.layers if layer.is_update and layer.cosines]
+        clients = range(len(self.clients)) if layers else range(0)
+        inner = [[sum(la.cosines[i][j] * la.norms[i] * la.norms[j] for la in layers) for j in clients] for i in clients]
+        sizes = [math.sqrt(inner[i][i]) for i in clients]
+        return [[inner[i][j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] else 0.0 for j in clients] for i in clients]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
         return asdict(self)
 
 
-def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
-    """Return lambda_max of sqrt(w_i w_j) G_ij / sqrt(G_ii G_jj); zero deltas count as orthogonal to all.
-
-    Parameters
-    ----------
-    gram : Tensor
-        (n, n) float64 inner products of the deltas.
-    weights : Tensor
-        (n,) float64.
-    """
-    norms = gram.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(norms > 0, weights.to(gram.device).sqrt() / norms, torch.zeros_like(norms))
-    return float(torch.linalg.eigvalsh(scale[:, None] * gram * scale).max().clamp(0, 1))
+def _clipped(layer: LayerReport) -> list[float]:
+    return layer.clipped or [1.0] * len(layer.norms)
 
 
 def power_of_two(norms: list[float]) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank, gauge, lift, random_normal
+from fedfrom.merging.lowrank import Cores, LowRank, gauge, lift, random_normal
 
 SOLVERS = ("svd", "alternating")
 
@@ -84,7 +84,13 @@ class Solver:
             raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance}")
 
     def solve(
-        self, target: LowRank, rank: int | float, name: str = "", scale: float = 1.0, rows: int | None = None
+        self,
+        target: LowRank,
+        rank: int | float,
+        name: str = "",
+        scale: float = 1.0,
+        rows: int | None = None,
+        cores: Cores | None = None,
     ) -> Solution:
         """Solve Eq. 6 for one layer.
 
@@ -100,8 +106,10 @@ class Solver:
             sum_i w_i ||theta_i||^2, what the tolerance is relative to.
         rows : int | None (default: None)
             Rows of the A that comes out, at least r: the gauge fills those beyond r. None is r.
+        cores : Cores | None (default: None)
+            See `LowRank.core`.
         """
-        Q_B, C, Q_A = target.core()
+        Q_B, C, Q_A = target.core(cores)
         U, S, Vh = torch.linalg.svd(C, full_matrices=False)
         tail = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)])  # tail[r] = sum over j >= r
         energy = float(tail[0])

@@ -136,12 +136,12 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 
 
-def summing_order(inputs: Inputs, name: str, norms: list[float], weights: Tensor) -> list[int]:
+def summing_order(inputs: Inputs, name: str, norms: list[float]) -> list[int]:
     """Return the clients in the order that sums run in, one that does not depend on the order they came in.
 
-    By norm, then weight; the content is digested only to part clients that tie in both with a delta that counts.
+    By norm, then examples; the content is digested only to part clients that tie in both with a delta that counts.
     """
-    keys = list(zip(norms, weights.tolist(), strict=True))
+    keys = list(zip(norms, inputs.examples or [1.0] * len(norms), strict=True))
 
     def key(i: int) -> tuple[float, float, bytes]:
         tied = keys[i][0] > 0 and keys.count(keys[i]) > 1

@@ -12,9 +12,10 @@ from fedfrom.merging.method import Method, Survey
 from fedfrom.merging.sources import Inputs, check_norms
 from fedfrom.merging.tensors import plain_tensors
 from fedfrom.merging.ties import Ties
+from fedfrom.merging.weighing import clip_factors
 
 
-def survey(inputs: Inputs, method: Method) -> Survey:
+def survey(inputs: Inputs, method: Method, clip: float | None) -> Survey:
     """Return the method's survey of the clients' updates; buffers and layers without a delta are left out."""
     if method.scope != "model":
         return Survey()
@@ -25,29 +26,38 @@ def survey(inputs: Inputs, method: Method) -> Survey:
             "true size, found none: give configs= (a strategy: lora_config=), or scope='layer'"
         )
     if isinstance(method, Ties):
-        return Survey(thresholds=_thresholds(inputs, method))
+        return Survey(thresholds=_thresholds(inputs, method, clip))
     norms = [0.0] * len(inputs.sent)
     for name in _updated(inputs):
-        if inputs.sent[0].layers[name].is_adapter:
-            found = [delta.norm() for delta in adapter_deltas(inputs, name)[2]]
-        else:
-            _, values, references = plain_tensors(inputs, name)
-            found = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
-        norms = [math.hypot(a, b) for a, b in zip(norms, check_norms(found, inputs, name), strict=True)]
-    return Survey(weights=method.weights(torch.tensor(norms, dtype=torch.float64), inputs.examples))
+        found = _norms(inputs, name)
+        norms = [math.hypot(a, b * c) for a, b, c in zip(norms, found, clip_factors(found, clip), strict=True)]
+    return Survey(norms=norms)
 
 
-def _thresholds(inputs: Inputs, method: Ties) -> list[float]:
+def _norms(inputs: Inputs, name: str) -> list[float]:
+    """Return the norms of the clients' updates of one layer."""
+    if inputs.sent[0].layers[name].is_adapter:
+        found = [delta.norm() for delta in adapter_deltas(inputs, name)[2]]
+    else:
+        _, values, references = plain_tensors(inputs, name)
+        found = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
+    return check_norms(found, inputs, name)
+
+
+def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]:
     """Return the magnitude that each client's largest entries reach; holds one client's whole update at a time."""
     thresholds = []
+    names = _updated(inputs)
+    factors = {name: clip_factors([] if clip is None else _norms(inputs, name), clip) for name in names}
     for i in range(len(inputs.sent)):
         magnitudes = []
-        for name in _updated(inputs):
+        for name in names:
             if inputs.sent[0].layers[name].is_adapter:
-                magnitudes.append(adapter_deltas(inputs, name)[2][i].dense().abs())
+                magnitude = adapter_deltas(inputs, name)[2][i].dense().abs()
             else:
                 _, values, references = plain_tensors(inputs, name)
-                magnitudes.append(blocks.delta(values[i], references[i]).to(torch.float64).abs())
+                magnitude = blocks.delta(values[i], references[i]).to(torch.float64).abs()
+            magnitudes.append(magnitude if clip is None else magnitude * factors[name][i])
         thresholds.append(method.threshold(magnitudes))
     return thresholds
 

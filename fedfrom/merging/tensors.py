@@ -2,72 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
 from fedfrom.merging.method import Context, Method, Survey
-from fedfrom.merging.report import LayerReport, largest_eigenvalue, power_of_two
+from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
+from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
 def merge_tensor(
-    inputs: Inputs, name: str, method: Method, server_lr: float, survey: Survey
-) -> tuple[dict[str, Tensor], LayerReport]:
-    """Merge one plain tensor: T = W + alpha theta*; the mean where it has no reference, or is a running statistic."""
+    inputs: Inputs, name: str, methods: Sequence[Method], server_lr: float | str, survey: Survey, clip: float | None
+) -> list[tuple[dict[str, Tensor], LayerReport]]:
+    """Merge one plain tensor by each method: T = W + alpha theta*.
+
+    Where it has no reference, or is a running statistic, T is the mean of the values: there is no update that a norm
+    could weigh or the server scale.
+    """
     layer, values, references = plain_tensors(inputs, name)
     W = inputs.reference_of(name)
     norms = check_norms([blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)], inputs, name)
     check_finite([W], name, ["tensor"])
     if W is None or layer.is_running_statistic:
-        # a mean of values: there is no update that a norm could weigh or the server scale
         server_lr, survey = 1.0, Survey()
-        if layer.is_running_statistic or not method.needs:
-            method = Method(examples_power=method.examples_power)  # what clients send beside them weighs values too
-    weights = survey.weigh(method, norms, inputs.examples)
-    order = summing_order(inputs, name, norms, weights)
-    w = weights[order]
+        if layer.is_running_statistic or not methods[0].needs:
+            # what clients send beside their states weighs values too
+            methods = [Method(examples_power=methods[0].examples_power)] * len(methods)
+    factors = clip_factors(norms, None if W is None else clip)
+    clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
+    order = summing_order(inputs, name, clipped)
+    unit = power_of_two(clipped)
     sent, received = [values[i] for i in order], [references[i] for i in order]
-    base = None if W is None else W.tensor(name)
-    coefficients = method.coefficients(w)
-    unit = power_of_two(norms)
-    squares = float(w @ torch.tensor([norms[i] / unit for i in order], dtype=torch.float64).square())
-    if method.linear:
-        result, size = blocks.weighted_sum(sent, received, coefficients.tolist(), base, server_lr)
-        factor = float(coefficients.sum())  # theta* is so many times the weighted mean of the theta_i
-        inner = (size / unit) ** 2 / factor if factor else 0.0
-    else:
-        thetas = [blocks.delta(x, r) for x, r in zip(sent, received, strict=True)]
-        mean, _ = blocks.weighted_sum(thetas, [None] * len(thetas), w.tolist(), None, 1.0)
-        context = Context(
-            name,
-            statistics=inputs.statistics_of(
-                _statistics_name(name, method), order, method.statistics_shape(tuple(values[0].shape))
-            )
-            if method.needs
-            else None,
-            thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
-        )
-        change = method.combine(thetas, coefficients, context)
-        size = blocks.delta_norm(change, None)
-        inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
-        result, _ = blocks.weighted_sum([change], [None], [1.0], None if base is None else base.to(change), server_lr)
-        result = result.to(values[0].dtype)
-    spread = max(0.0, squares - 2 * inner + (size / unit) ** 2)  # sum_i w_i ||theta_i - theta*||^2
     samples = torch.stack([blocks.sample(x, r) for x, r in zip(sent, received, strict=True)]) / unit
-    report = LayerReport(
-        name=name,
-        kind="buffer" if layer.is_running_statistic else "tensor",
-        norms=norms,
-        weights=weights.tolist(),
-        clients_effective=float(1 / w.square().sum()),
-        has_reference=W is not None,
-        objective=server_lr**2 * spread * unit * unit,
-        interference=spread / squares if squares else 0.0,
-        lambda_max=largest_eigenvalue(samples @ samples.T, w),
+    samples *= torch.tensor([factors[i] for i in order], dtype=samples.dtype, device=samples.device)[:, None]
+    sizes = [clipped[i] / unit for i in order]
+    updates = Updates(norms, factors, order, unit, sizes, samples @ samples.T)
+
+    def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
+        combine = _linear if weighing.method.linear else _combined
+        base = None if W is None else W.tensor(name)
+        result, size, inner = combine(inputs, name, updates, weighing, survey, sent, received, base)
+        squares = float(weighing.weights @ torch.tensor(sizes, dtype=torch.float64).square())
+        spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
+        report = LayerReport(
+            name=name,
+            kind="buffer" if layer.is_running_statistic else "tensor",
+            has_reference=W is not None,
+            objective=weighing.server_lr**2 * spread * unit * unit,
+            **updates.report(weighing, squares, spread),
+        )
+        return {inputs.template(name).layers[name].keys["tensor"]: result}, report
+
+    return once_each(updates.weigh(methods, survey, inputs.examples, server_lr), merged)
+
+
+def _linear(
+    inputs: Inputs,
+    name: str,
+    updates: Updates,
+    weighing: Weighing,
+    survey: Survey,
+    sent: list[Tensor],
+    received: list[Tensor | None],
+    base: Tensor | None,
+) -> tuple[Tensor, float, float]:
+    """Return (T, ||theta*||, <sum_i w_i theta_i, theta*>) of a method that is a weighted sum; numbers in units."""
+    coefficients = weighing.method.coefficients(weighing.weights)
+    scaled = [c * updates.factors[i] for c, i in zip(coefficients.tolist(), updates.order, strict=True)]
+    result, size = blocks.weighted_sum(sent, received, scaled, base, weighing.server_lr)
+    factor = float(coefficients.sum())  # theta* is so many times the weighted mean of the theta_i
+    size /= updates.unit
+    return result, size, size**2 / factor if factor else 0.0
+
+
+def _combined(
+    inputs: Inputs,
+    name: str,
+    updates: Updates,
+    weighing: Weighing,
+    survey: Survey,
+    sent: list[Tensor],
+    received: list[Tensor | None],
+    base: Tensor | None,
+) -> tuple[Tensor, float, float]:
+    """Return what `_linear` does, of any other method."""
+    method, order = weighing.method, updates.order
+    thetas = [blocks.delta(x, r) for x, r in zip(sent, received, strict=True)]
+    for theta, i in zip(thetas, order, strict=True):
+        if updates.factors[i] != 1.0:
+            theta.mul_(updates.factors[i])
+    mean, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
+    shape = method.statistics_shape(tuple(sent[0].shape))
+    context = Context(
+        name,
+        statistics=inputs.statistics_of(_statistics_name(name, method), order, shape) if method.needs else None,
+        thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
     )
-    return {inputs.template(name).layers[name].keys["tensor"]: result}, report
+    change = method.combine(thetas, method.coefficients(weighing.weights), context)
+    unit = updates.unit
+    inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
+    base = None if base is None else base.to(change)
+    result, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
+    return result.to(sent[0].dtype), blocks.delta_norm(change, None) / unit, inner
 
 
 def _statistics_name(name: str, method: Method) -> str:

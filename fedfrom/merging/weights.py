@@ -60,12 +60,12 @@ def weights(
     return result
 
 
-def check_weighting(k: float, examples_power: float, scope: str) -> None:
-    """Raise ValueError where k, p or the scope is out of range."""
-    for name, value in {"k": k, "examples_power": examples_power}.items():
+def check_weighting(k: float | str, examples_power: float, scope: str) -> None:
+    """Raise ValueError where k, p or the scope is out of range; k may be "auto"."""
+    for name, value in {"k": 0.0 if k == "auto" else k, "examples_power": examples_power}.items():
         if not isinstance(value, int | float):
             raise ValueError(f"{name}: expected a number, found {value!r}")
-    if not k >= 0:
+    if not isinstance(k, str) and not k >= 0:
         raise ValueError(f"k: expected a number >= 0 (infinity included), found {k}")
     if not 0 <= examples_power < float("inf"):
         raise ValueError(f"examples_power: expected a finite number >= 0, found {examples_power}")

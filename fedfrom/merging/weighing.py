@@ -1,0 +1,173 @@
+"""What the clients of one layer weigh, how far their updates are clipped, and what keeps rounds from swinging.
+
+Near its fixed point a round multiplies the distance along the updates' main line by 1 - alpha c (1 + k lambda_max), c
+the clients' relative progress: it is stable only while alpha c (1 + k lambda_max) < 2. Here c is taken for 1, its most.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.method import Method, Survey
+
+_T = TypeVar("_T")
+SAFE = "safe"
+MOST_COSINES = 32  # clients whose pairwise cosines a report holds: their number grows with the square
+# how near to the bound a safe step comes: a distance along the worst line then shrinks by a fifth a round, at least
+_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """One method's weights in one layer.
+
+    Attributes
+    ----------
+    method : Method
+        With the k that the layer gets.
+    weights : Tensor
+        (n,) float64 w_i, summing to 1, in the order of sums.
+    server_lr : float
+        alpha of the layer.
+    lambda_max : float
+        See `LayerReport`.
+    """
+
+    method: Method
+    weights: Tensor
+    server_lr: float
+    lambda_max: float
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What one layer's updates are, whatever method merges them; tensors and sizes in the order of sums.
+
+    Attributes
+    ----------
+    norms : list[float]
+        (n,) ||theta_i||_F as sent, in the order given.
+    factors : list[float]
+        (n,) what clipping multiplies them by, in the order given.
+    order : list[int]
+        Clients in the order that sums run in.
+    unit : float
+        A power of two of about the layer's size: what follows is in it, so that no square leaves float64's range.
+    sizes : list[float]
+        (n,) norms after clipping.
+    gram : Tensor
+        (n, n) float64 inner products after clipping.
+    """
+
+    norms: list[float]
+    factors: list[float]
+    order: list[int]
+    unit: float
+    sizes: list[float]
+    gram: Tensor
+
+    def weigh(
+        self, methods: Sequence[Method], survey: Survey, examples: Sequence[float] | None, server_lr: float | str
+    ) -> list[Weighing]:
+        """Return what each method makes of the layer; of several, each falls back to the last before it within bounds.
+
+        Parameters
+        ----------
+        methods : Sequence[Method]
+            One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
+            much for this layer, alpha (1 + k lambda_max) >= 2 or 1 / sum w_i^2 < n / 2, gets the largest k below it
+            that is not; the first has nothing below it.
+        survey : Survey
+            Has the norms that count where whole updates are weighed.
+        examples : Sequence[float] | None
+            (n,) n_i, in the order given.
+        server_lr : float | str
+            alpha; "safe" is the most, up to 1, that stays within the bound.
+        """
+        sizes = self.sizes if survey.norms is None else [survey.norms[i] for i in self.order]
+        counts = None if examples is None else [examples[i] for i in self.order]
+        found: list[Weighing] = []
+        for method in methods:
+            w = method.weights(torch.tensor(sizes, dtype=torch.float64), counts)
+            largest, n = largest_eigenvalue(self.gram, w), len(w)
+            alpha = safe_lr(method.k, largest, n) if isinstance(server_lr, str) else server_lr
+            within = stable(alpha, method.k, largest, n) and float(1 / w.square().sum()) >= n / 2
+            found.append(Weighing(method, w, alpha, largest) if within or not found else found[-1])
+        return found
+
+    def report(self, weighing: Weighing, squares: float, spread: float) -> dict[str, Any]:
+        """Return what a layer's report says of the clients, in the order given.
+
+        Parameters
+        ----------
+        squares : float
+            sum_i w_i ||theta_i||^2, in units.
+        spread : float
+            sum_i w_i ||theta_i - theta*||^2, in units.
+        """
+        place = [self.order.index(i) for i in range(len(self.order))]
+        k = weighing.method.k
+        return {
+            "norms": self.norms,
+            "weights": weighing.weights[place].tolist(),
+            "clients_effective": float(1 / weighing.weights.square().sum()),
+            "interference": spread / squares if squares else 0.0,
+            "lambda_max": weighing.lambda_max,
+            "cosines": cosines(self.gram)[place][:, place].tolist() if len(place) <= MOST_COSINES else [],
+            "k": "infinity" if k == float("inf") else k,
+            "server_lr": weighing.server_lr,
+            "clipped": [] if all(factor == 1.0 for factor in self.factors) else self.factors,
+        }
+
+
+def once_each(weighings: Sequence[Weighing], merged: Callable[[Weighing], _T]) -> list[_T]:
+    """Return merged(w) for each w; those that fell back on another share its result."""
+    done: dict[int, _T] = {}
+    return [done[id(w)] if id(w) in done else done.setdefault(id(w), merged(w)) for w in weighings]
+
+
+def stable(server_lr: float, k: float, lambda_max: float, clients: int) -> bool:
+    """Return whether alpha (1 + k lambda_max) < 2; one client alone has nobody to swing with."""
+    # two opposed clients have lambda_max = 1 but for rounding
+    return clients < 2 or lambda_max == 0 or server_lr * (1 + k * lambda_max) < 2 * (1 - 1e-6)
+
+
+def safe_lr(k: float, lambda_max: float, clients: int) -> float:
+    """Return the most alpha, up to 1, that is stable by a margin."""
+    return 1.0 if clients < 2 or lambda_max == 0 else min(1.0, 2 * _MARGIN / (1 + k * lambda_max))
+
+
+def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
+    """Return (n,) factors in (0, 1] that bring every norm to at most `clip` times the median of those above 0."""
+    heard = [norm for norm in norms if norm > 0]
+    if clip is None or not heard:
+        return [1.0] * len(norms)
+    most = clip * statistics.median(heard)
+    return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
+
+
+def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
+    """Return lambda_max of sqrt(w_i w_j) G_ij / sqrt(G_ii G_jj); zero deltas count as orthogonal to all.
+
+    Parameters
+    ----------
+    gram : Tensor
+        (n, n) float64 inner products of the deltas.
+    weights : Tensor
+        (n,) float64.
+    """
+    root = weights.to(gram.device).sqrt()
+    return float(torch.linalg.eigvalsh(root[:, None] * cosines(gram) * root).max().clamp(0, 1))
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Return (n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    return (scale[:, None] * gram * scale).clamp(-1, 1)
