@@ -403,10 +403,13 @@ def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
         assert set(metrics) == {
             *("replies-valid", "replies-rejected", "replies-failed", "replies-missing", "merge-seconds"),
             *("weight-min", "weight-max", "clients-effective", "lambda-max", "rank-max", "energy-dropped-max"),
+            *("interference", "cosine-mean", "server-lr-min", "updates-clipped"),
         }
         assert 0 < metrics["weight-min"] < 1 / 3 < metrics["weight-max"] < 1 < metrics["clients-effective"] <= 3
         assert 1 / 3 < metrics["lambda-max"] <= 1 and 0 < metrics["energy-dropped-max"] < 1
         assert metrics["rank-max"] == 4 and metrics["merge-seconds"] > 0
+        assert 0 < metrics["interference"] < 1 and -1 < metrics["cosine-mean"] < 1
+        assert metrics["server-lr-min"] == 1.0 and metrics["updates-clipped"] == 0
     assert {r: dict(m) for r, m in fedfrom.evaluate_metrics_clientapp.items()} == {
         r: pytest.approx(dict(m), rel=1e-12) for r, m in fedavg.evaluate_metrics_clientapp.items()
     }
@@ -681,3 +684,59 @@ def test_updates_that_swing_are_warned_of(flower_log: pytest.LogCaptureFixture) 
     run(faulty({0: raising}), nodes=2, rounds=1, k=1.0)  # a client alone can't swing
     run(opposed, nodes=2, rounds=1, state={"w": np.ones((3, 4))}, k=0.5)
     assert not logged(flower_log, "lambda_max", "lower k")
+
+
+def test_k_is_chosen_each_round_by_the_validation_function() -> None:
+    seen: list[set[str]] = []
+
+    def validate(state: Mapping[str, torch.Tensor]) -> float:
+        seen.append(set(state))
+        # the smallest model is the best one, which is no k's by right
+        return -float(sum(value.double().square().sum() for value in state.values()))
+
+    grid = (0.0, 0.25, 0.5)
+    found = run(k="auto", grid=grid, validate=validate, rounds=2)
+    assert len(seen) == 2 * len(grid) and all(keys == set(mixed_state()) for keys in seen)
+    for server_round in (1, 2):
+        metrics = found.train_metrics_clientapp[server_round]
+        assert metrics["k"] in grid and metrics["validation-score"] < 0
+    # each round is the one that the chosen k would have made
+    fixed = run(k=float(found.train_metrics_clientapp[1]["k"]), rounds=1)
+    again = run(k="auto", grid=grid, validate=validate, rounds=1)
+    assert same_bits(fixed.arrays, again.arrays)
+
+
+def test_a_validation_without_any_score_skips_the_round(flower_log: pytest.LogCaptureFixture) -> None:
+    found = run(k="auto", validate=lambda state: math.nan, rounds=1)
+    assert same_bits(found.arrays, record_of(mixed_state()))
+    assert logged(flower_log, "validate: expected a number")
+
+
+def test_a_safe_step_is_taken_where_clients_are_opposed(flower_log: pytest.LogCaptureFixture) -> None:
+    def opposed(message: Message, context: Context) -> Message:
+        reply = noisy(message, context)
+        if message.metadata.message_type == "train":
+            sign = 1 if context.node_config["partition-id"] else -1
+            reply.content["arrays"] = record_of({"w": arrays_of(message.content["arrays"])["w"] + sign * 0.5})
+        return reply
+
+    found = run(opposed, nodes=2, rounds=1, state={"w": np.ones((3, 4))}, k=1.0, server_lr="safe")
+    assert found.train_metrics_clientapp[1]["server-lr-min"] == pytest.approx(0.9)
+    assert not logged(flower_log, "lambda_max", "lower k")
+
+
+def test_an_update_too_large_is_clipped_and_counted() -> None:
+    def loud(content: RecordDict) -> None:
+        sent = mixed_state()
+        arrays = arrays_of(content["arrays"])
+        content["arrays"] = record_of({key: sent[key] + 1000 * (arrays[key] - sent[key]) for key in arrays})
+
+    quiet = run(nodes=5, rounds=1)
+    clipped = run(faulty({0: loud}), nodes=5, rounds=1, clip=2.0)
+    bare = run(faulty({0: loud}), nodes=5, rounds=1)
+    metrics = clipped.train_metrics_clientapp[1]
+    assert metrics["updates-clipped"] > 0 and metrics["weight-max"] < 0.5
+    assert bare.train_metrics_clientapp[1]["weight-max"] > 0.8
+    start = mixed_state()
+    moved = {name: far_apart(arrays_of(each.arrays), start) for name, each in (("quiet", quiet), ("clipped", clipped))}
+    assert moved["clipped"] < 3 * moved["quiet"] < far_apart(arrays_of(bare.arrays), start)

@@ -57,7 +57,7 @@ class _Module:
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
         clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-        order = summing_order(inputs, name, clipped)
+        order = summing_order(inputs, name, norms)
         unit = power_of_two([*clipped, 0.0 if W is None else W.norm()])
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]

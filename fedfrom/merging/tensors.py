@@ -34,7 +34,7 @@ def merge_tensor(
             methods = [Method(examples_power=methods[0].examples_power)] * len(methods)
     factors = clip_factors(norms, None if W is None else clip)
     clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-    order = summing_order(inputs, name, clipped)
+    order = summing_order(inputs, name, norms)
     unit = power_of_two(clipped)
     sent, received = [values[i] for i in order], [references[i] for i in order]
     samples = torch.stack([blocks.sample(x, r) for x, r in zip(sent, received, strict=True)]) / unit

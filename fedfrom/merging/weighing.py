@@ -170,4 +170,5 @@ def cosines(gram: Tensor) -> Tensor:
     """Return (n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
     norms = gram.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    return (scale[:, None] * gram * scale).clamp(-1, 1)
+    found = (scale[:, None] * gram * scale).clamp(-1, 1)
+    return (found + found.T) / 2
