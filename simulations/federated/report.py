@@ -216,8 +216,8 @@ def _write_about(plan: Plan, study: Study, folder: Path) -> None:
         f"{BEST}: `{chosen}`. Tables: [grid](grid.md), [comparison](comparison.md). Pictures: grid.png, curves.png.",
         "",
         f"- {options.clients} clients, {options.rounds} rounds of {options.steps} steps of {options.batch_size} "
-        f"examples, AdamW at {options.learning_rate:g}; {options.model}, {options.kept_layers or 'all'} layers, LoRA r = "
-        f"{options.lora_r}; accuracy on {options.eval_examples} held-out examples; k=auto chooses on "
+        f"examples, AdamW at {options.learning_rate:g}; {options.model}, {options.kept_layers or 'all'} layers, "
+        f"LoRA r = {options.lora_r}; accuracy on {options.eval_examples} held-out examples; k=auto chooses on "
         f"{options.validation_examples} others.",
         f"- Seeds of the grid: {', '.join(map(str, plan.grid_seeds))}; of the comparison: "
         f"{', '.join(map(str, plan.seeds))}. A seed fixes partition, initial weights, batches and examples.",
