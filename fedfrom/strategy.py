@@ -62,7 +62,7 @@ class RoundReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        return {**asdict(self), "merge": None if self.merge is None else self.merge.to_dict()}
 
     def metrics(self) -> MetricRecord:
         """Return what a user wants to see of each round, as numbers."""

@@ -1,5 +1,6 @@
 """The pictures of a run."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_LAYER_NAMES = 32
 MANY_CLIENTS = 7  # above this, lines become a heat map
 STYLE = {
     "font.size": 10,
@@ -138,6 +140,51 @@ def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
     axes.grid(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
+    """Draw how the clients' updates of the last merged round lay to each other, and who weighed what in which layer.
+
+    Of the first strategy that reports its merges; nothing is drawn without one, or above 32 clients.
+    """
+    for history in histories:
+        merges = [(number, report) for number, report in history.reports.items() if report["merge"]]
+        if merges and merges[-1][1]["merge"]["cosines"]:
+            break
+    else:
+        return
+    number, report = merges[-1]
+    order = sorted(range(len(report["clients"])), key=lambda i: report["clients"][i])
+    clients = [report["clients"][i] for i in order]
+    cosines = np.array(report["merge"]["cosines"])[order][:, order]
+    layers = [layer for layer in report["merge"]["layers"] if layer["weights"]]
+    weights = np.array([layer["weights"] for layer in layers])[:, order]
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=150, layout="constrained")
+        image = left.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
+        if len(clients) <= MANY_CLIENTS:
+            for i, j in np.ndindex(cosines.shape):
+                dark = abs(cosines[i, j]) > 0.6
+                left.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", color="white" if dark else "black")
+        figure.colorbar(image, ax=left, label="cosine of the updates", shrink=0.8)
+        left.set_title(f"{display_name(history.label)}, round {number}: do clients pull the same way?")
+        left.set_ylabel("client")
+        image = right.imshow(weights, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        figure.colorbar(image, ax=right, label="weight", format=PercentFormatter(1.0, decimals=0), shrink=0.8)
+        right.set_title("Weight of each client in each layer")
+        shown = range(0, len(layers), -(-len(layers) // MOST_LAYER_NAMES))
+        right.set_yticks(list(shown), [_short(layers[i]["name"]) for i in shown], fontsize=7)
+        for axes in (left, right):
+            axes.set_xlabel("client")
+            axes.set_xticks(range(len(clients)), clients)
+        left.set_yticks(range(len(clients)), clients)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _short(name: str) -> str:
+    """Return a layer's name without what all names have."""
+    return re.sub(r"^(base_model\.model\.)?(encoder\.)*", "", name).removesuffix(".weight")
 
 
 def draw_partition(experiment: Any, path: Path) -> None:

@@ -54,6 +54,7 @@ class Folder:
         text = json.dumps(_plain(summary(experiment, histories)), indent=1, allow_nan=False)
         (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
         figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
+        figures.draw_updates(experiment, histories, self._staging / "updates.png")
         figures.draw_partition(experiment, self._staging / "partition.png")
         for history in histories:
             save_model(experiment, history, self._staging / folder_name(history.label))

@@ -58,7 +58,7 @@ def run(options: Options) -> Path:
     narrator.table(experiment, histories)
     narrator.say(
         f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
-        f"partition.png and the final {'models' if experiment.options.full else 'adapters'}"
+        f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"
     )
     return folder.path
 

@@ -122,8 +122,8 @@ class MergeReport:
         return [[inner[i][j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] else 0.0 for j in clients] for i in clients]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        """Return plain dicts, lists, strings and numbers, the whole updates' interference and cosines among them."""
+        return {**asdict(self), "interference": self.interference, "cosines": self.cosines()}
 
 
 def _clipped(layer: LayerReport) -> list[float]:

@@ -33,7 +33,7 @@ class Ran:
             grid = InProcessGrid(client_app.app, self.experiment.options.clients, seed=grid_seed)
             narrator.settings(self.experiment)
             narrator.partition(self.experiment)
-            self.histories = server_app.compare(grid, self.experiment, narrator)
+            self.histories = list(server_app.compare(grid, self.experiment, narrator))
             folder.publish(self.experiment, self.histories)
         narrator.table(self.experiment, self.histories)
         self.folder = folder.path
@@ -61,6 +61,7 @@ def test_strategies_start_alike_and_all_is_written(tiny: dict, names: list[str])
     assert {path.name for path in ran.folder.iterdir()} == {
         "results.json",
         "comparison.png",
+        "updates.png",
         "partition.png",
         *map(results.folder_name, names),
     }
@@ -72,6 +73,33 @@ def test_strategies_start_alike_and_all_is_written(tiny: dict, names: list[str])
     assert [entry["examples"] for entry in ran.json["partition"]] == [30, 30, 30]
     for text in ("sst2", "round 2/2", "client 1", "examples/s", "final", "rounds to", "bytes up"):
         assert text in ran.said
+
+
+def test_auto_chooses_on_examples_that_no_score_is_of(tiny: dict) -> None:
+    ran = Ran({**tiny, "strategies": "from:k=auto,from", "validation_examples": 10, "eval_examples": 0})
+    task = ran.experiment.tasks[0]
+    texts = [list(zip(part["text"], part["label"], strict=True)) for part in (task.validation, task.held_out)]
+    assert len(texts[0]) == 10 and len(texts[1]) == 20 == len(ran.experiment.held_out[0])
+    metrics = ran.json["strategies"]["from:k=auto"]["rounds"][2]["train-metrics"]
+    assert metrics["k"] in (0.0, 0.25, 0.5, 1.0, 2.0)
+    report = ran.json["strategies"]["from:k=auto"]["reports"]["2"]["merge"]
+    # a score is a share of the ten
+    assert all(score * 10 == pytest.approx(round(score * 10)) for _, score in report["validation"])
+    assert metrics["validation-score"] == max(score for _, score in report["validation"])
+    assert "k" not in ran.json["strategies"]["from"]["rounds"][2]["train-metrics"]
+
+
+@pytest.mark.parametrize("count", [0, 30])
+def test_auto_without_examples_to_choose_by_is_refused(tiny: dict, count: int) -> None:
+    with pytest.raises(BadInput, match="--validation-examples"):
+        Ran({**tiny, "strategies": "from:k=auto", "validation_examples": count})
+
+
+def test_distance_from_the_mean_of_products(tiny: dict) -> None:
+    ran = Ran({**tiny, "strategies": "average:examples_power=1:rank=4,factor-average:examples_power=1", "lora_r": 16})
+    exact, factors = ([entry.distance_from_mean for entry in history.rounds[1:]] for history in ran.histories)
+    # three clients from one adapter: the mean of their products has a rank of at most 4 times 16
+    assert all(0 < value < 1 for value in exact) and all(value > 0.01 for value in factors)
 
 
 def test_bytes_are_those_of_the_arrays(tiny: dict) -> None:
