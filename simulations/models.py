@@ -167,11 +167,30 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
         The model can't be read, or has no module that LoRA is to adapt.
     """
     model = base_model(options, head)
-    if options.full:
-        return model
+    return model if options.full else adapt(model, options, rank or options.server_rank)
+
+
+def adapt(model: nn.Module, options: Options, rank: int, own_head: bool = True) -> nn.Module:
+    """Return the model with a fresh LoRA adapter, its other weights frozen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of `base_model`; is changed.
+    options : Options
+        Where the adapter goes, its scaling, and the seed of its weights.
+    rank : int
+        LoRA's r.
+    own_head : bool (default: True)
+        Train a copy of the head beside the adapter; False leaves it to be frozen and shared.
+
+    Raises
+    ------
+    BadInput
+        The model has no module that LoRA is to adapt.
+    """
     from peft import LoraConfig, get_peft_model
 
-    rank = rank or options.server_rank
     share = rank / options.server_rank
     alpha = options.lora_alpha * (share**0.5 if options.rslora else share)
     own_heads = [name for name in HEADS if hasattr(model, name)]
@@ -182,7 +201,7 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
         target_modules=list(options.lora_targets) or None,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        modules_to_save=own_heads,
+        modules_to_save=own_heads if own_head else None,
         exclude_modules=own_heads,
     )
     with torch.random.fork_rng():

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Study:
         Names of all the work there is, in order, as file names without suffix.
     say : Callable[[str], None]
         Takes a line on progress.
+    costs : Mapping[str, float] | None (default: None)
+        How long the pieces take relative to each other, for the estimate of the time left; None: all alike.
 
     Raises
     ------
@@ -33,11 +35,17 @@ class Study:
     """
 
     def __init__(
-        self, folder: str | Path, settings: dict[str, Any], pieces: Iterable[str], say: Callable[[str], None] = print
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        pieces: Iterable[str],
+        say: Callable[[str], None] = print,
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         self.folder = Path(folder).expanduser()
         self.pieces = list(pieces)
         self.say = say
+        self._costs = dict(costs or {})
         settings = json.loads(json.dumps(settings))
         try:
             (self.folder / "pieces").mkdir(parents=True, exist_ok=True)
@@ -49,7 +57,7 @@ class Study:
         except (OSError, ValueError) as error:
             raise BadInput(f"--out {self.folder}: can't be used: {error}") from None
         self._start = time.perf_counter()
-        self._done_before = len(self.pieces) - len(self.missing())
+        self._left_before = self._cost_left()
 
     def _check_same(self, found: dict[str, Any], asked: dict[str, Any]) -> None:
         for name in sorted(found.keys() | asked.keys()):
@@ -74,10 +82,14 @@ class Study:
     def put(self, piece: str, result: dict[str, Any]) -> None:
         """Keep the result of a piece, and say how much is left."""
         write_whole(self._path(piece), result)
-        left = len(self.missing())
-        done = len(self.pieces) - left - self._done_before
-        seconds = (time.perf_counter() - self._start) / max(done, 1) * left
-        self.say(f"[{len(self.pieces) - left}/{len(self.pieces)}] {piece} done; about {seconds / 60:.0f} min left")
+        left = self._cost_left()
+        done = self._left_before - left
+        seconds = (time.perf_counter() - self._start) / done * left if done > 0 else 0.0
+        finished = len(self.pieces) - len(self.missing())
+        self.say(f"[{finished}/{len(self.pieces)}] {piece} done; about {seconds / 60:.0f} min left")
+
+    def _cost_left(self) -> float:
+        return sum(self._costs.get(piece, 1.0) for piece in self.missing())
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -51,7 +52,9 @@ def loss_of(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output.float(), labels)
 
 
-def train(model: nn.Module, tokens: Tokens, options: Options, seed: int) -> Trained:
+def train(
+    model: nn.Module, tokens: Tokens, options: Options, seed: int, after_step: Callable[[int], None] | None = None
+) -> Trained:
     """Train the model in place on a client's examples, with fresh moments of AdamW.
 
     Parameters
@@ -64,6 +67,8 @@ def train(model: nn.Module, tokens: Tokens, options: Options, seed: int) -> Trai
         Learning rate, batch size, steps or epochs.
     seed : int
         Fixes the order of the examples and the dropout. The same seed gives the same weights on one device.
+    after_step : Callable[[int], None] | None (default: None)
+        Called with the number of steps done after each, to keep checkpoints.
 
     Raises
     ------
@@ -90,6 +95,8 @@ def train(model: nn.Module, tokens: Tokens, options: Options, seed: int) -> Trai
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
             seen += len(chosen)
+            if after_step is not None:
+                after_step(len(losses))
     mean = float(torch.stack(losses).mean())
     if not math.isfinite(mean):
         raise ArithmeticError(f"the training loss is {mean} after {len(losses)} steps; lower --lr")

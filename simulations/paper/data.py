@@ -1,0 +1,90 @@
+"""The examples: training sets, and each task's dev set cut into a half for choosing and a half for reporting."""
+
+import random
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from simulations import models, tasks
+from simulations.batches import Tokens, tokenise, training_batches
+from simulations.options import Options
+from simulations.paper.options import BASE_TASK, TASKS, PaperOptions
+from simulations.training import round_seed
+
+VALIDATION, REPORTED = "validation", "reported"
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's training examples, and the two halves of its dev set, which share no example."""
+
+    train: Tokens
+    validation: Tokens
+    reported: Tokens
+
+    def half(self, name: str) -> Tokens:
+        """Return the half of that name."""
+        return {VALIDATION: self.validation, REPORTED: self.reported}[name]
+
+
+def halves(count: int, validation: int, reported: int) -> tuple[list[int], list[int]]:
+    """Return the rows of a dev set for choosing and for reporting, the same for all seeds of training.
+
+    Parameters
+    ----------
+    count : int
+        Rows of the dev set.
+    validation, reported : int
+        At most so many in each, and at most half of the rows (of an odd number the reported half has one more).
+    """
+    order = list(range(count))
+    random.Random("halves").shuffle(order)
+    middle = count // 2
+    return sorted(order[:middle][:validation]), sorted(order[middle:][:reported])
+
+
+@lru_cache(maxsize=2)
+def load(options: PaperOptions) -> dict[str, TaskData]:
+    """Return every task's examples by its name, MNLI's made binary: entailment is class 0 in all of them."""
+    simulation = options.simulation("full", 0)
+    tokenizer = models.tokenizer(simulation)
+    found: dict[str, TaskData] = {}
+    for name in (BASE_TASK, *TASKS):
+        (task,) = tasks.load(replace(simulation, task=(name,), partition="iid"))
+        train, dev = (tokenise(part, tokenizer, simulation, False) for part in (task.train, task.held_out))
+        first, second = halves(len(dev), options.validation_examples, options.reported_examples)
+        found[name] = TaskData(_binary(train), _binary(dev.select(first)), _binary(dev.select(second)))
+    return found
+
+
+def _binary(tokens: Tokens) -> Tokens:
+    """Return the examples with all that is not entailment as class 1."""
+    return replace(tokens, labels=torch.clamp(tokens.labels, max=1))
+
+
+def pooled(parts: list[tuple[Tokens, Options, int]]) -> Tokens:
+    """Return the very examples that each task's own training sees (as often), in one set.
+
+    Parameters
+    ----------
+    parts : list
+        A task's examples, the options with its steps, and the seed of its order.
+    """
+    rows, labels, pad = [], [], {}
+    for tokens, options, seed in parts:
+        seen = tokens.select([row for batch in training_batches(len(tokens), options, seed) for row in batch])
+        rows += seen.rows
+        labels.append(seen.labels)
+        pad = seen.pad
+    return Tokens(rows, torch.cat(labels), pad)
+
+
+def constant(tokens: Tokens) -> dict[str, float]:
+    """Return how many examples the answer of the most frequent class gets right."""
+    return {"correct": int(torch.bincount(tokens.labels).max()), "total": len(tokens)}
+
+
+def order_seed(seed: int, task: str) -> int:
+    """Return the seed of the order in which a task's examples are seen."""
+    return round_seed(seed, 0, (BASE_TASK, *TASKS, "pooled").index(task))

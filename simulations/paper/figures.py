@@ -1,0 +1,173 @@
+"""The pictures of one kind: the methods beside their bounds, sweeps, checkpoints, interference."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from simulations import intervals
+from simulations.figures import COLOURS, MARKERS, STYLE
+from simulations.paper.arena import Scores
+from simulations.paper.findings import COLUMNS, MEAN, Findings, points, values
+from simulations.paper.grids import ALPHAS, KS_FIGURE, KS_PAIRS, rows
+from simulations.paper.options import CHECKPOINTS, CHECKPOINTS_OF, TASKS
+from simulations.paper.tables import KIND_NAMES, correlations
+
+LEVELS = {"base head": ("#555555", ":"), "each task by its own": ("#555555", "--"), "all data pooled": ("#555555", "-")}
+TITLES = {**{task: task.upper() for task in TASKS}, MEAN: "mean of the tasks"}
+
+
+def draw_all(found: Findings, folder: Path) -> None:
+    """Draw every picture of one kind."""
+    with plt.rc_context(STYLE):
+        for name, draw in {
+            "table3": _table_3,
+            "table5-alpha": _alphas,
+            "figure5-k": _ks,
+            "figure4-checkpoints": _checkpoints,
+            "interference": _interference,
+        }.items():
+            figure = draw(found)
+            figure.savefig(folder / f"{name}-{found.kind}.png")
+            plt.close(figure)
+
+
+def _dots(axes: Axes, names: Sequence[str], means: Sequence[intervals.Interval], bounds: int) -> None:
+    """Draw a dot and interval a row from the top, the first `bounds` of them grey."""
+    for position, one in enumerate(means):
+        colour = "#555555" if position < bounds else COLOURS[1] if names[position].startswith("from") else COLOURS[0]
+        error = None if np.isnan(one.half_width) else one.half_width
+        axes.errorbar(one.mean, position, xerr=error, fmt="o", color=colour, markersize=5, capsize=2.5, linewidth=1.3)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axhline(bounds - 0.5, color="#AAAAAA", linewidth=0.8)
+
+
+def _table_3(found: Findings) -> Any:
+    table, bounds = found.table(), len(found.bounds())
+    names = list(table)
+    figure, panels = plt.subplots(
+        1, len(COLUMNS), figsize=(12, 1.6 + 0.27 * len(names)), dpi=130, layout="constrained", sharey=True
+    )
+    for axes, column in zip(panels, COLUMNS, strict=True):
+        _dots(axes, names, [intervals.mean(values(scores, column)) for scores in table.values()], bounds)
+        axes.set_title(TITLES[column])
+        axes.set_xlabel("accuracy")
+    panels[0].set_yticks(range(len(names)), names)
+    figure.suptitle(f"Merging {', '.join(map(str.upper, TASKS))}: {KIND_NAMES[found.kind]}, {_seeds(found)}")
+    return figure
+
+
+def _seeds(found: Findings) -> str:
+    count = len(found.seeds)
+    return f"mean and 95 % interval over {count} seeds" if count > 1 else "one seed"
+
+
+def _lines(axes: Axes, positions: Sequence[float], sweep: Sequence[Sequence[Scores]]) -> None:
+    for number, column in enumerate(COLUMNS):
+        means = [intervals.mean(values(scores, column)) for scores in sweep]
+        centre, half = np.array([one.mean for one in means]), np.array([one.half_width for one in means])
+        width = 2.4 if column == MEAN else 1.4
+        colour, marker = ("#000000", "o") if column == MEAN else (COLOURS[number], MARKERS[number + 1])
+        axes.plot(positions, centre, color=colour, marker=marker, linewidth=width, markersize=5, label=TITLES[column])
+        if column == MEAN and not np.isnan(half).any():
+            axes.fill_between(positions, centre - half, centre + half, color=colour, alpha=0.12, linewidth=0)
+
+
+def _levels(axes: Axes, found: Findings) -> None:
+    bounds = found.bounds()
+    for name, (colour, style) in LEVELS.items():
+        level = intervals.mean(values(bounds[name], MEAN)).mean
+        axes.axhline(level, color=colour, linestyle=style, linewidth=1.2, label=f"{name} (mean)")
+
+
+def _sweep(found: Findings, ticks: Sequence[float], sweep: Sequence[Sequence[Scores]], title: str, label: str) -> Any:
+    figure, axes = plt.subplots(figsize=(8, 4.6), dpi=130, layout="constrained")
+    positions = list(range(len(ticks)))
+    _lines(axes, positions, sweep)
+    _levels(axes, found)
+    axes.set_xticks(positions, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy, reported half")
+    axes.set_title(f"{title}, {KIND_NAMES[found.kind]}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def _alphas(found: Findings) -> Any:
+    sweep = found.sweep("alpha", "coefficient")
+    return _sweep(found, ALPHAS, [sweep[alpha] for alpha in ALPHAS], "Task Arithmetic by its coefficient", "alpha")
+
+
+def _ks(found: Findings) -> Any:
+    sweep = found.sweep("k", "k")
+    return _sweep(found, KS_FIGURE, [sweep[k] for k in KS_FIGURE], "FroM by k", "k (0 is the mean)")
+
+
+def _checkpoints(found: Findings) -> Any:
+    pieces = found.pieces("checkpoints")
+    named = {
+        f"checkpoint at {share:.0%}": [piece["alone"][number] for piece in pieces]
+        for number, share in enumerate(CHECKPOINTS)
+    }
+    merged = {
+        row.label: [p["merged"][row.name] for p in pieces]
+        for row in rows(found.kind)
+        if row.name in pieces[0]["merged"]
+    }
+    names = [*named, *merged]
+    means = [intervals.mean(values(scores, CHECKPOINTS_OF)) for scores in {**named, **merged}.values()]
+    figure, axes = plt.subplots(figsize=(7.5, 1.4 + 0.27 * len(names)), dpi=130, layout="constrained")
+    _dots(axes, names, means, len(named))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("accuracy, reported half")
+    axes.set_title(f"Three checkpoints of {CHECKPOINTS_OF.upper()} merged, {KIND_NAMES[found.kind]}")
+    return figure
+
+
+def _interference(found: Findings) -> Any:
+    every, spearman = points(found), correlations(found)
+    measures = ("interference", "distance")
+    figure, panels = plt.subplots(
+        1,
+        len(measures),
+        figsize=(1.5 + 5 * len(measures), 4.8),
+        dpi=130,
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    labels = {
+        "interference": "interference: share of weighted energy lost",
+        "distance": "distance to the updates, all counting alike",
+    }
+    groups = list(dict.fromkeys(point.tasks for point in every))
+    for axes, name in zip(panels[0], measures, strict=True):
+        for number, k in enumerate(KS_PAIRS):
+            for mark, tasks in enumerate(groups):
+                some = [point for point in every if point.k == k and point.tasks == tasks]
+                axes.scatter(
+                    [getattr(point, name) for point in some],
+                    [point.lost for point in some],
+                    color=COLOURS[number],
+                    marker=MARKERS[mark],
+                    alpha=0.8,
+                    s=32,
+                )
+        one = spearman[name, "all k"]
+        axes.set_title(f"Spearman {'undefined' if one is None else one}", fontweight="normal")
+        axes.set_xlabel(labels[name])
+        axes.axhline(0, color="#555555", linewidth=0.8)
+    panels[0, 0].set_ylabel("accuracy lost by merging, mean over its tasks")
+    for number, k in enumerate(KS_PAIRS):
+        panels[0, -1].scatter([], [], color=COLOURS[number], label=f"k = {k:g}")
+    for mark, tasks in enumerate(groups):
+        panels[0, -1].scatter([], [], color="#555555", marker=MARKERS[mark], label=", ".join(tasks))
+    panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    figure.suptitle(f"What FroM's merges lose of the updates and of accuracy, {KIND_NAMES[found.kind]}")
+    return figure

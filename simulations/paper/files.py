@@ -1,0 +1,47 @@
+"""States and statistics on disk: written once, merged many times."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simulations.errors import BadInput
+
+State = dict[str, Tensor]
+
+
+class Shelf:
+    """A folder of safetensors files, one a state or a client's statistics.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when something is first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Write a state so that its file is there as a whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, temporary = self._path(name), self.folder / f".{name}.{os.getpid()}"
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
+        os.replace(temporary, path)
+
+    def get(self, name: str) -> State:
+        """Return a state.
+
+        Raises
+        ------
+        BadInput
+            Its file is gone, though the piece that wrote it is done.
+        """
+        if not self._path(name).is_file():
+            raise BadInput(f"{self._path(name)}: missing; remove the JSON of the training that wrote it from pieces/")
+        return load_file(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

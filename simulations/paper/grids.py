@@ -1,0 +1,90 @@
+"""Table 3's rows: every method with the settings that are tried for it, equally many for all."""
+
+from dataclasses import dataclass
+from itertools import product
+
+Setting = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a method of `fedfrom.methods()` and the settings tried for it, the most usual one first.
+
+    Attributes
+    ----------
+    name : str
+        Of the row, in file names.
+    method : str
+        What `fedfrom.merge` calls it.
+    grid : tuple[Setting, ...]
+        Keywords of `fedfrom.merge`.
+    also : tuple[str, ...]
+        Methods that are the same as this one here, and so have no row of their own.
+    """
+
+    name: str
+    method: str
+    grid: tuple[Setting, ...]
+    also: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What the tables call the row."""
+        return " = ".join([self.name, *self.also])
+
+
+def _grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
+    return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
+
+
+# The mean of three updates is a third of their sum: what has no scale of its own is searched up to the sum.
+_SCALES = (1.0, 2.0, 3.0, 0.5, 1.5, 2.5)
+# Merging factors scales both of them.
+_ROOTS = (1.0, 1.4, 1.75, 0.7, 1.2, 1.6)
+_COEFFICIENTS = (0.4, 0.6, 1.0, 0.3, 0.5, 0.8)
+_OFF_DIAGONALS = (0.9, 0.5, 0.1, 1.0, 0.7, 0.0)
+_TIES = ((0.2, 1.0), (0.5, 2.0), (0.2, 2.0), (0.5, 1.0), (0.1, 1.0), (0.1, 2.0))
+_DARE_TIES = ((0.5, 1.0), (0.8, 2.0), (0.2, 1.0), (0.8, 1.0), (0.5, 2.0), (0.2, 2.0))
+SCALED = "from, scaled"
+
+
+def _pairs(values: tuple[tuple[float, float], ...]) -> tuple[Setting, ...]:
+    return tuple({"density": density, "coefficient": coefficient} for density, coefficient in values)
+
+
+def rows(kind: str) -> tuple[Row, ...]:
+    """Return the rows for merging adapters ("lora") or full weights ("full").
+
+    On full weights there are no factors and no products: what differs on adapters alone shares a row there.
+    KnOTS with Task Arithmetic is Task Arithmetic on both, and the uniform soup is the average.
+    """
+    lora = kind == "lora"
+    same = (lambda *names: ()) if lora else (lambda *names: names)
+    factor_grid = _grid(server_lr=_ROOTS if lora else _SCALES)
+    found = [
+        Row("from", "from", _grid(k=(1.0, 0.5, 0.25, 2.0, 0.75, 4.0))),
+        Row(SCALED, "from", _grid(k=(1.0,), server_lr=_SCALES)),
+        Row("average", "average", _grid(server_lr=_SCALES), ("soup", *same("factor-average"))),
+        Row("factor-average", "factor-average", factor_grid),
+        Row("task-arithmetic", "task-arithmetic", _grid(coefficient=_COEFFICIENTS), ("knots-ta",)),
+        Row("ties", "ties", _pairs(_TIES), same("knots-ties")),
+        Row("dare", "dare", _grid(density=(0.5, 0.2), coefficient=(0.4, 0.6, 1.0))),
+        Row("dare-ties", "dare-ties", _pairs(_DARE_TIES), same("knots-dare-ties")),
+        Row("dare-from", "dare-from", _grid(density=(0.5, 0.8, 0.2), k=(1.0, 0.5))),
+        Row("regmean", "regmean", _grid(off_diagonal=_OFF_DIAGONALS), same("lorm")),
+        Row("fisher", "fisher", factor_grid),
+        Row("knots-ties", "knots-ties", _pairs(_TIES)),
+        Row("knots-dare-ties", "knots-dare-ties", _pairs(_DARE_TIES)),
+        Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),
+        Row("greedy-soup", "greedy-soup", _grid(server_lr=_SCALES)),
+    ]
+    shared = {name for row in found for name in row.also}
+    return tuple(row for row in found if row.name not in shared)
+
+
+# Table 5, Table 6 and Figure 5 of the paper.
+ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+KS_TABLE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+KS_FIGURE = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# Of the pairs of tasks, to see whether interference predicts what merging costs.
+KS_PAIRS = (0.0, 1.0, 8.0)

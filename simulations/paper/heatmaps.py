@@ -1,0 +1,80 @@
+"""Heat maps: how alike the clients' updates are, and how large in each layer."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from simulations.figures import STYLE
+from simulations.paper.findings import Findings
+from simulations.paper.options import TASKS
+from simulations.paper.tables import KIND_NAMES
+
+Matrix = NDArray[np.float64]
+ROWS_LABELLED = 30  # with more layers than that, names would run into each other
+
+
+def short_name(name: str) -> str:
+    """Return a layer's name without what all of them share."""
+    name = re.sub(r"^(base_model\.model\.)?(encoder\.|bert\.|roberta\.)*", "", name)
+    name = re.sub(r"^layer\.(\d+)\.", r"\1 ", name)
+    return name.replace("attention.self.", "").removesuffix(".weight")
+
+
+def _worth_showing(name: str, layers: list[dict[str, Any]]) -> bool:
+    """Return whether a layer is drawn: of many, matrices alone."""
+    return len(layers) <= ROWS_LABELLED or not (name.endswith("bias") or "LayerNorm" in name)
+
+
+def draw(found: Findings, folder: Path) -> None:
+    """Draw the cosines and, by layer, the norms and the weights at k = 1; means over seeds."""
+    pieces = found.pieces("geometry")
+    shown = [i for i, layer in enumerate(pieces[0]["layers"]) if _worth_showing(layer["name"], pieces[0]["layers"])]
+    names = [short_name(pieces[0]["layers"][i]["name"]) for i in shown]
+    norms, weights = (
+        np.mean([[piece["layers"][i][key] for i in shown] for piece in pieces], axis=0) for key in ("norms", "weights")
+    )
+    alike = np.mean([piece["cosines"] for piece in pieces], axis=0)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(4.6, 3.9), dpi=130, layout="constrained")
+        _map(axes, alike, list(map(str.upper, TASKS)), "cosine", "RdBu_r", (-1.0, 1.0))
+        axes.set_title(f"Cosines of the updates\n{KIND_NAMES[found.kind]}")
+        figure.savefig(folder / f"cosines-{found.kind}.png")
+        plt.close(figure)
+        height = 1.5 + 0.22 * min(len(names), 60)
+        figure, panels = plt.subplots(1, 2, figsize=(9, height), dpi=130, layout="constrained", sharey=True)
+        _map(panels[0], norms, names, "Frobenius norm", "viridis", (0.0, None))
+        _map(panels[1], weights, names, "weight at k = 1", "viridis", (0.0, None))
+        panels[0].set_title("Norm of each update")
+        panels[1].set_title("FroM's weight")
+        figure.suptitle(f"By layer, {KIND_NAMES[found.kind]}")
+        figure.savefig(folder / f"layers-{found.kind}.png")
+        plt.close(figure)
+
+
+def _map(
+    axes: Axes, matrix: Matrix, names: list[str], label: str, colours: str, limits: tuple[float, float | None]
+) -> None:
+    image = axes.imshow(matrix, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, label=label)
+    axes.set_xticks(range(len(TASKS)), [task.upper() for task in TASKS])
+    step = 1 + (len(names) - 1) // ROWS_LABELLED
+    shown = range(0, len(names), step)
+    axes.set_yticks(shown, [names[i] for i in shown], fontsize=9 if len(names) < 12 else 7.5)
+    if len(names) <= 12:
+        _write(axes, matrix, image)
+
+
+def _write(axes: Axes, matrix: Matrix, image: Any) -> None:
+    """Write the numbers into the cells, white on what is dark."""
+    for (row, column), value in np.ndenumerate(matrix):
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if dark else "k", fontsize=8)

@@ -1,0 +1,97 @@
+"""One merge of saved states, by one row's method at one setting."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import fedfrom
+from fedfrom.merging.method import Method
+from fedfrom.merging.methods import make_method, method_options
+from fedfrom.merging.report import MergeReport
+from simulations.paper.files import Shelf, State
+from simulations.paper.grids import Setting
+
+Merged = tuple[dict[str, Tensor], MergeReport]
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The states that are merged: by name on the shelf, and what they are merged from.
+
+    Attributes
+    ----------
+    names : list[str]
+        On the shelf; their statistics lie beside them.
+    states : list[State]
+        Adapters, or full weights.
+    reference : State | None
+        The base model's weights, for full fine-tuning; None is zero, which fresh adapters start from.
+    config : dict | None
+        The adapters' one configuration.
+    seed : int
+        Of methods that draw.
+    shelf : Shelf
+        Holds the statistics, which are read only for the methods that need them.
+    """
+
+    names: list[str]
+    states: list[State]
+    reference: State | None
+    config: dict[str, Any] | None
+    seed: int
+    shelf: Shelf
+
+    @classmethod
+    def read(cls, names: list[str], shelf: Shelf, seed: int, config: dict[str, Any] | None) -> "Clients":
+        """Read the states from the shelf; a config says that they are adapters."""
+        states = [shelf.get(name) for name in names]
+        reference = None
+        if config is None:
+            base = shelf.get(f"base-s{seed}")
+            reference = {key: base[key] for key in states[0]}
+        return cls(names, states, reference, config, seed, shelf)
+
+    def some(self, chosen: Sequence[int]) -> "Clients":
+        """Return some of the clients."""
+        names, states = [self.names[i] for i in chosen], [self.states[i] for i in chosen]
+        return Clients(names, states, self.reference, self.config, self.seed, self.shelf)
+
+    def merge(self, method: str, setting: Setting, **objects: Any) -> Merged:
+        """Return `fedfrom.merge`'s state and report.
+
+        Parameters
+        ----------
+        method : str
+            Its name.
+        setting : Setting
+            Options of the method, and `server_lr`.
+        **objects
+            Further options that are no numbers.
+        """
+        options: dict[str, Any] = {**{name: value for name, value in setting.items() if name != "server_lr"}, **objects}
+        if "seed" in method_options(method):
+            options["seed"] = self.seed
+        chosen: Method = make_method(method, **options)
+        return fedfrom.merge(
+            self.states,
+            self.reference,
+            chosen,
+            configs=None if self.config is None else [self.config] * len(self.states),
+            names=self.names,
+            statistics=None if chosen.needs is None else [self.shelf.get(f"{n}-{chosen.needs}") for n in self.names],
+            server_lr=setting.get("server_lr", 1.0),
+        )
+
+    def soup(self, validate: Callable[[Mapping[str, Tensor]], float]) -> list[int]:
+        """Return the clients that a greedy soup keeps."""
+        kept: MergeReport = self.merge("greedy-soup", {}, validate=validate)[1]
+        return [self.names.index(name) for name in kept.clients]
+
+
+def geometry(report: MergeReport) -> dict[str, Any]:
+    """Return what the heat maps show: cosines of the whole updates; names, norms, weights and cosines by layer."""
+    shown = ("name", "norms", "weights", "cosines")
+    layers = [{name: getattr(layer, name) for name in shown} for layer in report.layers if layer.is_update]
+    return {"cosines": report.cosines(), "layers": layers}

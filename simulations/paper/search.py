@@ -1,0 +1,76 @@
+"""The search of one row: every setting on the validation half, the best of them alone on the reported half."""
+
+import time
+from typing import Any
+
+from simulations.paper.arena import Arena, mean_accuracy
+from simulations.paper.data import REPORTED, VALIDATION
+from simulations.paper.grids import Row, Setting
+from simulations.paper.merging import Clients, Merged
+from simulations.paper.options import TASKS
+
+
+def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[str, Any]:
+    """Return every candidate's scores on the validation half, and the chosen one's on the reported half.
+
+    Parameters
+    ----------
+    row : Row
+        Method and grid.
+    candidates : int
+        The grid's first so many are tried.
+    clients : Clients
+        What is merged.
+    arena : Arena
+        Scores states.
+
+    Notes
+    -----
+    The best mean accuracy over the tasks wins; among equals the lower mean loss, then the earlier in the grid. The
+    greedy soup chooses its clients on the validation half too, by 2 n - 1 scores at server_lr 1 of its own.
+    """
+    start = time.perf_counter()
+    merging = _Greedy(clients, arena) if row.method == "greedy-soup" else _Plain(row.method, clients)
+    tried: list[dict[str, Any]] = []
+    for setting in row.grid[:candidates]:
+        state, report = merging(setting)
+        tried.append({"setting": setting, "scores": arena.score(state, TASKS, VALIDATION, report.config)})
+    chosen = max(range(len(tried)), key=lambda i: (*_merit(tried[i]["scores"]), -i))
+    state, report = merging(row.grid[chosen])
+    return {
+        "candidates": tried,
+        "chosen": row.grid[chosen],
+        "clients": report.clients,
+        "reported": arena.score(state, TASKS, REPORTED, report.config),
+        "interference": report.interference,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _merit(scores: dict[str, dict[str, float]]) -> tuple[float, float]:
+    return round(mean_accuracy(scores), 9), -sum(found["loss"] for found in scores.values())
+
+
+class _Plain:
+    """Merges all clients by one method."""
+
+    def __init__(self, method: str, clients: Clients) -> None:
+        self._method, self._clients = method, clients
+
+    def __call__(self, setting: Setting) -> Merged:
+        return self._clients.merge(self._method, setting)
+
+
+class _Greedy(_Plain):
+    """Merges by their mean the clients that a greedy soup keeps."""
+
+    def __init__(self, clients: Clients, arena: Arena) -> None:
+        kept = clients.soup(lambda state: mean_accuracy(arena.score(state, TASKS, VALIDATION, _product(clients))))
+        super().__init__("average", clients.some(kept))
+
+
+def _product(clients: Clients) -> dict[str, Any] | None:
+    """Return the configuration of merged adapters, whose B carries the scaling (`validate` is not handed one)."""
+    return (
+        None if clients.config is None else {**clients.config, "lora_alpha": clients.config["r"], "use_rslora": False}
+    )

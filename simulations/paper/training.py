@@ -1,0 +1,72 @@
+"""Training: the base model with its head, then each task's adapter or weights under that head."""
+
+from typing import Any
+
+from torch import Tensor
+
+from simulations import statistics, training
+from simulations.batches import Tokens
+from simulations.paper import arena, data
+from simulations.paper.files import Shelf
+from simulations.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
+from simulations.paper.precision import computing
+
+STATISTICS = ("gram", "fisher")
+
+
+def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> dict[str, Any]:
+    """Train encoder and head on binary MNLI, keep the weights, and return what it took and came to."""
+    model = arena.new_model(options, "base", seed, None)
+    tokens = data.load(options)[BASE_TASK]
+    runs = computing(model, options)
+    done = training.train(runs, tokens.train, options.simulation("base", seed), data.order_seed(seed, BASE_TASK))
+    scores = training.evaluate(runs, tokens.reported, BASE_TASK)
+    shelf.put(f"base-s{seed}", arena.trained_state(model, "base"))
+    constant = data.constant(tokens.reported)
+    return {"loss": done.loss, "accuracy": scores["accuracy"], "constant": constant["correct"] / constant["total"]}
+
+
+def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Shelf) -> dict[str, Any]:
+    """Train one task, or all of them pooled, from the base model; keep the state, checkpoints and statistics."""
+    model = arena.new_model(options, kind, seed, shelf.get(f"base-s{seed}"))
+    simulation = options.simulation(kind, seed, options.task_steps(task))
+    tokens = data.load(options)[task].train if task in TASKS else _pooled(options, kind, seed)
+    order = data.order_seed(seed, task)
+    kept = {round(share * simulation.steps): number for number, share in enumerate(CHECKPOINTS)}
+
+    def keep(name: str) -> None:
+        shelf.put(name, arena.trained_state(model, kind))
+        if task in TASKS:
+            for what in STATISTICS:
+                shelf.put(f"{name}-{what}", _statistics(what))
+
+    def _statistics(what: str) -> dict[str, Tensor]:
+        # on the plain model: the names are those of its modules
+        return statistics.compute(what, model, tokens, simulation, order)
+
+    def after_step(number: int) -> None:
+        if task == CHECKPOINTS_OF and number in kept and number < simulation.steps:
+            keep(f"{kind}-s{seed}-{task}-{kept[number]}")
+
+    done = training.train(computing(model, options), tokens, simulation, order, after_step)
+    keep(f"{kind}-s{seed}-{task}")
+    return {"loss": done.loss, "steps": done.steps, "examples": done.examples}
+
+
+def _pooled(options: PaperOptions, kind: str, seed: int) -> Tokens:
+    parts = []
+    for task in TASKS:
+        simulation = options.simulation(kind, seed, options.task_steps(task))
+        parts.append((data.load(options)[task].train, simulation, data.order_seed(seed, task)))
+    return data.pooled(parts)
+
+
+def names(kind: str, seed: int, tasks: tuple[str, ...]) -> list[str]:
+    """Return the names of the tasks' states on the shelf."""
+    return [f"{kind}-s{seed}-{task}" for task in tasks]
+
+
+def checkpoint_names(kind: str, seed: int) -> list[str]:
+    """Return the names of the three checkpoints of one task."""
+    last = f"{kind}-s{seed}-{CHECKPOINTS_OF}"
+    return [*(f"{last}-{number}" for number in range(len(CHECKPOINTS) - 1)), last]
