@@ -25,7 +25,6 @@ from fedfrom.merging.configs import check_config
 from fedfrom.merging.inputs import check_clip, check_server_lr
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
-from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.weighing import stable
 from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
 from fedfrom.replies import Reply, Sent, comparable_metrics, screen
@@ -43,6 +42,8 @@ class RoundReport:
     ----------
     nodes : list[int]
         Ids of the nodes whose replies were merged, in the order of every list in `merge`.
+    valid : int
+        How many replies were valid; a greedy soup merges some of them.
     rejected, failed : dict[int, str]
         Node id -> why its reply was rejected, and what error it replied with.
     missing : list[int]
@@ -54,6 +55,7 @@ class RoundReport:
     """
 
     nodes: list[int]
+    valid: int
     rejected: dict[int, str]
     failed: dict[int, str]
     missing: list[int]
@@ -67,7 +69,7 @@ class RoundReport:
     def metrics(self) -> MetricRecord:
         """Return what a user wants to see of each round, as numbers."""
         metrics: dict[str, Any] = {
-            "replies-valid": len(self.nodes),
+            "replies-valid": self.valid,
             "replies-rejected": len(self.rejected),
             "replies-failed": len(self.failed),
             "replies-missing": len(self.missing),
@@ -148,11 +150,6 @@ class FedMerge(FedAvg):
                 )
             if "seed" in known:
                 options.setdefault("seed", seed)
-        if method == "greedy-soup" or isinstance(method, GreedySoup):
-            raise ValueError(
-                "method 'greedy-soup': expected a method for a federation, whose server has no validation data: use "
-                "'soup' here, or merge(states, method='greedy-soup', validate=...) offline"
-            )
         self.method = make_method(method, **options)
         check_server_lr(server_lr)
         check_clip(clip)
@@ -173,7 +170,7 @@ class FedMerge(FedAvg):
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
         }
-        log.info("\t├──> Merging: %s", self.method)
+        log.info("\t├──> Merging: %s", ", ".join(f"{name}: {value}" for name, value in self.method.settings().items()))
         log.info("\t│\t└── %s", ", ".join(f"{name}: {value}" for name, value in settings.items()))
         super().summary()
 
@@ -249,8 +246,7 @@ class FedMerge(FedAvg):
         for node_id, reason in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
-        nodes = [reply.node_id for reply in valid]
-        missing = sorted(set(self._asked) - {*nodes, *rejected, *failed})
+        missing = sorted(set(self._asked) - {*(reply.node_id for reply in valid), *rejected, *failed})
         merged, report = None, None
         try:
             if valid:
@@ -260,7 +256,9 @@ class FedMerge(FedAvg):
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
         seconds = time.perf_counter() - start
-        self.reports[server_round] = RoundReport(nodes, rejected, failed, missing, report, seconds)
+        # a greedy soup leaves some out
+        nodes = [reply.node_id for reply in valid if report is None or reply.who in report.clients]
+        self.reports[server_round] = RoundReport(nodes, len(valid), rejected, failed, missing, report, seconds)
         if merged is None or report is None:
             return None, None
         self._warn_of_swinging(report)

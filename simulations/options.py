@@ -44,7 +44,7 @@ class Options:
     glue_dir: str = option("", f"Folder with GLUE's TSV files (or set {GLUE_VARIABLE}); empty: the Hub.")
     train_examples: int = option(0, "Use at most this many training examples of a task, 0: all.")
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.")
-    validation_examples: int = option(0, "Held-out examples set apart for k=auto to choose by; no score is of them.")
+    validation_examples: int = option(0, "Held-out examples that k=auto and greedy-soup choose by, in no score.")
 
     partition: str = option("dirichlet", "iid, dirichlet (over labels), natural (by a column) or tasks (one a client).")
     alpha: float = option(2.0, "Concentration of the Dirichlet partition; smaller is more uneven.")

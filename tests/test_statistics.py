@@ -25,8 +25,8 @@ from tests.models import (
     crossed,
     factors,
     far_apart,
+    faulty,
     mixed_state,
-    modules_of,
     noisy,
     products,
     record_of,
@@ -310,10 +310,11 @@ def expected_round(name: str, sent: Arrays, replies: list[Arrays], stats: list[A
         else:
             change = regmean(deltas, G, weights, a)
             if name == "lorm" and layer not in sent:
-                # min ||(X - change) M^(1/2)|| over rank r is a truncated SVD in the metric M = sum w G
+                # min ||(X - W - change) M^(1/2)|| over rank r is a truncated SVD in the metric M = sum w G
                 M = sum(w * (a * g + (1 - a) * np.diag(np.diag(g))) for w, g in zip(weights, G, strict=True))
                 C = np.linalg.cholesky(M)
-                change = truncated(change @ C, factors(sent, layer)[1].shape[0]) @ np.linalg.inv(C)
+                best = truncated((value + change) @ C, factors(sent, layer)[1].shape[0]) @ np.linalg.inv(C)
+                change = best - value
             merged[layer] = value + change
         if layer not in sent:
             merged[layer] = truncated(merged[layer], factors(sent, layer)[1].shape[0])
@@ -467,9 +468,25 @@ def test_statistics_are_sent_only_when_given(task_identity: None) -> None:
     assert isinstance(model_record(with_gram.content, "arrays"), ArrayRecord)
 
 
-def test_a_federation_has_no_data_for_greedy_soups() -> None:
-    for method, options in (("greedy-soup", {}), ("greedy-soup", {"validate": len}), (GreedySoup(validate=len), {})):
-        with pytest.raises(ValueError, match="'greedy-soup'.*no validation data.*'soup'"):
-            FedMerge(method, **options)
-    assert modules_of(mixed_state())  # the uniform soup goes on
-    assert FedMerge("soup").start(InProcessGrid(noisy, 2), record_of(mixed_state()), num_rounds=1).arrays
+def test_a_greedy_soup_leaves_out_who_makes_the_model_worse() -> None:
+    """One client of three sends noise a hundred times as large; the smallest model is the best."""
+
+    def loud(content: RecordDict) -> None:
+        arrays = arrays_of(content["arrays"])
+        content["arrays"] = record_of({key: 100 * value for key, value in arrays.items()})
+
+    def smallest(state: Any) -> float:
+        return -float(sum(value.double().square().sum() for value in state.values()))
+
+    for strategy in (FedMerge("greedy-soup", validate=smallest), FedMerge(GreedySoup(validate=smallest))):
+        grid = InProcessGrid(faulty({2: loud}), 3)
+        found = strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+        report = strategy.reports[1]
+        assert report.valid == 3 and len(report.nodes) in (1, 2) and not report.missing
+        assert report.merge is not None and len(report.merge.clients) == len(report.nodes)
+        assert found.train_metrics_clientapp[1]["replies-valid"] == 3
+        soup = FedMerge("soup").start(InProcessGrid(faulty({2: loud}), 3), record_of(mixed_state()), num_rounds=1)
+        scores = [smallest(each.arrays.to_torch_state_dict()) for each in (found, soup)]
+        assert scores[0] > scores[1] / 10
+    with pytest.raises(ValueError, match="validate"):
+        FedMerge("greedy-soup")

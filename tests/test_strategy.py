@@ -537,7 +537,7 @@ def test_replies_to_nothing_sent_are_a_misuse() -> None:
 def test_summary_logs_the_settings(flower_log: pytest.LogCaptureFixture) -> None:
     FedFroM(k=0.75, rank=3, server_lr=0.25, seed=11, fraction_train=0.125).summary()
     text = "\n".join(record.getMessage() for record in flower_log.records)
-    for word in ("FroM", "k=0.75", "rank=3", "server_lr: 0.25", "seed: 11", "lora_config: False", "0.12"):
+    for word in ("FroM", "k: 0.75", "rank: 3", "server_lr: 0.25", "seed: 11", "lora_config: False", "0.12"):
         assert word in text
 
 

@@ -75,7 +75,7 @@ class _Module:
         coefficients = method.coefficients(w)
         if method.linear:
             coefficients = coefficients * (updates.gram.diagonal() > 0)  # a zero delta adds nothing but rounding
-        change = method.combine_products(self.thetas, coefficients, self._context(method, rank))
+        change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
         target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
         solution = _frozen(self.W, self.products, target, rank)
         if solution is None:
@@ -102,7 +102,7 @@ class _Module:
         )
         return self._write(solution, weighing), report
 
-    def _context(self, method: ProductMethod, rank: int | float) -> Context:
+    def _context(self, method: ProductMethod, rank: int | float, server_lr: float) -> Context:
         order, thresholds = self.updates.order, self.survey.thresholds
         shape = method.statistics_shape(self.thetas[0].shape)
         return Context(
@@ -110,6 +110,8 @@ class _Module:
             statistics=self.inputs.statistics_of(self.name, order, shape) if method.needs else None,
             thresholds=None if thresholds is None else [thresholds[i] / self.updates.unit for i in order],
             rank=rank if isinstance(rank, int) else None,
+            base=None if self.W is None else self.W * (1 / self.updates.unit),
+            server_lr=server_lr,
         )
 
     def _inner(self, change: LowRank, size: float) -> Tensor:

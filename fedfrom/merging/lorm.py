@@ -14,12 +14,12 @@ from fedfrom.merging.regmean import RegMean
 
 @dataclass(frozen=True, kw_only=True)
 class LoRM(RegMean):
-    """min over B, A of sum_i w_i ||(BA - theta_i) G_i^1/2||_F^2, by alternating closed forms (arXiv 2410.17961).
+    """min over B, A of sum_i w_i ||(BA - T_i) G_i^1/2||_F^2, by alternating closed forms (arXiv 2410.17961).
 
-    Given A, B = (sum_i w_i theta_i G_i A^T)(A sum_i w_i G_i A^T)^+; given B, A = B^+ (sum_i w_i theta_i G_i)
-    (sum_i w_i G_i)^-1, which is B^+ times RegMean's solution. FroM's Algorithm 1 is this with G_i = ||theta_i||^k I.
-    LoRM holds one factor fixed in each round and trains the other; here both are merged, the one after the other, until
-    the product settles. Needs `fedfrom.client.gram`; plain tensors go by RegMean.
+    T_i = W + alpha theta_i, as in Eq. 6. Given A, B = (sum_i w_i T_i G_i A^T)(A sum_i w_i G_i A^T)^+; given B, A =
+    B^+ (sum_i w_i T_i G_i)(sum_i w_i G_i)^-1, which is B^+ times RegMean's solution. FroM's Algorithm 1 is this with
+    G_i = ||theta_i||^k I. LoRM holds one factor fixed in each round and trains the other; here both are merged, the
+    one after the other, until the product settles. Needs `fedfrom.client.gram`; plain tensors go by RegMean.
 
     Parameters
     ----------
@@ -32,10 +32,12 @@ class LoRM(RegMean):
     """
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
-        """Return theta* of at most the rank that the adapter is solved back to."""
-        if context.statistics is None or context.rank is None:
+        """Return the theta* with which W + alpha theta* is BA: cut to its rank once, in the metric of the inputs."""
+        if context.statistics is None or context.rank is None or context.server_lr == 0:
             return super().combine_products(deltas, coefficients, context)
         target, metric = self.regressed(deltas, context.statistics, coefficients)
+        W, alpha = context.base, context.server_lr
+        target = target * alpha if W is None else LowRank.sum([W, target], [1.0, alpha])
         rank = min(context.rank, *target.shape, target.rank)
         # every A but the first lies in the target's row space: all of it runs in the target's small core
         Q_B, C, Q_A = target.core()
@@ -49,4 +51,5 @@ class LoRM(RegMean):
             before, result = result, B @ A
             if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):
                 break
-        return LowRank(lift(Q_B, B), lift(Q_A, A.T).T)
+        merged = LowRank(lift(Q_B, B), lift(Q_A, A.T).T)
+        return merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha])

@@ -45,12 +45,18 @@ class Context:
         `Survey`'s, in the order and unit of the deltas.
     rank : int | None
         Rank that the adapter will be solved back to, where it is known.
+    base : LowRank | None
+        W of a LoRA module, in the unit of the deltas; None is zero.
+    server_lr : float
+        alpha.
     """
 
     name: str = ""
     statistics: list[Tensor] | None = None
     thresholds: list[float] | None = None
     rank: int | None = None
+    base: LowRank | None = None
+    server_lr: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,11 @@ def method_options(name: str) -> set[str]:
     return {field.name for field in fields(_METHODS[name])}
 
 
+def statistics_of(name: str) -> str | None:
+    """Return what clients have to send for the method of this name: "gram", "fisher" or nothing."""
+    return _METHODS[name].needs
+
+
 def make_method(method: str | Method, **options: Any) -> Method:
     """Return the method of that name with those options, or the method object itself.
 

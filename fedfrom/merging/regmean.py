@@ -20,9 +20,21 @@ def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
     return result
 
 
-def inverse(gram: Tensor) -> Tensor:
-    """Return the (pseudo-)inverse of a (d, d) Gram matrix: 0 where no client has inputs."""
-    return torch.linalg.pinv(gram, hermitian=True)
+# a factor's pivots closer than this (squared) are those of a matrix that is safely invertible in float64
+_CONDITION = 1e-10
+
+
+def divide(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return rows @ gram^+ of (any, d) rows and a (d, d) Gram matrix: 0 where no client has inputs.
+
+    By Cholesky, some ten times faster than the pseudo-inverse by eigenvalues, where the matrix is far from singular,
+    as off-diagonals that are shrunk make it.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    if not failed and pivots.min() ** 2 > _CONDITION * pivots.max() ** 2:
+        return torch.cholesky_solve(rows.T, factor).T
+    return rows @ torch.linalg.pinv(gram, hermitian=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +84,7 @@ class RegMean(ProductMethod):
         if context.statistics is None:
             return super().combine(deltas, coefficients, context)
         products, total = self.regress(deltas, context.statistics, coefficients)
-        return (torch.stack(products).sum(dim=0) @ inverse(total)).to(deltas[0].dtype)
+        return divide(torch.stack(products).sum(dim=0), total).to(deltas[0].dtype)
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* of a LoRA module: the factors A_i G_i (sum G)^-1 in place of A_i."""
@@ -83,5 +95,5 @@ class RegMean(ProductMethod):
     def regressed(self, deltas: list[LowRank], grams: list[Tensor], weights: Tensor) -> tuple[LowRank, Tensor]:
         """Return theta* of a LoRA module, and sum_i w_i G_i."""
         products, total = self.regress([delta.A for delta in deltas], grams, weights)
-        undone = inverse(total)
-        return LowRank.sum([LowRank(d.B, x @ undone) for d, x in zip(deltas, products, strict=True)]), total
+        rows = divide(torch.cat(products), total).split([len(x) for x in products])
+        return LowRank.sum([LowRank(d.B, x) for d, x in zip(deltas, rows, strict=True)]), total

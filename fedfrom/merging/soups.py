@@ -18,7 +18,7 @@ class GreedySoup(Average):
 
     Clients are sorted by the score that each has alone, best first (ties: as given), and added one after the other; one
     stays where the mean's score is not below what it was without it. Costs 2 n - 1 merges and validations. The uniform
-    soup is `Average`. Offline alone: in a federation the server would have to hold validation data.
+    soup is `Average`. In a federation the server has to hold validation data.
 
     Parameters
     ----------

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedfrom import LowRank, merge, methods
 from fedfrom.merging.knots import align
 from fedfrom.merging.method import Context
+from fedfrom.merging.regmean import divide
 from fedfrom.merging.ties import Ties
 from tests.merging import oracle, properties
 from tests.merging.samples import (
@@ -537,12 +538,23 @@ def test_knots_holds_what_the_updates_share_once():
 
 
 def lorm_objective(product: Tensor, case: Case, w: Tensor, a: float) -> float:
-    """sum_i w_i ||(BA - theta_i) G_i^1/2||_F^2."""
+    """sum_i w_i ||(BA - W - alpha theta_i) G_i^1/2||_F^2."""
     total = 0.0
     for w_i, delta, each in zip(w, case.layer.deltas, case.statistics, strict=True):
-        difference = product - delta
+        difference = product - case.layer.W.double() - case.server_lr * delta
         total += float(w_i * (difference @ shrunk(each[MODULE], a) * difference).sum())
     return total
+
+
+def test_regmean_divides_by_a_singular_gram_matrix_too():
+    """Fewer inputs than columns: the pseudo-inverse's answer, not one blown up by a pivot of rounding."""
+    inputs = normal(5, 12, g=generator(3))
+    gram = inputs.T @ inputs
+    rows = normal(4, 12, g=generator(4)) @ gram
+    expected = rows @ torch.linalg.pinv(gram, hermitian=True)
+    assert oracle.relative_error(divide(rows, gram), expected) <= 1e-9
+    regular = gram + torch.eye(12, dtype=torch.float64)
+    assert oracle.relative_error(divide(rows, regular) @ regular, rows) <= 1e-12
 
 
 @given(adapter_cases(examples=True), st.integers(0, 99))
@@ -554,16 +566,16 @@ def test_lorm_at_full_rank_is_regmean(case, seed):
     assert oracle.relative_error(found, expected, float(case.layer.W.norm() + expected.norm())) <= 1e-9
 
 
-@given(adapter_cases(start="fresh", examples=True) | adapter_cases(start="configs", examples=True), st.integers(0, 99))
-@settings(max_examples=40)
+@given(adapter_cases(examples=True), st.integers(0, 99))
+@settings(max_examples=60)
 def test_lorm_reaches_the_optimum_of_its_objective(case, seed):
-    """T M^1/2's truncated SVD, M = sum_i w_i G_i, times M^-1/2, is the best of this rank."""
-    case, a = replace(with_grams(case, seed), server_lr=1.0), 0.5
+    """T M^1/2's truncated SVD, M = sum_i w_i G_i, times M^-1/2, is the best of this rank: W and theta* cut together."""
+    case, a = with_grams(case, seed), 0.5
     w = shares(case, 1.0)
     M = sum(w_i * shrunk(each[MODULE], a) for w_i, each in zip(w, case.statistics, strict=True))
     values, vectors = torch.linalg.eigh(M)
     root = vectors @ torch.diag(values.sqrt()) @ vectors.T
-    T = update(case, "regmean", off_diagonal=a, examples_power=1.0)
+    T = case.layer.W + case.server_lr * update(case, "regmean", off_diagonal=a, examples_power=1.0)
     best = torch.linalg.solve(root, oracle.truncated(T @ root, case.out_rank), left=False)
     options = {"off_diagonal": a, "examples_power": 1.0}
     size = lorm_objective(torch.zeros_like(T), case, w, a)

@@ -89,6 +89,12 @@ def test_auto_chooses_on_examples_that_no_score_is_of(tiny: dict) -> None:
     assert "k" not in ran.json["strategies"]["from"]["rounds"][2]["train-metrics"]
 
 
+def test_a_greedy_soup_over_rounds(tiny: dict) -> None:
+    ran = Ran({**tiny, "strategies": "greedy-soup", "validation_examples": 10})
+    for entry in ran.histories[0].rounds[1:]:
+        assert entry.weights and set(entry.weights) <= {0, 1, 2} and sum(entry.weights.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("count", [0, 30])
 def test_auto_without_examples_to_choose_by_is_refused(tiny: dict, count: int) -> None:
     with pytest.raises(BadInput, match="--validation-examples"):

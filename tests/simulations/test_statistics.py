@@ -100,8 +100,8 @@ def test_fisher_is_of_the_tasks_own_likelihood(client_of: Any, task: str) -> Non
     assert torch.allclose(found["base_model.model.classifier.bias"], squares, rtol=1e-4)
 
 
-def test_greedy_soup_is_refused_before_anything_starts(tiny: dict) -> None:
-    with pytest.raises(BadInput, match="greedy-soup.*no validation data"):
+def test_greedy_soup_needs_examples_to_choose_by(tiny: dict) -> None:
+    with pytest.raises(BadInput, match="greedy-soup.*--validation-examples"):
         Experiment.prepare(Options.from_mapping({**tiny, "strategies": "greedy-soup"}))
     with pytest.raises(BadInput, match="--statistics-batches: expected 1 or more"):
         Options(statistics_batches=0).validated()
