@@ -31,7 +31,7 @@ from fedfrom.replies import Reply, Sent, comparable_metrics, screen
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
-_OWN = {"server_lr", "clip", "lora_config", "seed", "dora", "same_base"}
+_OWN = {"server_lr", "clip", "lora_config", "seed", "node_timeout", "dora", "same_base"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class FedMerge(FedAvg):
         must have the global adapter's rank, one scaling is assumed, and cancels.
     seed : int (default: 0)
         Of the sampling of nodes, and the method's.
+    node_timeout : float (default: 3600)
+        Seconds to wait for enough nodes in a round, before RuntimeError ends the run.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
     **options
@@ -136,6 +138,7 @@ class FedMerge(FedAvg):
         clip: float | None = None,
         lora_config: Any = None,
         seed: int = 0,
+        node_timeout: float = 3600,
         dora: bool = False,
         same_base: bool = False,
         **options: Any,
@@ -154,7 +157,9 @@ class FedMerge(FedAvg):
         check_server_lr(server_lr)
         check_clip(clip)
         self.server_lr, self.clip = server_lr, clip
-        self.seed = seed
+        if not node_timeout >= 0:
+            raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
+        self.seed, self.node_timeout = seed, node_timeout
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.reports: dict[int, RoundReport] = {}
@@ -216,12 +221,18 @@ class FedMerge(FedAvg):
 
     def _sample(self, server_round: int, grid: Grid, message_type: str, share: float, least: int) -> list[int]:
         """Return node ids, drawn by the seed and the round from the nodes in the order they registered."""
+        start = time.monotonic()
         while True:
             nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
             size = max(int(len(nodes) * share), least)
             required = max(self.min_available_nodes, size)
             if len(nodes) >= required:
                 break
+            if time.monotonic() - start >= self.node_timeout:
+                raise RuntimeError(
+                    f"round {server_round}: expected {required} nodes within {self.node_timeout:g} s, found "
+                    f"{len(nodes)}: start more, or lower min_available_nodes and min_train_nodes, or raise node_timeout"
+                )
             log.info("Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), required)
             time.sleep(1)
         drawn = random.Random(f"{self.seed}:{server_round}:{message_type}").sample(nodes, size)
@@ -434,7 +445,7 @@ class FedFroM(FedMerge):
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
     validate, grid
         For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
-    server_lr, clip, lora_config, seed, dora, same_base
+    server_lr, clip, lora_config, seed, node_timeout, dora, same_base
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.
