@@ -31,8 +31,8 @@ BEST = "best of the grid"
 DEFAULT = "default"
 ROWS: Mapping[str, str] = {
     "FedAvg on factors": "fedavg",
-    "average of products": "average:examples_power=1",
-    "√n average of products": "average:examples_power=0.5",
+    "average of products": from_spec(0, 1),
+    "√n average of products": from_spec(0, 0.5),
     "the paper's FroM": from_spec(1, 0),
     DEFAULT: from_spec(0.5, 0.5),
     BEST: "",  # known when the grid is done

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ def run(plan: Plan, study: Study) -> None:
     pieces = {piece.name: piece for piece in plan.pieces()}
     for part in ("grid", "comparison"):
         missing = [pieces[name] for name in study.missing() if pieces[name].part == part]
-        specs = {piece.name: spec_of(piece, plan, study) for piece in missing}
+        specs = {piece.name: without_idle_powers(piece.setting, spec_of(piece, plan, study)) for piece in missing}
         for (setting, seed), group in itertools.groupby(missing, key=lambda piece: (piece.setting, piece.seed)):
             _run_group(plan, study, setting, seed, [(piece, specs[piece.name]) for piece in group])
 
@@ -26,6 +27,11 @@ def spec_of(piece: Piece, plan: Plan, study: Study) -> str:
     if piece.part == "grid":
         return piece.label
     return best(plan, study) if piece.label == BEST else ROWS[piece.label]
+
+
+def without_idle_powers(setting: str, spec: str) -> str:
+    """Return the spec with p = 0 where all clients hold equally much: rows that differ in p alone are run once."""
+    return re.sub(r":examples_power=[0-9.]+$", ":examples_power=0", spec) if setting == "equal" else spec
 
 
 def best(plan: Plan, study: Study) -> str:
