@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -139,9 +141,44 @@ class Reply:
         return f"node {self.node_id}"
 
 
+class Rejection(NamedTuple):
+    """Why a reply is rejected.
+
+    Attributes
+    ----------
+    kind : str
+        One of "unreadable", "keys", "shapes" (dtypes and ranks too), "config", "not-finite", "too-large",
+        "statistics", "examples", "metrics" and "unselected": what metrics count.
+    reason : str
+        Names the key, what was expected and what was found.
+    """
+
+    kind: str
+    reason: str
+
+
+class RejectedReply(ValueError):
+    """A reply that can't be merged, with the kind of its rejection."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@contextlib.contextmanager
+def _as(kind: str) -> Iterator[None]:
+    """Give the ValueErrors of the checks inside a kind, where they have none."""
+    try:
+        yield
+    except RejectedReply:
+        raise
+    except ValueError as error:
+        raise RejectedReply(kind, str(error)) from error
+
+
 def screen(
     messages: Iterable[Message], sent: Sent, arrayrecord_key: str, weighted_by: str, needs: str | None = None
-) -> tuple[list[Reply], dict[int, str]]:
+) -> tuple[list[Reply], dict[int, Rejection]]:
     """Return the replies that can be merged, and by node why the others can't.
 
     The order of the replies, in which metrics are summed, is free of chance: it comes from their content, since node
@@ -159,18 +196,18 @@ def screen(
         The statistics that the method needs, "gram" or "fisher"; None leaves those that came unread.
     """
     valid: list[Reply] = []
-    rejected: dict[int, str] = {}
+    rejected: dict[int, Rejection] = {}
     for message in messages:
         try:
             valid.append(read_reply(message, sent, arrayrecord_key, weighted_by, needs))
-        except ValueError as error:
-            rejected[message.metadata.src_node_id] = str(error)
+        except RejectedReply as error:
+            rejected[message.metadata.src_node_id] = Rejection(error.kind, str(error))
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
-        rejected |= others
+        rejected |= {node_id: Rejection("config", reason) for node_id, reason in others.items()}
     if needs is not None:
         valid, others = _of_one_kind(valid, needs)
-        rejected |= others
+        rejected |= {node_id: Rejection("statistics", reason) for node_id, reason in others.items()}
     return sorted(valid, key=lambda reply: _content_key(reply, arrayrecord_key, weighted_by)), rejected
 
 
@@ -222,7 +259,10 @@ def read_reply(
     weighted_by: str,
     needs: str | None = None,
 ) -> Reply:
-    """Return a train reply as a state, or raise ValueError with the reason to reject it.
+    """Return a train reply as a state, or raise RejectedReply, a ValueError, with the reason to reject it.
+
+    In this order: readable; keys, dtypes and shapes as sent (ranks may differ where `sent` allows it); finite, and no
+    larger than can be merged; statistics where they are needed; num-examples a finite number > 0.
 
     Parameters
     ----------
@@ -237,18 +277,33 @@ def read_reply(
 
     Raises
     ------
-    ValueError
+    RejectedReply
         Names the key, what was expected and what was found. Nothing else is raised, whatever the reply holds.
     """
     content = message.content
-    examples: Any = metric_record(content, weighted_by)[weighted_by]
-    record = model_record(content, arrayrecord_key)
-    if record.keys() != sent.state.keys():
-        raise ValueError(f"expected the keys that were sent, found {L.difference(record, sent.state)}")
-    state = to_state(record, "reply")
+    with _as("keys"):
+        record = model_record(content, arrayrecord_key)
+        if record.keys() != sent.state.keys():
+            raise ValueError(f"expected the keys that were sent, found {L.difference(record, sent.state)}")
+    with _as("unreadable"):
+        state = to_state(record, "reply")
     config = None
     if ADAPTER_KEY in content.config_records:
-        config = check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+        with _as("config"):
+            config = check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+    with _as("shapes"):
+        _check_layers(state, sent, config)
+    statistics = None
+    if needs is not None:
+        with _as("statistics"):
+            statistics = _read_statistics(content, sent, needs)
+    with _as("examples"):
+        examples: Any = metric_record(content, weighted_by)[weighted_by]
+    return Reply(message.metadata.src_node_id, content, state, float(examples), config, statistics)
+
+
+def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None) -> None:
+    """Raise ValueError where a reply's tensors are not of the shapes, dtypes and sizes that were sent."""
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
@@ -268,8 +323,6 @@ def read_reply(
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
         if layer.is_adapter:
             _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
-    statistics = None if needs is None else _read_statistics(content, sent, needs)
-    return Reply(message.metadata.src_node_id, content, state, float(examples), config, statistics)
 
 
 def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:
@@ -320,10 +373,10 @@ def _check_size(tensor: Tensor, key: str, who: str = "reply") -> None:
     low, high = torch.aminmax(tensor)  # NaN where there is one
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
-        raise ValueError(f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
+        raise RejectedReply("not-finite", f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
     limit = _LARGEST.get(tensor.dtype, _LARGEST[torch.float32])
     if largest > limit:
-        raise ValueError(f"{who}, {key!r}: expected entries up to {limit:g}, found {largest:g}")
+        raise RejectedReply("too-large", f"{who}, {key!r}: expected entries up to {limit:g}, found {largest:g}")
 
 
 def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) -> None:
@@ -335,7 +388,38 @@ def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) ->
     bound = scaling * math.prod(float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors)
     # the bound is cheap, and holds for all adapters but those that are looked at closely
     if not bound <= limit and not (norm := L.read_adapter(layer, state, scaling, "reply").norm()) <= limit:
-        raise ValueError(f"reply, {layer.name!r}: expected a product of norm up to {limit:g}, found {norm:g}")
+        why = f"reply, {layer.name!r}: expected a product of norm up to {limit:g}, found {norm:g}"
+        raise RejectedReply("too-large", why)
+
+
+# --- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def check_metrics(content: RecordDict, weighted_by: str) -> MetricRecord:
+    """Return a reply's only MetricRecord, or raise RejectedReply where an average of it would not be a number."""
+    with _as("examples"):
+        metrics = metric_record(content, weighted_by)
+    for key, value in metrics.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, int) or math.isfinite(number) for number in numbers):
+            raise RejectedReply("metrics", f"metric {key!r}: expected finite numbers, found {value!r}")
+    return metrics
+
+
+def cap_examples(counts: Sequence[float], cap: float | None) -> list[float]:
+    """Return the numbers of examples, none of them above `cap` times their median; None: as they are."""
+    if cap is None or not counts:
+        return list(counts)
+    most = cap * statistics.median(counts)
+    return [min(count, most) for count in counts]
+
+
+def with_examples(content: RecordDict, weighted_by: str, count: float) -> RecordDict:
+    """Return a content whose only MetricRecord has this number of examples; it is not changed."""
+    name, metrics = next(iter(content.metric_records.items()))
+    if metrics[weighted_by] == count:
+        return content
+    return RecordDict({**content, name: MetricRecord({**metrics, weighted_by: count})})
 
 
 def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str]]:

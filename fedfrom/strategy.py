@@ -10,8 +10,9 @@ import inspect
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -22,16 +23,28 @@ from torch import Tensor
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
-from fedfrom.merging.inputs import check_clip, check_server_lr
+from fedfrom.merging.inputs import check_clip, check_screening, check_server_lr
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
+from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
-from fedfrom.records import ADAPTER_KEY, config_to_record, metric_record, to_record
-from fedfrom.replies import Reply, Sent, comparable_metrics, screen
+from fedfrom.records import ADAPTER_KEY, config_to_record, to_record
+from fedfrom.replies import (
+    RejectedReply,
+    Rejection,
+    Reply,
+    Sent,
+    cap_examples,
+    check_metrics,
+    comparable_metrics,
+    screen,
+    with_examples,
+)
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
-_OWN = {"server_lr", "clip", "lora_config", "seed", "node_timeout", "dora", "same_base"}
+_SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
+_OWN = {"server_lr", "lora_config", "seed", "node_timeout", "dora", "same_base", *_SCREENING}
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,10 @@ class RoundReport:
         None where the round was skipped.
     seconds : float
         Spent reading, merging and writing.
+    reasons : dict[str, int]
+        Kind of rejection -> how many replies: see `fedfrom.replies.Rejection`.
+    examples_capped : int
+        Replies whose num-examples counted for less than they said.
     """
 
     nodes: list[int]
@@ -61,6 +78,8 @@ class RoundReport:
     missing: list[int]
     merge: MergeReport | None
     seconds: float
+    reasons: dict[str, int] = field(default_factory=dict)
+    examples_capped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
@@ -73,7 +92,9 @@ class RoundReport:
             "replies-rejected": len(self.rejected),
             "replies-failed": len(self.failed),
             "replies-missing": len(self.missing),
+            "examples-capped": self.examples_capped,
             "merge-seconds": self.seconds,
+            **{f"replies-rejected-{kind}": count for kind, count in self.reasons.items()},
         }
         weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.is_update]
         if weighed:
@@ -107,6 +128,16 @@ class FedMerge(FedAvg):
         alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
     clip : float | None (default: None)
         No client's update of a layer counts for more than so many times the median norm there: see `merge`.
+    examples_cap : float | None (default: 4.0)
+        No client's num-examples counts for more than so many times the median of the round's valid replies, neither
+        in weights nor in the averages of metrics. None: no bound.
+    min_valid_replies : int (default: 1)
+        With fewer valid replies a round is skipped, and the global arrays stay.
+    select : str | None (default: None)
+        "multikrum" merges only the n - f replies whose whole updates are closest to others': see
+        `fedfrom.merging.selection`. A round with fewer than 2f + 3 valid replies is skipped.
+    attackers : int (default: 0)
+        f, how many attackers `select` reckons with.
     lora_config : LoraConfig | Mapping | None (default: None)
         The global adapter's config. Needed where clients have other ranks or alphas than it; without it all clients
         must have the global adapter's rank, one scaling is assumed, and cancels.
@@ -136,6 +167,10 @@ class FedMerge(FedAvg):
         *,
         server_lr: float | str = 1.0,
         clip: float | None = None,
+        examples_cap: float | None = 4.0,
+        min_valid_replies: int = 1,
+        select: str | None = None,
+        attackers: int = 0,
         lora_config: Any = None,
         seed: int = 0,
         node_timeout: float = 3600,
@@ -156,9 +191,12 @@ class FedMerge(FedAvg):
         self.method = make_method(method, **options)
         check_server_lr(server_lr)
         check_clip(clip)
+        check_screening(examples_cap, min_valid_replies, select, attackers)
         self.server_lr, self.clip = server_lr, clip
         if not node_timeout >= 0:
             raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
+        self.examples_cap, self.min_valid_replies = examples_cap, min_valid_replies
+        self.select, self.attackers = select, attackers
         self.seed, self.node_timeout = seed, node_timeout
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
@@ -171,7 +209,7 @@ class FedMerge(FedAvg):
         """Log the strategy's settings: its own, then FedAvg's."""
         settings = {
             "server_lr": self.server_lr,
-            "clip": self.clip,
+            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select")},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
         }
@@ -244,7 +282,7 @@ class FedMerge(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Merge the valid replies; without any, log it and return (None, None): the global arrays stay."""
+        """Merge the valid replies; with too few, log it and return None for the arrays: the global ones stay."""
         if self._sent is None:
             raise RuntimeError("aggregate_train: expected configure_train to have sent the global arrays before")
         if not self._asked:
@@ -254,51 +292,96 @@ class FedMerge(FedAvg):
         valid, rejected = screen(
             with_content, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs
         )
-        for node_id, reason in rejected.items():
-            log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
-        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
-        missing = sorted(set(self._asked) - {*(reply.node_id for reply in valid), *rejected, *failed})
-        merged, report = None, None
+        merged, report, examples = None, None, [reply.examples for reply in valid]
         try:
-            if valid:
-                merged, report = self._merge(valid, self._sent)
+            if len(valid) < self.min_valid_replies:
+                log.warning(
+                    "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
+                )
+            else:
+                valid, unselected = self._selected(valid, self._sent)
+                rejected |= unselected
+                examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
+                merged, report = self._merge(valid, self._sent, examples)
         except ValueError as error:
             log.error("aggregate_train: %s", error)
+        for node_id, (_, reason) in rejected.items():
+            log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        seconds = time.perf_counter() - start
-        # a greedy soup leaves some out
-        nodes = [reply.node_id for reply in valid if report is None or reply.who in report.clients]
-        self.reports[server_round] = RoundReport(nodes, len(valid), rejected, failed, missing, report, seconds)
+        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
+        replied = {*(reply.node_id for reply in valid), *rejected, *failed}
+        self.reports[server_round] = found = RoundReport(
+            # a greedy soup leaves some out
+            [reply.node_id for reply in valid if report is None or reply.who in report.clients],
+            len(valid),
+            {node_id: reason for node_id, (_, reason) in rejected.items()},
+            failed,
+            sorted(set(self._asked) - replied),
+            report,
+            time.perf_counter() - start,
+            dict(Counter(sorted(kind for kind, _ in rejected.values()))),
+            sum(reply.examples != count for reply, count in zip(valid, examples, strict=True)),
+        )
         if merged is None or report is None:
-            return None, None
+            return None, found.metrics()
         self._warn_of_swinging(report)
-        metrics = self._aggregate_metrics([reply.content for reply in valid], self.train_metrics_aggr_fn)
-        metrics = MetricRecord() if metrics is None else metrics
-        metrics.update(self.reports[server_round].metrics())
+        metrics = self._aggregate_train_metrics(valid, examples)
+        metrics.update(found.metrics())
         return to_record(merged), metrics
 
-    def _merge(self, replies: list[Reply], sent: Sent) -> tuple[dict[str, Tensor], MergeReport]:
-        """Hand the replies to `merge`, each with its config and what it was sent."""
+    def _shared(self, replies: list[Reply], sent: Sent) -> dict[str, Any]:
+        """Return what of the replies both merging and selecting take beside the states."""
         configs = None
         if sent.lora_config is not None:
             configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
-        states = [reply.state for reply in replies]
+        return {
+            "received": sent.received_by([reply.state for reply in replies]),
+            "configs": configs,
+            "reference_config": sent.lora_config,
+            "names": [reply.who for reply in replies],
+            "dora": self.dora,
+            "same_base": self.same_base,
+        }
+
+    def _selected(self, replies: list[Reply], sent: Sent) -> tuple[list[Reply], dict[int, Rejection]]:
+        """Return the replies that `select` keeps, and why not the others."""
+        if self.select is None:
+            return replies, {}
+        inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
+        kept = set(multikrum(inner, self.attackers))
+        reason = f"select: expected an update among the {len(kept)} closest to others, found it further away"
+        others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
+        return [reply for i, reply in enumerate(replies) if i in kept], others
+
+    def _capped(self, who: str, said: list[tuple[int, float]]) -> list[float]:
+        """Return what the nodes' numbers of examples count for, and log where it is less than they said."""
+        counts = cap_examples([count for _, count in said], self.examples_cap)
+        for (node_id, count), counted in zip(said, counts, strict=True):
+            if counted != count:
+                log.warning(
+                    "%s: %s %g of node %d counts as %g, %g times the median of the valid replies",
+                    who,
+                    self.weighted_by_key,
+                    count,
+                    node_id,
+                    counted,
+                    self.examples_cap,
+                )
+        return counts
+
+    def _merge(self, replies: list[Reply], sent: Sent, examples: list[float]) -> tuple[dict[str, Tensor], MergeReport]:
+        """Hand the replies to `merge`, each with its config and what it was sent."""
         return merge(
-            states,
+            [reply.state for reply in replies],
             sent.state,
             self.method,
-            received=sent.received_by(states),
-            configs=configs,
-            reference_config=sent.lora_config,
-            examples=[reply.examples for reply in replies],
+            examples=examples,
             server_lr=self.server_lr,
             clip=self.clip,
             as_reference=True,
-            names=[reply.who for reply in replies],
             statistics=[reply.statistics for reply in replies] if self.method.needs else None,
-            dora=self.dora,
-            same_base=self.same_base,
+            **self._shared(replies, sent),
         )
 
     def _warn_of_swinging(self, report: MergeReport) -> None:
@@ -324,15 +407,34 @@ class FedMerge(FedAvg):
         with_content, _ = self._check_and_log_replies(list(replies), is_train=False, validate=False)
         valid = []
         for message in with_content:
+            node_id = message.metadata.src_node_id
             try:
-                metrics = metric_record(message.content, self.weighted_by_key)
-                valid.append((repr(sorted(metrics.items())), message.content))
-            except ValueError as error:
-                log.warning("aggregate_evaluate: rejected node %d: %s", message.metadata.src_node_id, error)
+                metrics = check_metrics(message.content, self.weighted_by_key)
+                examples: Any = metrics[self.weighted_by_key]
+                valid.append((repr(sorted(metrics.items())), message.content, (node_id, float(examples))))
+            except RejectedReply as error:
+                log.warning("aggregate_evaluate: rejected node %d: %s", node_id, error)
         if not valid:
             return None
-        contents = [content for _, content in sorted(valid, key=lambda pair: pair[0])]
+        valid.sort(key=lambda reply: reply[0])
+        counts = self._capped("aggregate_evaluate", [said for _, _, said in valid])
+        contents = [
+            with_examples(content, self.weighted_by_key, count)
+            for (_, content, _), count in zip(valid, counts, strict=True)
+        ]
         return self._aggregate_metrics(contents, self.evaluate_metrics_aggr_fn)
+
+    def _aggregate_train_metrics(self, replies: list[Reply], examples: list[float]) -> MetricRecord:
+        """Average the metrics of the merged replies, but for those that have NaN or infinity among them."""
+        contents = []
+        for reply, count in zip(replies, examples, strict=True):
+            try:
+                check_metrics(reply.content, self.weighted_by_key)
+                contents.append(with_examples(reply.content, self.weighted_by_key, count))
+            except RejectedReply as error:
+                log.warning("aggregate_train: left the metrics of %s out of the averages: %s", reply.who, error)
+        found = self._aggregate_metrics(contents, self.train_metrics_aggr_fn) if contents else None
+        return MetricRecord() if found is None else found
 
     def _aggregate_metrics(
         self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord | None]
@@ -445,7 +547,9 @@ class FedFroM(FedMerge):
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
     validate, grid
         For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
-    server_lr, clip, lora_config, seed, node_timeout, dora, same_base
+    clip : float | None (default: 1.5)
+        No client's update of a layer counts for more than so many times the median norm there; None: no bound.
+    server_lr, examples_cap, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.
@@ -459,10 +563,12 @@ class FedFroM(FedMerge):
         rank: int | float | None = None,
         solver: str = "svd",
         scope: str = "layer",
+        clip: float | None = 1.5,
         **others: Any,
     ) -> None:
         super().__init__(
             "from",
+            clip=clip,
             k=k,
             examples_power=examples_power,
             rank=rank,

@@ -142,6 +142,8 @@ def crossed(grid: InProcessGrid, direction: str, message_type: str = "train") ->
 # --- The oracle: dense, float64, numpy, straight from the equations --------------------------------------------------
 
 Scaling = Callable[[str], float]
+FEDFROM: dict[str, Any] = {"k": 0.5, "p": 0.5, "clip": 1.5}
+"""FedFroM's defaults, in the oracle's words."""
 
 
 def modules_of(state: Arrays) -> list[str]:
@@ -187,6 +189,7 @@ def oracle(
     scope: str = "layer",
     scaling: Scaling = lambda module: 1.0,
     scalings: Sequence[Scaling] | None = None,
+    clip: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the new global products and tensors: W + alpha sum_i w_i (W_i - ref_i), truncated to the sent rank."""
     scalings = [scaling] * len(replies) if scalings is None else scalings
@@ -206,6 +209,11 @@ def oracle(
 
     counted = [name for name in W if not is_buffer(name) and not is_integer(name)]
     norms = {name: np.array([np.linalg.norm(d[name]) for d in deltas]) for name in W}
+    if clip is not None:
+        for name, found in norms.items():
+            shorter = np.minimum(1.0, clip * np.median(found[found > 0]) / np.maximum(found, 1e-300))
+            deltas = [{**d, name: factor * d[name]} for d, factor in zip(deltas, shorter, strict=True)]
+            norms[name] = found * shorter
     whole = np.sqrt(sum(norms[name] ** 2 for name in counted))
     merged = {}
     for name, value in W.items():

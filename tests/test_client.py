@@ -15,6 +15,7 @@ from fedfrom.merging import layers as L
 from fedfrom.records import ADAPTER_KEY
 from tests.inprocess import InProcessGrid
 from tests.models import (
+    FEDFROM,
     PREFIX,
     Arrays,
     adapted,
@@ -137,8 +138,7 @@ def test_every_round_is_the_oracles(name: str, options: dict[str, Any]) -> None:
             [10, 20, 30],
             scaling=scaling_of(federation.server),
             scalings=[scaling_of(model) for model in federation.models],
-            p=0.5,
-            **{"k": 0.5, **options},
+            **{**FEDFROM, **options},
         )
         after = arrays[server_round + 1]
         assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in sent.items()}
@@ -230,7 +230,7 @@ def test_lora_bias_acts_by_its_scaling() -> None:
     state = arrays_of(adapter(server))
     state[key] = np.linspace(-1, 1, 20, dtype=np.float32)
     grid = InProcessGrid(app, 3, record=True)
-    strategy = FedFroM(k=0, examples_power=1, lora_config=server.peft_config["default"], fraction_evaluate=0.0)
+    strategy = FedFroM(k=0, examples_power=1, clip=None, lora_config=server.peft_config["default"], fraction_evaluate=0.0)
     result = strategy.start(grid, record_of(state), num_rounds=1)
     assert not grid.errors and not strategy.reports[1].rejected
     for s, bias in loaded:

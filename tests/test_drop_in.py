@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from fedfrom import FedFroM, FedMerge
 from tests.inprocess import InProcessGrid
 from tests.models import (
+    FEDFROM,
     adapted,
     arrays_of,
     crossed,
@@ -164,7 +165,7 @@ def test_k_0_and_p_1_is_fedavg_on_full_models_through_real_rounds() -> None:
     initial = ArrayRecord(net(seed=1).state_dict())
     ends = [
         strategy.start(InProcessGrid(full_app, 3), initial, num_rounds=3).arrays
-        for strategy in (FedAvg(fraction_evaluate=0.0), FedFroM(k=0, examples_power=1, fraction_evaluate=0.0))
+        for strategy in (FedAvg(fraction_evaluate=0.0), FedFroM(k=0, examples_power=1, clip=None, fraction_evaluate=0.0))
     ]
     fedavg, fedfrom = (arrays_of(record) for record in ends)
     for key in fedavg:
@@ -209,7 +210,7 @@ def test_k_0_and_p_1_is_fedavg_of_the_products(strategy: str) -> None:
 
 def test_k_0_and_p_1_is_the_truncated_mean_of_the_products_over_rounds() -> None:
     grid = InProcessGrid(peft_app, 3, record=True)
-    strategy = FedFroM(k=0, examples_power=1, fraction_evaluate=0.0)
+    strategy = FedFroM(k=0, examples_power=1, clip=None, fraction_evaluate=0.0)
     strategy.start(grid, ArrayRecord(get_peft_model_state_dict(adapted())), num_rounds=3)
     down, up = crossed(grid, "down"), crossed(grid, "up")
     for server_round in (0, 1):
@@ -327,7 +328,7 @@ def test_flowers_client_side_clipping_composes_with_full_models() -> None:
             norm = np.sqrt(sum(np.linalg.norm(found[key] - sent[key]) ** 2 for key in sent))
             assert norm == pytest.approx(0.05, rel=1e-3)
     replies = [arrays_of(up[i]["arrays"]) for i in range(3)]
-    expected = oracle(sent, replies, [10, 20, 30], k=0.5, p=0.5)
+    expected = oracle(sent, replies, [10, 20, 30], **FEDFROM)
     assert far_apart(products(arrays_of(result.arrays)), expected) < 1e-6
 
 

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedfrom import Average, FedFroM, FedMerge, FroM
 from tests.inprocess import InProcessGrid
 from tests.models import (
+    FEDFROM,
     Arrays,
     adapted,
     adapter,
@@ -63,7 +64,9 @@ UNIT = {"r": 4, "lora_alpha": 4}  # the config of mixed_state's adapter, at scal
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"k": 1.0, "examples_power": 0.0},
-    {"k": 0.0, "examples_power": 1.0},
+    {"k": 0.0, "examples_power": 1.0, "clip": None},
+    {"clip": None},
+    {"clip": 1.0},
     {"k": 8.0},
     {"server_lr": 0.5},
     {"server_lr": 1.5},
@@ -82,8 +85,8 @@ def test_every_round_is_the_oracles(options: dict[str, Any]) -> None:
     result = strategy.start(grid, record_of(mixed_state()), num_rounds=3)
     down, up = crossed(grid, "down"), crossed(grid, "up")
     after = [*(arrays_of(content[0]["arrays"]) for content in down[1:]), arrays_of(result.arrays)]
-    settings = {"k": 0.5, "examples_power": 0.5, **options}
-    settings["p"] = settings.pop("examples_power")
+    settings = {**FEDFROM, **options}
+    settings["p"] = settings.pop("examples_power", settings["p"])
     settings.pop("lora_config", None)
     for server_round in range(3):
         sent = arrays_of(down[server_round][0]["arrays"])
@@ -92,7 +95,7 @@ def test_every_round_is_the_oracles(options: dict[str, Any]) -> None:
         assert far_apart(products(after[server_round]), expected) < 1e-5
         # not vacuous: FedAvg's answer is elsewhere
         mean = oracle(sent, replies, [10, 20, 30], k=0, p=1)
-        if settings != {"k": 0.0, "p": 1.0}:
+        if settings != {"k": 0.0, "p": 1.0, "clip": None}:
             assert far_apart(mean, expected) > 1e-3
 
 
@@ -101,7 +104,7 @@ def test_in_float64_the_oracle_is_met_to_rounding() -> None:
     result = FedFroM(k=1.5).start(grid, record_of(mixed_state(dtype=np.float64)), num_rounds=1)
     sent = arrays_of(crossed(grid, "down")[0][0]["arrays"])
     replies = [arrays_of(crossed(grid, "up")[0][i]["arrays"]) for i in range(4)]
-    expected = oracle(sent, replies, [10, 20, 30, 40], k=1.5, p=0.5)
+    expected = oracle(sent, replies, [10, 20, 30, 40], **{**FEDFROM, "k": 1.5})
     assert far_apart(products(arrays_of(result.arrays)), expected) < 1e-12
 
 
@@ -112,7 +115,7 @@ def test_algorithm_1_reaches_the_same_rounds() -> None:
     result = strategy.start(grid, record_of(mixed_state()), num_rounds=2)
     sent = arrays_of(crossed(grid, "down")[1][0]["arrays"])
     replies = [arrays_of(crossed(grid, "up")[1][i]["arrays"]) for i in range(3)]
-    expected = oracle(sent, replies, [10, 20, 30], k=1.0, p=0.5)
+    expected = oracle(sent, replies, [10, 20, 30], **{**FEDFROM, "k": 1.0})
     assert far_apart(products(arrays_of(result.arrays)), expected) < 1e-3
     (layer,) = [layer for layer in strategy.reports[2].merge.layers if layer.kind == "adapter"]
     assert layer.iterations > 1 and layer.excess < 1e-4
@@ -334,7 +337,7 @@ def test_two_errors_and_one_valid_reply_complete_the_round() -> None:
     sent = arrays_of(crossed(grid, "down")[1][0]["arrays"])
     reply = crossed(grid, "up")[1][1]
     assert (
-        far_apart(products(arrays_of(result.arrays)), oracle(sent, [arrays_of(reply["arrays"])], [20], k=0.5, p=0.5))
+        far_apart(products(arrays_of(result.arrays)), oracle(sent, [arrays_of(reply["arrays"])], [20], **FEDFROM))
         < 1e-5
     )
     metrics = result.train_metrics_clientapp[2]
@@ -361,7 +364,10 @@ def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixt
     assert same_bits(down[1][0]["arrays"], down[2][0]["arrays"])
     assert not same_bits(down[0][0]["arrays"], down[1][0]["arrays"])
     assert not same_bits(down[2][0]["arrays"], result.arrays)
-    assert set(result.train_metrics_clientapp) == {1, 3}
+    assert set(result.train_metrics_clientapp) == {1, 2, 3}
+    skipped = result.train_metrics_clientapp[2]
+    assert (skipped["replies-valid"], skipped["replies-rejected"], skipped["replies-failed"]) == (0, 2, 1)
+    assert "weight-max" not in skipped and "loss" not in skipped
     assert set(result.evaluate_metrics_clientapp) == {1, 2, 3}
     report = strategy.reports[2]
     assert report.merge is None and report.nodes == [] and len(report.rejected) == 2 and len(report.failed) == 1
@@ -375,7 +381,8 @@ def test_with_all_rounds_skipped_the_result_is_the_initial_arrays(fault: Any) ->
     initial = record_of(mixed_state())
     result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), fault)), 3), initial, num_rounds=2)
     assert same_bits(result.arrays, initial)
-    assert result.train_metrics_clientapp == {} and set(result.evaluate_metrics_clientapp) == {1, 2}
+    assert [result.train_metrics_clientapp[i]["replies-valid"] for i in (1, 2)] == [0, 0]
+    assert set(result.evaluate_metrics_clientapp) == {1, 2}
 
 
 def test_a_silent_node_costs_its_own_reply_alone() -> None:
@@ -408,7 +415,7 @@ def test_the_timeout_reaches_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
     initial = record_of(mixed_state())
     fedavg = FedAvg().start(InProcessGrid(noisy, 3), initial, num_rounds=2)
-    fedfrom = FedFroM().start(InProcessGrid(noisy, 3), initial, num_rounds=2)
+    fedfrom = FedFroM(clip=None).start(InProcessGrid(noisy, 3), initial, num_rounds=2)
     for server_round in (1, 2):
         metrics = dict(fedfrom.train_metrics_clientapp[server_round])
         for key, value in fedavg.train_metrics_clientapp[server_round].items():
@@ -416,7 +423,7 @@ def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
         assert set(metrics) == {
             *("replies-valid", "replies-rejected", "replies-failed", "replies-missing", "merge-seconds"),
             *("weight-min", "weight-max", "clients-effective", "lambda-max", "rank-max", "energy-dropped-max"),
-            *("interference", "cosine-mean", "server-lr-min", "updates-clipped"),
+            *("interference", "cosine-mean", "server-lr-min", "updates-clipped", "examples-capped"),
         }
         assert 0 < metrics["weight-min"] < 1 / 3 < metrics["weight-max"] < 1 < metrics["clients-effective"] <= 3
         assert 1 / 3 < metrics["lambda-max"] <= 1 and 0 < metrics["energy-dropped-max"] < 1
@@ -554,7 +561,9 @@ def test_summary_logs_the_settings(flower_log: pytest.LogCaptureFixture) -> None
 
 
 def test_defaults_are_the_designs() -> None:
-    assert FedFroM().method == FroM(k=0.5, examples_power=0.5)
+    assert FedFroM().method == FroM(k=FEDFROM["k"], examples_power=FEDFROM["p"])
+    assert FedFroM().clip == FEDFROM["clip"] and FedMerge().clip is None
+    assert FedFroM().examples_cap == FedMerge().examples_cap == 4.0 and FedFroM().min_valid_replies == 1
     assert FedMerge().method == FroM(k=1.0, examples_power=0.0)
     assert FedMerge("average", examples_power=1).method == Average(examples_power=1)
     method = FroM(k=3, rank=2)

@@ -51,6 +51,16 @@ def _block_norm(block: Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(block / largest))
 
 
+def gram(values: Sequence[Tensor], references: Sequence[Tensor | None]) -> Tensor:
+    """Return the (n, n) float64 inner products of the deltas value - reference (None: zero), on the CPU."""
+    total = torch.zeros(len(values), len(values), dtype=torch.float64)
+    for block in _blocks([*values, *references], torch.float64):
+        sent, received = block[: len(values)], block[len(values) :]
+        thetas = torch.stack([x if r is None else x - r for x, r in zip(sent, received, strict=True)])
+        total += (thetas @ thetas.T).cpu()
+    return total
+
+
 def weighted_sum(
     values: Sequence[Tensor],
     references: Sequence[Tensor | None],

@@ -116,6 +116,18 @@ def check_clip(clip: float | None) -> None:
         raise ValueError(f"clip: expected a positive number or None, found {clip!r}")
 
 
+def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
+    """Raise ValueError where a setting of the screening is out of range."""
+    if examples_cap is not None and (not isinstance(examples_cap, int | float) or not 1 <= examples_cap < math.inf):
+        raise ValueError(f"examples_cap: expected a finite number >= 1 or None, found {examples_cap!r}")
+    if not isinstance(min_valid_replies, int) or min_valid_replies < 1:
+        raise ValueError(f"min_valid_replies: expected a whole number >= 1, found {min_valid_replies!r}")
+    if select not in (None, "multikrum"):
+        raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
+    if not isinstance(attackers, int) or attackers < 0 or (attackers > 0 and select is None):
+        raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")
+
+
 def _check_scalings(sources: list[Source]) -> None:
     """Raise ValueError where configs give a module's factors different scalings: their mean has no scaling."""
     for source in sources[1:]:

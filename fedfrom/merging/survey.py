@@ -19,7 +19,7 @@ def survey(inputs: Inputs, method: Method, clip: float | None) -> Survey:
     """Return the method's survey of the clients' updates; buffers and layers without a delta are left out."""
     if method.scope != "model":
         return Survey()
-    mixed = len({inputs.sent[0].layers[name].is_adapter for name in _updated(inputs)}) > 1
+    mixed = len({inputs.sent[0].layers[name].is_adapter for name in updated(inputs)}) > 1
     if mixed and inputs.sent[0].config is None:
         raise ValueError(
             "scope: expected adapter configs with scope='model', which compares adapters with plain tensors by their "
@@ -28,7 +28,7 @@ def survey(inputs: Inputs, method: Method, clip: float | None) -> Survey:
     if isinstance(method, Ties):
         return Survey(thresholds=_thresholds(inputs, method, clip))
     norms = [0.0] * len(inputs.sent)
-    for name in _updated(inputs):
+    for name in updated(inputs):
         found = _norms(inputs, name)
         norms = [math.hypot(a, b * c) for a, b, c in zip(norms, found, clip_factors(found, clip), strict=True)]
     return Survey(norms=norms)
@@ -47,7 +47,7 @@ def _norms(inputs: Inputs, name: str) -> list[float]:
 def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]:
     """Return the magnitude that each client's largest entries reach; holds one client's whole update at a time."""
     thresholds = []
-    names = _updated(inputs)
+    names = updated(inputs)
     factors = {name: clip_factors([] if clip is None else _norms(inputs, name), clip) for name in names}
     for i in range(len(inputs.sent)):
         magnitudes = []
@@ -62,7 +62,7 @@ def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]
     return thresholds
 
 
-def _updated(inputs: Inputs) -> list[str]:
+def updated(inputs: Inputs) -> list[str]:
     """Return the names of the layers that have an update."""
     names = []
     for name, layer in inputs.sent[0].layers.items():

@@ -1,0 +1,92 @@
+"""MultiKrum (Blanchard et al., 2017): which of the clients' whole updates lie among the others, and are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging import blocks
+from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.inputs import check_inputs
+from fedfrom.merging.layers import State
+from fedfrom.merging.lowrank import gram
+from fedfrom.merging.sources import check_norms
+from fedfrom.merging.survey import updated
+from fedfrom.merging.tensors import plain_tensors
+
+
+def multikrum(inner: Tensor, attackers: int) -> list[int]:
+    """Return the n - f clients with the lowest Krum scores, in the order given.
+
+    A client's score is the sum of its squared distances to its n - f - 2 nearest others.
+
+    Parameters
+    ----------
+    inner : Tensor
+        (n, n) float64 inner products of the clients' updates: see `gram_of_updates`.
+    attackers : int
+        f >= 0, how many clients may be attackers.
+
+    Raises
+    ------
+    ValueError
+        n < 2f + 3: the attackers could outvote the others.
+
+    Notes
+    -----
+    Blanchard et al. (2017), section 4: Multi-Krum averages the m best of n; m = n - f, the number of honest clients.
+    Here what is selected is handed to the merging method instead. Ties go to who comes first.
+    """
+    n = len(inner)
+    if n < 2 * attackers + 3:
+        raise ValueError(f"select: expected at least 2 * {attackers} + 3 valid replies for MultiKrum, found {n}")
+    sizes = inner.diagonal()
+    distances = (sizes[:, None] + sizes - 2 * inner).clamp_min(0).fill_diagonal_(float("inf"))
+    scores = distances.sort(dim=1).values[:, : n - attackers - 2].sum(dim=1).tolist()
+    return sorted(sorted(range(n), key=scores.__getitem__)[: n - attackers])
+
+
+def gram_of_updates(
+    states: Sequence[State],
+    reference: State,
+    *,
+    received: Sequence[State | None] | None = None,
+    configs: Sequence[Any] | None = None,
+    reference_config: Any = None,
+    names: Sequence[str] | None = None,
+    dora: bool = False,
+    same_base: bool = False,
+) -> Tensor:
+    """Return the (n, n) float64 inner products of the clients' whole updates, adapters as products BA.
+
+    So they do not depend on the factors that a product is sent as: for any invertible G, B G and G^-1 A are the same
+    client, which distances between factors would tell apart. Buffers, integers and what goes beside a LoRA module
+    (biases, magnitudes) are left out. Parameters as in `merge`; without configs all scalings count as 1, also where
+    adapters stand beside plain tensors.
+    """
+    inputs = check_inputs(
+        states,
+        reference,
+        received,
+        configs,
+        reference_config,
+        None,
+        names,
+        None,
+        None,
+        True,
+        dora,
+        same_base,
+    )
+    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for name in updated(inputs):
+        if inputs.sent[0].layers[name].is_adapter:
+            deltas = adapter_deltas(inputs, name)[2]
+            total += gram(deltas, check_norms([delta.norm() for delta in deltas], inputs, name))
+        else:
+            _, values, references = plain_tensors(inputs, name)
+            total += blocks.gram(values, references)
+    return total
