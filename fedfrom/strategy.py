@@ -128,16 +128,16 @@ class FedMerge(FedAvg):
         alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
     clip : float | None (default: None)
         No client's update of a layer counts for more than so many times the median norm there: see `merge`.
-    examples_cap : float | None (default: 4.0)
+    examples_cap : float | None (default: 10.0)
         No client's num-examples counts for more than so many times the median of the round's valid replies, neither
         in weights nor in the averages of metrics. None: no bound.
     min_valid_replies : int (default: 1)
         With fewer valid replies a round is skipped, and the global arrays stay.
     select : str | None (default: None)
-        "multikrum" merges only the n - f replies whose whole updates are closest to others': see
-        `fedfrom.merging.selection`. A round with fewer than 2f + 3 valid replies is skipped.
+        "multikrum" merges only the n - f of n valid replies whose whole updates are closest to others', adapters as
+        products: see `fedfrom.merging.selection`. A round with n < 2f + 3 is skipped.
     attackers : int (default: 0)
-        f, how many attackers `select` reckons with.
+        f, how many attackers `select` reckons with in a round. Replies that are rejected before count among them.
     lora_config : LoraConfig | Mapping | None (default: None)
         The global adapter's config. Needed where clients have other ranks or alphas than it; without it all clients
         must have the global adapter's rank, one scaling is assumed, and cancels.
@@ -167,7 +167,7 @@ class FedMerge(FedAvg):
         *,
         server_lr: float | str = 1.0,
         clip: float | None = None,
-        examples_cap: float | None = 4.0,
+        examples_cap: float | None = 10.0,
         min_valid_replies: int = 1,
         select: str | None = None,
         attackers: int = 0,
@@ -299,7 +299,7 @@ class FedMerge(FedAvg):
                     "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
                 )
             else:
-                valid, unselected = self._selected(valid, self._sent)
+                valid, unselected = self._selected(valid, self._sent, self.attackers - len(rejected))
                 rejected |= unselected
                 examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
                 merged, report = self._merge(valid, self._sent, examples)
@@ -344,12 +344,12 @@ class FedMerge(FedAvg):
             "same_base": self.same_base,
         }
 
-    def _selected(self, replies: list[Reply], sent: Sent) -> tuple[list[Reply], dict[int, Rejection]]:
-        """Return the replies that `select` keeps, and why not the others."""
-        if self.select is None:
+    def _selected(self, replies: list[Reply], sent: Sent, attackers: int) -> tuple[list[Reply], dict[int, Rejection]]:
+        """Return the replies that `select` keeps where so many may be attackers', and why not the others."""
+        if self.select is None or attackers <= 0:
             return replies, {}
         inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
-        kept = set(multikrum(inner, self.attackers))
+        kept = set(multikrum(inner, attackers))
         reason = f"select: expected an update among the {len(kept)} closest to others, found it further away"
         others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
         return [reply for i, reply in enumerate(replies) if i in kept], others
@@ -547,9 +547,11 @@ class FedFroM(FedMerge):
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
     validate, grid
         For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
-    clip : float | None (default: 1.5)
+    clip : float | None (default: 1.0)
         No client's update of a layer counts for more than so many times the median norm there; None: no bound.
-    server_lr, examples_cap, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
+    examples_cap : float | None (default: 3.0)
+        No client's num-examples counts for more than so many times the round's median; None: no bound.
+    server_lr, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.
@@ -563,12 +565,14 @@ class FedFroM(FedMerge):
         rank: int | float | None = None,
         solver: str = "svd",
         scope: str = "layer",
-        clip: float | None = 1.5,
+        clip: float | None = 1.0,
+        examples_cap: float | None = 3.0,
         **others: Any,
     ) -> None:
         super().__init__(
             "from",
             clip=clip,
+            examples_cap=examples_cap,
             k=k,
             examples_power=examples_power,
             rank=rank,

@@ -142,7 +142,7 @@ def crossed(grid: InProcessGrid, direction: str, message_type: str = "train") ->
 # --- The oracle: dense, float64, numpy, straight from the equations --------------------------------------------------
 
 Scaling = Callable[[str], float]
-FEDFROM: dict[str, Any] = {"k": 0.5, "p": 0.5, "clip": 1.5}
+FEDFROM: dict[str, Any] = {"k": 0.5, "p": 0.5, "clip": 1.0}
 """FedFroM's defaults, in the oracle's words."""
 
 

@@ -230,7 +230,9 @@ def test_lora_bias_acts_by_its_scaling() -> None:
     state = arrays_of(adapter(server))
     state[key] = np.linspace(-1, 1, 20, dtype=np.float32)
     grid = InProcessGrid(app, 3, record=True)
-    strategy = FedFroM(k=0, examples_power=1, clip=None, lora_config=server.peft_config["default"], fraction_evaluate=0.0)
+    strategy = FedFroM(
+        k=0, examples_power=1, clip=None, lora_config=server.peft_config["default"], fraction_evaluate=0.0
+    )
     result = strategy.start(grid, record_of(state), num_rounds=1)
     assert not grid.errors and not strategy.reports[1].rejected
     for s, bias in loaded:

@@ -165,7 +165,10 @@ def test_k_0_and_p_1_is_fedavg_on_full_models_through_real_rounds() -> None:
     initial = ArrayRecord(net(seed=1).state_dict())
     ends = [
         strategy.start(InProcessGrid(full_app, 3), initial, num_rounds=3).arrays
-        for strategy in (FedAvg(fraction_evaluate=0.0), FedFroM(k=0, examples_power=1, clip=None, fraction_evaluate=0.0))
+        for strategy in (
+            FedAvg(fraction_evaluate=0.0),
+            FedFroM(k=0, examples_power=1, clip=None, fraction_evaluate=0.0),
+        )
     ]
     fedavg, fedfrom = (arrays_of(record) for record in ends)
     for key in fedavg:

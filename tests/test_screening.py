@@ -146,16 +146,20 @@ def test_examples_count_for_so_many_times_the_median_at_most() -> None:
     assert cap_examples([7], 1.0) == [7] and cap_examples([], 4.0) == []
 
 
-@pytest.mark.parametrize("strategy", [FedFroM, lambda **o: FedMerge("average", examples_power=1, **o)])
-def test_absurd_examples_count_as_what_they_are_capped_to(strategy: Any, flower_log: Any) -> None:
-    """10, 20, 30, 40 and 1e12: the median is 30, and four times that is what the last counts for."""
+@pytest.mark.parametrize(
+    ("strategy", "cap"), [(FedFroM, 3), (lambda **o: FedMerge("average", examples_power=1, **o), 10)]
+)
+def test_absurd_examples_count_as_what_they_are_capped_to(strategy: Any, cap: int, flower_log: Any) -> None:
+    """10, 20, 30, 40 and 1e12: the median is 30, and so many times that is what the last counts for."""
     absurd = strategy(clip=None)
     result = run(absurd, {4: says("num-examples", 1e12)})
-    expected = run(strategy(clip=None), {4: says("num-examples", 120)})
+    expected = run(strategy(clip=None), {4: says("num-examples", 30 * cap)})
     assert same_bits(result.arrays, expected.arrays)
     assert result.train_metrics_clientapp[1]["examples-capped"] == 1
     assert expected.train_metrics_clientapp[1]["examples-capped"] == 0
-    assert logged(flower_log, "aggregate_train", "num-examples 1e+12", "counts as 120", "4 times the median")
+    assert logged(
+        flower_log, "aggregate_train", "num-examples 1e+12", f"counts as {30 * cap}", f"{cap} times the median"
+    )
     # nor does it have the averages of the metrics to itself
     means = [each.train_metrics_clientapp[1]["loss"] for each in (result, expected)]
     assert means[0] == pytest.approx(means[1], rel=1e-12)
@@ -179,10 +183,10 @@ def test_an_evaluate_reply_with_nan_or_absurd_examples_spoils_no_average(flower_
     faults = {0: says("loss", math.nan), 1: says("loss", math.inf), 2: says("num-examples", 1e12)}
     found = run(FedFroM(), faults, nodes=6, kind="evaluate").evaluate_metrics_clientapp[1]["loss"]
     # partitions 2 to 5 have the losses 1/5, 1/6, 1/7, 1/8; their median of 1e12, 40, 50, 60 examples is 55
-    counts, losses = [220, 40, 50, 60], [1 / 5, 1 / 6, 1 / 7, 1 / 8]
+    counts, losses = [165, 40, 50, 60], [1 / 5, 1 / 6, 1 / 7, 1 / 8]
     assert found == pytest.approx(np.average(losses, weights=counts), rel=1e-12)
     assert logged(flower_log, "aggregate_evaluate", "'loss'", "finite", "nan")
-    assert logged(flower_log, "aggregate_evaluate", "1e+12", "counts as 220")
+    assert logged(flower_log, "aggregate_evaluate", "1e+12", "counts as 165")
 
 
 def test_a_train_replys_nan_metric_leaves_its_arrays_in_and_its_metrics_out(flower_log: Any) -> None:
@@ -286,10 +290,18 @@ def test_what_is_selected_does_not_depend_on_the_factors_or_the_order() -> None:
 
 
 def test_a_round_with_too_few_replies_to_select_from_is_skipped(flower_log: pytest.LogCaptureFixture) -> None:
-    strategy = FedFroM(select="multikrum", attackers=1)
-    result = run(strategy, {0: renamed})
+    strategy = FedFroM(select="multikrum", attackers=2)
+    result = run(strategy, {}, nodes=6)
     assert same_bits(result.arrays, record_of(mixed_state())) and strategy.reports[1].merge is None
-    assert logged(flower_log, "select: expected at least 2 * 1 + 3 valid replies", "found 4")
+    assert logged(flower_log, "select: expected at least 2 * 2 + 3 valid replies", "found 6")
+
+
+def test_rejected_replies_are_among_the_attackers_that_were_reckoned_with() -> None:
+    """Who sends NaN could otherwise have every round skipped, or an honest client left out in its place."""
+    strategy = FedFroM(select="multikrum", attackers=2)
+    result = run(strategy, {0: renamed, 3: spoiled(HEAD, math.nan)}, nodes=6)
+    expected = run(FedFroM(), {0: renamed, 3: spoiled(HEAD, math.nan)}, nodes=6)
+    assert len(strategy.reports[1].nodes) == 4 and same_bits(result.arrays, expected.arrays)
 
 
 @pytest.mark.parametrize(
