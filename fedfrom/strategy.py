@@ -533,7 +533,8 @@ class FedFroM(FedMerge):
     Parameters
     ----------
     k : float | str (default: 0.5)
-        Power of the norm, k >= 0; 0 with examples_power 1 is exactly FedAvg, on products. The paper's is 1. "auto"
+        Power of the norm, k >= 0; 0 with examples_power 1, and clip and examples_cap None, is exactly FedAvg, on
+        products. The paper's is 1. "auto"
         takes in each round the k of `grid` whose merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.

@@ -1,6 +1,5 @@
 """The attack bench in tiny: attacks are what they say, and what is measured is the distance to the honest merge."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,5 +167,6 @@ def test_tables_and_the_picture_are_written(tmp_path: Path) -> None:
     accuracies = {("clip", None): [0.7, 0.8], ("clip", 1.0): [0.7, 0.7], ("cap", 2.0): [0.6, 0.7]}
     held = dict.fromkeys(accuracies, {"cosine": 0.9, "with 1e12 examples": 0.8, "at the bound": 0.7})
     report.write_tradeoff(accuracies, held, (1.0, 2.0), tmp_path)
-    report.write_accuracies({(1, "none", "FedFroM"): 0.75, (1, "none", "FedAvg"): math.nan}, tmp_path)
+    report.write_accuracies({(10.0, 1, "none", "FedFroM"): 0.75, (10.0, 1, "none", "FedAvg"): 0.5}, tmp_path)
+    report.write_about(tmp_path, 1, 8)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("scales.png", "tradeoff.png"))

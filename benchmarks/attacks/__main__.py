@@ -66,6 +66,7 @@ def main() -> None:
         report.write_tradeoff(accuracies, tradeoff.held([half, real], chosen), chosen, out)
     if "accuracy" in parts:
         report.write_accuracies(tradeoff.under_attack(data, UNDER_ATTACK), out)
+    report.write_about(out, options.seeds, options.paired_seeds)
     print(f"Tables and pictures in {out} after {time.perf_counter() - start:.0f} s")
 
 

@@ -4,6 +4,7 @@ Honest and unequal: six clients with Dirichlet 0.5 shares of each label of SST-2
 round, so that who holds more moves further. Every setting sees the same seeds.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,18 +101,21 @@ def held(
 def under_attack(
     data: Mapping[str, np.ndarray],
     attacks: Mapping[str, Attack],
+    alphas: Sequence[float] = (10.0, 1.0),
     attackers: Sequence[int] = (1, 3),
-    rounds: int = 6,
-    seeds: Sequence[int] = (0,),
-) -> dict[tuple[int, str, str], float]:
-    """Return by (attackers, attack, strategy) the accuracy of 10 clients, mean of the last rounds and the seeds."""
-    found: dict[tuple[int, str, str], list[float]] = {}
-    for seed in seeds:
-        federation = Federation(data, 10, 1.0, seed)
-        for count in attackers:
-            for attack, send in {"no attack": None, **attacks}.items():
-                for strategy, make in CONTENDERS.items():
-                    if applies(strategy, 10, count):
-                        curve = federated(federation, make(count), rounds, send, count)
-                        found.setdefault((count, attack, strategy), []).append(float(np.mean(curve[-LAST:])))
+    rounds: int = 10,
+    seeds: Sequence[int] = (0, 1),
+) -> dict[tuple[float, int, str, str], float]:
+    """Return by (alpha, attackers, attack, strategy) the accuracy of 10 clients, mean of the last rounds and the seeds.
+
+    alpha is the Dirichlet distribution's: 10 gives clients like labels, 1 unlike ones.
+    """
+    found: dict[tuple[float, int, str, str], list[float]] = {}
+    for alpha, seed, count in itertools.product(alphas, seeds, attackers):
+        federation = Federation(data, 10, alpha, seed, examples=1000, batch=16)
+        for attack, send in {"no attack": None, **attacks}.items():
+            for strategy, make in CONTENDERS.items():
+                if applies(strategy, 10, count):
+                    curve = federated(federation, make(count), rounds, send, count)
+                    found.setdefault((alpha, count, attack, strategy), []).append(float(np.mean(curve[-LAST:])))
     return {key: float(np.mean(values)) for key, values in found.items()}
