@@ -50,7 +50,7 @@ def _page(options: PaperOptions, study: Study, every: list[Findings]) -> list[st
 def _made(options: PaperOptions, study: Study, every: list[Findings]) -> list[str]:
     took = [result["took"] for piece in study.pieces if (result := study.get(piece)) is not None]
     cpu, seconds = (sum(one[name] for one in took) / 60 for name in ("cpu-seconds", "seconds"))
-    settings = options.settings()
+    settings = {**options.settings(), "layers": options.simulation("full", 0).kept_layers or "all"}
     where = "a GPU" if training.device().type == "cuda" else f"{training.cores()} cores of {cpu_name()}"
     seeds = ", ".join(f"{found.kind} {len(found.seeds)}" for found in every)
     low, high = chances(every[0])

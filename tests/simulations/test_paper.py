@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from fedfrom.merging.methods import make_method, methods
 from simulations import training as plain_training
@@ -55,7 +56,7 @@ def shelf(options: PaperOptions, tmp_path_factory: pytest.TempPathFactory) -> Sh
 
 def parts(options: PaperOptions, kind: str, shelf: Shelf) -> tuple[Clients, Arena]:
     arena = Arena(options, kind, 0, shelf.get("base-s0"))
-    return Clients.read(training.names(kind, 0, TASKS), shelf, 0, arena.config), arena
+    return Clients.read(training.names(kind, 0, TASKS), arena.start, arena.config, 0, shelf), arena
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,6 +130,30 @@ def _name(model: torch.nn.Module, end: str) -> str:
     return name
 
 
+def test_a_pair_is_read_as_two_sentences(options: PaperOptions, shelf: Shelf) -> None:
+    model: Any = new_model(options, "base", 0, shelf.get("base-s0")).eval()
+    tokenizer = data.models.tokenizer(options.simulation("base", 0))
+    seen: list[torch.Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def read(*pairs: tuple[str, str]) -> list[torch.Tensor]:
+        first, second = zip(*pairs, strict=True)
+        with torch.no_grad():
+            model(**tokenizer(list(first), list(second), return_tensors="pt", padding=True))
+        return list(seen.pop().chunk(4, dim=-1))
+
+    u, v, difference, product = read(("good film", "the plot was dull"), ("a bad film", "fine"))
+    torch.testing.assert_close(difference, (u - v).abs())
+    torch.testing.assert_close(product, u * v)
+    torch.testing.assert_close(u.square().sum(-1), torch.full((2,), 16.0))
+    # neither the other sentence nor padding is heard
+    torch.testing.assert_close(read(("good film", "is a"))[0], u[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read(("the", "the plot was dull"))[1], v[:1], rtol=1e-4, atol=1e-5)
+    assert (u[0] - u[1]).abs().max() > 0.01
+    together = new_model(replace(options, apart=False), "base", 0, None)
+    assert isinstance(together, data.models.MeanPoolingClassifier)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, arena = parts(options, kind, shelf)
@@ -139,6 +164,18 @@ def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf:
     for task in TASKS:
         assert merged[task]["loss"] == pytest.approx(own[task]["loss"], rel=1e-4)
         assert abs(base[task]["loss"] - own[task]["loss"]) > 1e-3, "the state changed nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_of_a_grid_gives_another_merge(options: PaperOptions, shelf: Shelf, kind: str) -> None:
+    clients, _ = parts(options, kind, shelf)
+    for row in grids.rows(kind):
+        method = "average" if row.method == "greedy-soup" else row.method
+        merged = [clients.merge(method, setting)[0] for setting in row.grid]
+        for i, one in enumerate(merged):
+            assert all(torch.isfinite(tensor).all() for tensor in one.values())
+            for other in merged[:i]:
+                assert any(not torch.allclose(one[key], other[key], atol=1e-6) for key in one), (row.name, i)
 
 
 def test_a_greedy_soup_is_scored_as_the_adapter_that_it_is(options: PaperOptions, shelf: Shelf) -> None:
@@ -242,6 +279,10 @@ def test_correlation_by_whole_clusters() -> None:
     assert straight is not None and reverse is not None
     assert straight.rho == pytest.approx(1) and straight.settled and straight.count == 12
     assert reverse.rho == pytest.approx(-1) and reverse.settled
+    uneven = [replace(point, lost=round(point.lost * 25) % 3) for point in made]
+    other = findings.correlate(uneven, "interference")
+    xs, ys = zip(*((point.interference, point.lost) for point in uneven), strict=True)
+    assert other is not None and other.rho == pytest.approx(stats.spearmanr(xs, ys)[0])
     flat = [replace(point, lost=0.0) for point in made]
     assert findings.correlate(flat, "interference") is None
     # twelve points of one cluster are one observation: the interval of two opposed clusters holds 0
