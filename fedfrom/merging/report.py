@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +94,11 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Self:
+        """Return the report whose `to_dict` this is."""
+        return cls(**{**report, "layers": [LayerReport(**layer) for layer in report["layers"]]})
 
 
 def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
