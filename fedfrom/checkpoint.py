@@ -104,10 +104,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         with self._clear_errors():
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_contents()  # before a lock is left among somebody's files
             self._lock = self._locked()
         try:
             with self._clear_errors():
-                self._check_contents()
                 for leftover in self.path.glob(".round-*"):
                     shutil.rmtree(leftover)
         except BaseException:

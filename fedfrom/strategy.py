@@ -478,6 +478,8 @@ class FedMerge(FedAvg):
         inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
         names = {name for init in inits for name in inspect.signature(init).parameters}
         arguments = {name: getattr(self, name) for name in sorted(names - _STORAGE) if hasattr(self, name)}
+        if self.lora_config is not None:  # who wrote it is no setting
+            arguments["lora_config"] = {k: value for k, value in self.lora_config.items() if k != "peft_version"}
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}
         sent = {
             name: {key: value for key, value in config.items() if key != "server-round"}

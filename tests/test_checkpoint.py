@@ -7,11 +7,13 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result
 
-from fedfrom import Average, FedFroM, FedMerge, FroM
+from fedfrom import Average, FedFroM, FedMerge, FroM, checkpoint
 from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints, random_states, set_random_states
 from tests import killed
 from tests.conftest import ROOT
@@ -311,15 +313,25 @@ def test_another_method_is_refused_and_the_same_by_object_is_not(tmp_path: Path)
         once(Average(), 3)
 
 
+def test_a_config_by_another_version_of_peft_is_the_same(tmp_path: Path) -> None:
+    for rounds, version in ((1, "0.20"), (2, "0.21")):
+        start(tmp_path, rounds, lora_config=CONFIG | {"peft_version": version})
+
+
 def test_other_arrays_and_configs_are_refused_by_name(tmp_path: Path) -> None:
     """Other numbers in them are none: the checkpoint's count."""
 
-    def once(rounds: int, state: dict, **configs: dict) -> Result:
-        records = {f"{name}_config": ConfigRecord(config) for name, config in configs.items()}
-        strategy = FedFroM(checkpoint=tmp_path)
-        return strategy.start(InProcessGrid(noisy, 3), record_of(state), num_rounds=rounds, **records)
+    def once(rounds: int, state: dict, train: Any, evaluate: Any) -> None:
+        FedFroM(checkpoint=tmp_path).start(
+            InProcessGrid(noisy, 3),
+            record_of(state),
+            num_rounds=rounds,
+            train_config=train if isinstance(train, ConfigRecord) else ConfigRecord(train),
+            evaluate_config=ConfigRecord(evaluate),
+        )
 
-    configs: dict[str, dict] = {"train": {"lr": 0.1, "key": b"\xff"}, "evaluate": {}}
+    # the same record again, which by then says what round it was
+    configs: dict[str, Any] = {"train": ConfigRecord({"lr": 0.1, "key": b"\xff"}), "evaluate": {}}
     once(1, mixed_state(), **configs)
     once(2, mixed_state(seed=1), **configs)
     key = "base_model.model.head.weight"
@@ -359,8 +371,10 @@ def test_a_subclass_has_settings_and_a_state_of_its_own(tmp_path: Path) -> None:
             super().restore(state)
             self.steps = state["steps"]
 
+    scores = [lambda: 1.0, lambda: 2.0]
+
     def once(rounds: int, step: float) -> Stepping:
-        strategy = Stepping(step, lambda: 1.0, checkpoint=tmp_path)
+        strategy = Stepping(step, scores[rounds > 1], checkpoint=tmp_path)
         strategy.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=rounds)
         return strategy
 
@@ -443,7 +457,7 @@ def test_a_folder_with_anything_else_is_refused(name: str, tmp_path: Path) -> No
     strange.mkdir() if name.endswith("/") else strange.write_text("mine")
     with pytest.raises(ValueError, match=f"expected an empty folder.*found {name.strip('/')}"):
         start(tmp_path)
-    assert strange.exists()
+    assert names(tmp_path) == [strange.name]
 
 
 @pytest.mark.parametrize("kept", [0, -1, 1.5, "2"])
@@ -482,14 +496,25 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_refused_run_lets_go_of_the_folder(tmp_path: Path) -> None:
     start(tmp_path, rounds=1)
-    (tmp_path / "strange").touch()
-    with pytest.raises(ValueError, match="strange") as first:
+    (tmp_path / ".round-0002.partial").touch()  # a file, which can't be swept away as a folder
+    with pytest.raises(OSError, match="expected a folder") as first:
         start(tmp_path)
-    (tmp_path / "strange").unlink()
+    (tmp_path / ".round-0002.partial").unlink()
     with pytest.raises(ValueError, match="server_lr") as second:  # not: in use
         start(tmp_path, server_lr=0.5)
     start(tmp_path)
     del first, second  # whose tracebacks could have kept the lock open
+
+
+def test_other_versions_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_log: pytest.LogCaptureFixture
+) -> None:
+    start(tmp_path, rounds=1)
+    start(tmp_path, rounds=1)
+    assert not any("last bits" in record.getMessage() for record in flower_log.records)
+    monkeypatch.setitem(checkpoint._VERSIONS, "torch", "9.9")
+    start(tmp_path, rounds=1)
+    assert any(f"by torch {torch.__version__}: the last bits" in record.getMessage() for record in flower_log.records)
 
 
 # --- What the disk refuses -------------------------------------------------------------------------------------------
@@ -615,3 +640,48 @@ def test_killed_before_any_step_on_the_disk_a_run_ends_with_the_same_bits(tmp_pa
     assert all(run["same"] for run in runs), runs
     left = {name for run in runs for name in run["left"]}
     assert {".round-0002.partial", ".round-0001.removed", "round-0002"} <= left
+
+
+@pytest.mark.slow
+@pytest.mark.simulation
+def test_killed_twice_in_a_real_simulation_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The server's process is killed, with Ray's driver in it; the next starts while Ray's agents still linger."""
+    rounds, draw = 6, random.Random(0)
+    strategy = FedFroM()  # on the in-process Grid: the clients are the same functions
+    grid, arrays = InProcessGrid(noisy, 2), record_of(mixed_state())
+    result = strategy.start(grid, arrays, num_rounds=rounds, evaluate_fn=killed.score)
+    expected = killed.outcome(strategy, result)
+    folder, out = tmp_path / "run", tmp_path / "out.json"
+    ray = tempfile.mkdtemp(prefix="ray-")  # the names of Ray's sockets must be short
+    command = [sys.executable, "-m", "tests.simulated", str(folder), str(out), str(rounds), ray]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for Ray's workers
+    started: list[subprocess.Popen] = []
+
+    def run() -> subprocess.Popen:
+        log = open(tmp_path / f"log-{len(started)}", "w")  # noqa: SIM115
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        )
+        return started[-1]
+
+    try:
+        for whole in (1, 3):
+            process, since = run(), time.monotonic()
+            while not (folder / f"round-{whole:04d}").exists():
+                assert process.poll() is None, (tmp_path / f"log-{len(started) - 1}").read_text()
+                assert time.monotonic() - since < 400
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 4))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL and not out.exists()
+        process = run()
+        assert process.wait(400) == 0, (tmp_path / "log-2").read_text()
+        assert json.loads(out.read_text()) == expected
+        said = (tmp_path / "log-2").read_text()
+        assert "Going on after round" in said and "[ROUND 3/6]" not in said
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Ray's agents, which would linger a minute
+            process.wait()
+        shutil.rmtree(ray, ignore_errors=True)
