@@ -132,7 +132,7 @@ def _checkpoints(found: Findings) -> Any:
 
 def _interference(found: Findings) -> Any:
     every, spearman = points(found), correlations(found)
-    measures = ("interference", "distance")
+    measures = ("interference", "misalignment")
     figure, panels = plt.subplots(
         1,
         len(measures),
@@ -144,7 +144,7 @@ def _interference(found: Findings) -> Any:
     )
     labels = {
         "interference": "interference: share of weighted energy lost",
-        "distance": "distance to the updates, all counting alike",
+        "misalignment": "misalignment: mean of 1 - cos(merge, update)",
     }
     groups = list(dict.fromkeys(point.tasks for point in every))
     for axes, name in zip(panels[0], measures, strict=True):

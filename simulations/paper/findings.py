@@ -18,6 +18,7 @@ from simulations.study import Study
 MEAN = "mean"
 COLUMNS = (*TASKS, MEAN)
 DRAWS = 2000
+TINY = float(np.finfo(float).tiny)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Point:
     tasks: tuple[str, ...]
     k: float
     interference: float
-    distance: float
+    misalignment: float
     lost: float
 
     @property
@@ -120,26 +121,27 @@ def points(found: Findings) -> list[Point]:
         for point in [*pairs["points"], *triple]:
             tasks = tuple(point["tasks"])
             lost = [accuracy(bounds[task], task) - accuracy(point["reported"], task) for task in tasks]
-            away = distance(geometry["layers"], [TASKS.index(task) for task in tasks], point["k"])
-            result.append(Point(seed, tasks, point["k"], point["interference"], away, float(np.mean(lost))))
+            turned = misalignment(geometry["layers"], [TASKS.index(task) for task in tasks], point["k"])
+            result.append(Point(seed, tasks, point["k"], point["interference"], turned, float(np.mean(lost))))
     return result
 
 
-def distance(layers: list[dict[str, Any]], clients: list[int], k: float) -> float:
-    """Return the mean over clients of ||theta* - theta_i||^2 / ||theta_i||^2, over all layers, for FroM at k.
+def misalignment(layers: list[dict[str, Any]], clients: list[int], k: float) -> float:
+    """Return the mean over clients of 1 - cos(theta*, theta_i), of whole updates, for FroM at k.
 
-    Unlike interference, which weighs a client's loss by its weight, every client counts alike: a merge that is one
-    client's update alone has interference 0, but is far from the others.
+    Unlike interference, where a client's loss counts by its weight, every client counts alike: a merge that is one
+    client's update alone has interference 0, but points elsewhere than the others.
     """
-    away, own = np.zeros(len(clients)), np.zeros(len(clients))
+    along, own, merged = np.zeros(len(clients)), np.zeros(len(clients)), 0.0
     for layer in layers:
         norms = np.array(layer["norms"])[clients]
         inner = np.array(layer["cosines"])[np.ix_(clients, clients)] * np.outer(norms, norms)
-        powers = (norms / max(norms.max(), np.finfo(float).tiny)) ** k
+        powers = (norms / max(norms.max(), TINY)) ** k
         w = powers / powers.sum()
-        away += w @ inner @ w - 2 * inner @ w + norms**2
+        along += inner @ w
+        merged += float(w @ inner @ w)
         own += norms**2
-    return float(np.mean(away / np.maximum(own, np.finfo(float).tiny)))
+    return float(np.mean(1 - along / np.sqrt(np.maximum(own * merged, TINY))))
 
 
 @dataclass(frozen=True)

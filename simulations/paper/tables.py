@@ -33,8 +33,9 @@ def write_all(found: Findings, folder: Path) -> None:
 
 
 def _about(found: Findings, what: str) -> str:
-    seeds = f"{len(found.seeds)} seeds" if len(found.seeds) > 1 else "one seed"
-    return f"{what}, {KIND_NAMES[found.kind]}. Accuracy on the reported half, mean over {seeds} with its 95 % interval."
+    count = len(found.seeds)
+    seeds = f"mean over {count} seeds with its 95 % interval" if count > 1 else "one seed"
+    return f"{what}, {KIND_NAMES[found.kind]}. Accuracy on the reported half, {seeds}."
 
 
 def _cells(scores: Sequence[Scores]) -> list[str]:
@@ -141,11 +142,11 @@ def _checkpoints(found: Findings, folder: Path) -> None:
 
 
 def correlations(found: Findings) -> dict[tuple[str, str], Correlation | None]:
-    """Return what interference, and the even-handed distance, have to do with the accuracy lost: all k and each."""
+    """Return what interference and misalignment have to do with the accuracy lost: all k and each."""
     every = points(found)
     parts = {"all k": every} | {f"k = {k:g}": [point for point in every if point.k == k] for k in KS_PAIRS}
     return {
-        (name, part): correlate(some, name) for name in ("interference", "distance") for part, some in parts.items()
+        (name, part): correlate(some, name) for name in ("interference", "misalignment") for part, some in parts.items()
     }
 
 
@@ -156,12 +157,12 @@ def _interference(found: Findings, folder: Path) -> None:
             " ".join(point.tasks),
             f"{point.k:g}",
             point.interference,
-            point.distance,
+            point.misalignment,
             point.lost,
         ]
         for point in points(found)
     ]
-    header = ["seed", "tasks", "k", "interference", "distance", "accuracy lost"]
+    header = ["seed", "tasks", "k", "interference", "misalignment", "accuracy lost"]
     about = (
         "FroM's merges of two and three tasks: the share of energy lost, and the accuracy lost on the reported half."
     )

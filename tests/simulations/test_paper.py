@@ -155,6 +155,34 @@ def test_a_pair_is_read_as_two_sentences(options: PaperOptions, shelf: Shelf) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_a_head_of_its_own(options: PaperOptions, kind: str) -> None:
+    together = replace(options, pooling="head")
+    model = new_model(together, kind, 0, None)
+    found = trained_state(model, kind)
+    assert found and not any("classifier" in key or "word_embeddings" in key for key in found)
+    arena = Arena(together, kind, 0, {})
+    assert arena.score(found, ["rte"], data.REPORTED, None)["rte"]["total"] == 15
+    assert any("classifier" in key for key in trained_state(new_model(together, "base", 0, None), "base"))
+
+
+def test_a_tokenizer_that_marks_no_second_sentence_is_refused(
+    options: PaperOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = data.models.tokenizer(options.simulation("full", 0))
+
+    def unmarked(*args: Any, **kwargs: Any) -> Any:
+        return {name: rows for name, rows in real(*args, **kwargs).items() if name != "token_type_ids"}
+
+    unmarked.pad_token_id = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(data.models, "tokenizer", lambda simulation: unmarked)
+    data.load.cache_clear()
+    with pytest.raises(BadInput, match="--no-apart"):
+        data.load(options)
+    data.load(replace(options, apart=False))
+    data.load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, arena = parts(options, kind, shelf)
     own = arena.score(clients.states[0], TASKS, data.REPORTED, None)
@@ -242,7 +270,7 @@ def test_the_greedy_soup_chooses_on_the_validation_half_alone(options: PaperOpti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distance_is_that_of_the_updates(options: PaperOptions, shelf: Shelf, kind: str) -> None:
+def test_interference_and_misalignment_are_those_of_the_updates(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, _ = parts(options, kind, shelf)
     _, report = clients.merge("from", {"k": 1.0})
     layers = [
@@ -260,11 +288,18 @@ def test_distance_is_that_of_the_updates(options: PaperOptions, shelf: Shelf, ki
             lost += float(w @ (w @ inner @ w - 2 * inner @ w + norms**2))
             energy += float(w @ norms**2)
         assert report.interference == pytest.approx(lost / energy, rel=1e-3)
-    assert findings.distance(layers, [0], 1.0) == pytest.approx(0.0, abs=1e-6)
-    away = findings.distance(layers, [0, 1, 2], 50.0)  # one client's update alone: 0 from it, far from the others
-    assert away > 0.1
+        # and the cosines of the merge with each update, from the updates themselves
+        whole = [_whole(clients, state) for state in (*clients.states, clients.merge("from", {"k": k})[0])]
+        turned = [1 - float(torch.cosine_similarity(whole[-1], one, dim=0)) for one in whole[:-1]]
+        if kind == "full":  # a merged adapter is cut back to its rank
+            assert findings.misalignment(layers, [0, 1, 2], k) == pytest.approx(np.mean(turned), abs=1e-3)
+    assert findings.misalignment(layers, [1], 1.0) == pytest.approx(0.0, abs=1e-6)
     equal = [{"norms": [2.0, 2.0], "cosines": [[1.0, 0.0], [0.0, 1.0]]}]
-    assert findings.distance(equal, [0, 1], 1.0) == pytest.approx(0.5)
+    assert findings.misalignment(equal, [0, 1], 1.0) == pytest.approx(1 - 0.5**0.5)
+
+
+def _whole(clients: Clients, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(state[key] - clients.start[key]).flatten() for key in state])
 
 
 def test_correlation_by_whole_clusters() -> None:
@@ -275,7 +310,7 @@ def test_correlation_by_whole_clusters() -> None:
         for seed in range(4)
         for k in (0.0, 1.0, 8.0)
     ]
-    straight, reverse = findings.correlate(made, "interference"), findings.correlate(made, "distance")
+    straight, reverse = findings.correlate(made, "interference"), findings.correlate(made, "misalignment")
     assert straight is not None and reverse is not None
     assert straight.rho == pytest.approx(1) and straight.settled and straight.count == 12
     assert reverse.rho == pytest.approx(-1) and reverse.settled
