@@ -8,7 +8,7 @@ shopt -s nullglob
 
 runs() { # PID PROGRAM: a number that another program was given meanwhile is none of ours, nor is a process that ended
     local found
-    found=$(ps -o stat=,args= -p "$1" 2>/dev/null) && [[ $found != Z* && $found == *"$2"* ]]
+    found=$(ps -o stat= -o args= -p "$1" 2>/dev/null) && [[ $found != Z* && $found == *"$2"* ]]
 }
 
 stop() { # PROGRAM PIDFILE...

@@ -6,6 +6,7 @@ strategies of two rounds each, and in the first round of the second one site is 
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ from tests.simulations.conftest import write_tsv
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),  # in seconds, for the one deployment
+    pytest.mark.timeout(1800),  # in seconds, for the one deployment
     pytest.mark.skipif(
         not (shutil.which("bash") and shutil.which("openssl") and shutil.which("ssh-keygen")),
         reason="needs bash, openssl and ssh-keygen",
@@ -41,7 +42,7 @@ pytestmark = [
 
 SITES = ("north", "south", "west")
 KILLED = 2
-SLOW = 600.0  # seconds that one step may take on a busy machine before it counts as hanging
+SLOW = 900.0  # seconds that one step may take on a busy machine before it counts as hanging
 
 
 def free_ports(count: int) -> list[int]:
@@ -184,9 +185,9 @@ def ran(tiny_model: str, tiny_glue: str, tmp_path_factory: pytest.TempPathFactor
         registered = here.run("register.sh", "test", *(str(here.keys / f"{name}.pub") for name in SITES))
         assert registered.returncode == 0, registered.stdout + registered.stderr
         to = ("--superlink", f"127.0.0.1:{port}", "--max-retries", "3", "--port")
-        for number, name in enumerate(SITES):
-            node = f'partition-id={number} glue-dir="{sites[number]}"'
-            here.start(name, "site.sh", str(here.keys), name, node, *to, str(ports[number]))
+        nodes_of = [f'partition-id={number} glue-dir="{site}"' for number, site in enumerate(sites)]
+        for name, node, own_port in zip(SITES, nodes_of, ports, strict=False):
+            here.start(name, "site.sh", str(here.keys), name, node, *to, str(own_port))
         # FAB, run and node are the SuperLink's to give: both must end without a word from it but no.
         here.start("stranger", "site.sh", str(here.keys), "stranger", "partition-id=0", *to, str(ports[-2]))
         here.start("plain", "flower-supernode", "--insecure", *to, str(ports[-1]))
@@ -202,6 +203,8 @@ def ran(tiny_model: str, tiny_glue: str, tmp_path_factory: pytest.TempPathFactor
         here.processes[killed].wait(30)
         for name in ("run", "refused"):
             here.wait(f"{name}'s end", lambda name=name: here.processes[name].poll() is not None, "link")
+        here.start("back", "site.sh", str(here.keys), killed, nodes_of[KILLED], *to, str(ports[KILLED]))
+        here.wait("the killed site's return", lambda: "SuperNode ID" in here.said("back"), "back")
         stopped = here.run("stop.sh", str(here.keys))
         # A SuperExec ends once its SuperNode is no more, and until it is waited for it counts as being.
         codes = {name: process.wait(30) for name, process in here.processes.items()}
@@ -308,6 +311,11 @@ def test_a_site_killed_in_mid_round_leaves_the_run_going(ran: Ran, in_process: P
     assert len(second["nodes"]) == 2 and not second["failed"] and not second["missing"]
     assert "a client failed" in ran.said["run"]
     assert_same_products(ran.out / "average", in_process / "average")
+
+
+def test_a_site_that_was_killed_comes_back_as_the_same_node(ran: Ran) -> None:
+    before, after = (re.findall(r"SuperNode ID: (\d+)", ran.said[name]) for name in (SITES[KILLED], "back"))
+    assert before == after != []
 
 
 def test_a_site_that_is_not_registered_gets_in_nowhere(ran: Ran) -> None:
