@@ -115,6 +115,9 @@ class Deployment:
                 pytest.fail(f"{what}: {needed} {'ended' if ended else f'took over {SLOW:.0f} s'}\n{logs}")
             time.sleep(0.2)
 
+    def wait_for_end(self, name: str) -> None:
+        self.wait(f"{name}'s end", lambda: self.processes[name].poll() is not None, "link")
+
     def left(self) -> list[int]:
         """Return the ids of all processes that were started here, by whomever, and have not ended."""
         mark = f"FLWR_HOME={self.environment['FLWR_HOME']}".encode()
@@ -191,18 +194,21 @@ def ran(tiny_model: str, tiny_glue: str, tmp_path_factory: pytest.TempPathFactor
         # FAB, run and node are the SuperLink's to give: both must end without a word from it but no.
         here.start("stranger", "site.sh", str(here.keys), "stranger", "partition-id=0", *to, str(ports[-2]))
         here.start("plain", "flower-supernode", "--insecure", *to, str(ports[-1]))
+        # One thing after the other: a process that Flower starts has 30 seconds to sign on, on a busy machine too.
+        for name in ("stranger", "plain"):
+            here.wait_for_end(name)
+        for name in SITES:
+            here.wait(f"{name}'s start", lambda name=name: "SuperNode ID" in here.said(name), name)
         here.start("refused", "run.sh", "test", "--run-config", "rounds=0")
+        here.wait_for_end("refused")
         out = folder / "results"
         here.start("run", "run.sh", "test", "--run-config", toml({**config, "out": str(out)}))
-        for name in ("stranger", "plain"):
-            here.wait(f"{name}'s end", lambda name=name: here.processes[name].poll() is not None, "link")
         nodes = json.loads(flwr(here, "supernode", "list", "test", "--format", "json"))["nodes"]
         killed = SITES[KILLED]
         here.wait("the third round", lambda: here.said(killed).count("Receiving: train") == 3, "run")
         here.processes[killed].kill()  # its client process has not even imported torch by now
         here.processes[killed].wait(30)
-        for name in ("run", "refused"):
-            here.wait(f"{name}'s end", lambda name=name: here.processes[name].poll() is not None, "link")
+        here.wait_for_end("run")
         here.start("back", "site.sh", str(here.keys), killed, nodes_of[KILLED], *to, str(ports[KILLED]))
         here.wait("the killed site's return", lambda: "SuperNode ID" in here.said("back"), "back")
         stopped = here.run("stop.sh", str(here.keys))
