@@ -87,11 +87,11 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
         time.sleep(0.1)
     content = RecordDict({"config": options.to_record()})
     messages = [Message(content, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
-    taken: set[Any] = set()
+    taken: set[int] = set()
     for reply in CountingGrid(grid).send_and_receive(messages):
         if reply.has_error():
             raise RuntimeError(f"a client can't start: {reply.error.reason}")
-        share = reply.content.config_records[ABOUT]["partition-id"]
+        share = int(reply.content.config_records[ABOUT]["partition-id"])  # type: ignore[arg-type]
         if share in taken:
             raise RuntimeError(f"two nodes have partition-id={share}: give each its own in its --node-config")
         taken.add(share)

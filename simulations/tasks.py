@@ -120,7 +120,7 @@ def _load(
             sources.append(source)
         key = "genre" if "genre" in columns.get(TRAIN, {}) else ""
         names = glue.LAYOUTS[name].names
-        empty = {column: [] for column in next(iter(columns.values()))}
+        empty: glue.Columns = {column: [] for column in next(iter(columns.values()))}
         train, held_out = (_dataset(columns.get(part, empty), not names) for part in (TRAIN, HELD_OUT))
         task = Task(name, train, held_out, names, " and ".join(sources), key)
     for part, kind, examples in ((TRAIN, "training", task.train), (HELD_OUT, "held-out", task.held_out)):
