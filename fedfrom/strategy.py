@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
@@ -186,7 +187,7 @@ class FedMerge(FedAvg):
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
         self._sent: Sent | None = None
-        self._asked: list[int] = []
+        self._asked: list[Message] = []
         self._warned = False
 
     def summary(self) -> None:
@@ -210,9 +211,8 @@ class FedMerge(FedAvg):
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
         self._sent = Sent.check(arrays, self.lora_config, self.method, self.dora)
         share, least = self.fraction_train, self.min_train_nodes
-        messages = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
-        self._asked = [message.metadata.dst_node_id for message in messages]
-        return messages
+        self._asked = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
+        return self._asked
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -279,8 +279,9 @@ class FedMerge(FedAvg):
         )
         for node_id, reason in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
-        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
-        missing = sorted(set(self._asked) - {*(reply.node_id for reply in valid), *rejected, *failed})
+        failed = {self._answers_for(message): message.error.reason or "" for message in failures}
+        asked = {message.metadata.dst_node_id for message in self._asked}
+        missing = sorted(asked - {*(reply.node_id for reply in valid), *rejected, *failed})
         merged, report = None, None
         try:
             if valid:
@@ -300,6 +301,13 @@ class FedMerge(FedAvg):
         metrics = MetricRecord() if metrics is None else metrics
         metrics.update(self.reports[server_round].metrics())
         return to_record(merged), metrics
+
+    def _answers_for(self, error: Message) -> int:
+        """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
+        if error.metadata.src_node_id != SUPERLINK_NODE_ID:
+            return error.metadata.src_node_id
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked}
+        return asked.get(error.metadata.reply_to_message_id, error.metadata.src_node_id)
 
     def _merge(self, replies: list[Reply], sent: Sent) -> tuple[dict[str, Tensor], MergeReport]:
         """Hand the replies to `merge`, each with its config and what it was sent."""
