@@ -18,7 +18,7 @@ CANDIDATES = 6
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What is trained, merged and evaluated; all of it but `processes` changes results."""
+    """What is trained, merged and evaluated; all of it but the folder and `processes` changes results."""
 
     model: str = "minilm"
     layers: int | None = None
@@ -107,5 +107,6 @@ class PaperOptions:
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as plain JSON types."""
         values = dataclasses.asdict(self)
-        del values["processes"]
+        for name in ("glue_dir", "processes"):
+            del values[name]
         return {**values, "kinds": list(self.kinds), "steps": list(self.steps)}

@@ -14,7 +14,7 @@ from fedfrom.merging.methods import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
 from simulations.errors import BadInput
-from simulations.paper import data, findings, grids, training
+from simulations.paper import data, findings, grids, report, training
 from simulations.paper.arena import Arena, new_model, trained_state
 from simulations.paper.files import Shelf
 from simulations.paper.merging import Clients
@@ -324,6 +324,20 @@ def test_correlation_by_whole_clusters() -> None:
     mixed = [replace(p, lost=p.interference if p.seed < 2 else -p.interference) for p in made]
     one = findings.correlate(mixed, "interference")
     assert one is not None and not one.settled
+
+
+def test_what_k_alone_explains_is_no_prediction() -> None:
+    def one(rho: float, low: float, high: float) -> findings.Correlation:
+        return findings.Correlation(rho, low, high, 12)
+
+    settled, open_, reverse = one(0.5, 0.2, 0.8), one(0.5, -0.2, 0.8), one(-0.5, -0.8, -0.2)
+    said = report._predicts
+    assert said({"all k": settled, "k = 0": settled, "k = 1": open_}).endswith(": it predicts")
+    assert said({"all k": settled, "k = 0": open_, "k = 1": None}).endswith("it is not shown to predict")
+    assert said({"all k": settled, "k = 0": reverse}).endswith("it is not shown to predict")
+    assert said({"all k": open_, "k = 0": settled}).endswith(": it does not predict")
+    assert said({"all k": reverse, "k = 0": reverse}).endswith(": it predicts the reverse")
+    assert said({"all k": None, "k = 0": None}) == "undefined"
 
 
 def test_checkpoints_are_of_one_training(options: PaperOptions, shelf: Shelf) -> None:
