@@ -115,9 +115,13 @@ def _scores(found: Findings, folder: Path) -> None:
 
 
 def _sweep(folder: Path, name: str, key: str, sweep: Mapping[float, Sequence[Scores]], about: str) -> None:
-    lines = [[f"{value:g}", *_cells(scores)] for value, scores in sweep.items()]
+    first = next(iter(sweep))
+    lines = []
+    for value, scores in sweep.items():
+        gain = intervals.paired(values(scores, MEAN), values(sweep[first], MEAN))
+        lines.append([f"{value:g}", *_cells(scores), "" if value == first else str(gain)])
     about += " These values were not chosen by, nor do they choose anything in Table 3."
-    write_table(folder, name, [key, *COLUMNS], lines, about)
+    write_table(folder, name, [key, *COLUMNS, f"mean less that at {first:g}"], lines, about)
 
 
 def _checkpoints(found: Findings, folder: Path) -> None:
