@@ -115,7 +115,7 @@ class MergeReport:
         return sum(energy * layer.interference for energy, layer in energies) / total if total else 0.0
 
     def cosines(self) -> list[list[float]]:
-        """Return the cosines of the clients' whole updates, n x n; empty above 32 clients or without updates."""
+        """Return cosines of the clients' whole updates as sent, n x n; empty above 32 clients and without updates."""
         layers = [layer for layer in self.layers if layer.is_update and layer.cosines]
         clients = range(len(self.clients)) if layers else range(0)
         inner = [[sum(la.cosines[i][j] * la.norms[i] * la.norms[j] for la in layers) for j in clients] for i in clients]
