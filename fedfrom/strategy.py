@@ -11,15 +11,19 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
@@ -43,8 +47,10 @@ from fedfrom.replies import (
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
+# what may differ between a run and the one it goes on with
+_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
-_OWN = {"server_lr", "lora_config", "seed", "node_timeout", "dora", "same_base", *_SCREENING}
+_OWN = {"server_lr", "lora_config", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,13 @@ class RoundReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
         return {**asdict(self), "merge": None if self.merge is None else self.merge.to_dict()}
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Self:
+        """Return the report whose `to_dict` this is, as it comes out of JSON too, where all keys are strings."""
+        by_node = {name: {int(node): why for node, why in report[name].items()} for name in ("rejected", "failed")}
+        merged = None if report["merge"] is None else MergeReport.from_dict(report["merge"])
+        return cls(**{**report, **by_node, "merge": merged})
 
     def metrics(self) -> MetricRecord:
         """Return what a user wants to see of each round, as numbers."""
@@ -147,6 +160,11 @@ class FedMerge(FedAvg):
         Seconds to wait for enough nodes in a round, before RuntimeError ends the run.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
+    checkpoint : str | Path | None (default: None)
+        A folder of this run's own. After every round its state is written there, and a run that starts with the same
+        folder goes on after the last whole round: see `start`, which strategies that wrap this one replace.
+    checkpoints_kept : int (default: 2)
+        How many of the newest checkpoints stay; the disk needs room for one more.
     **options
         The method's, where it is given by name; the rest is FedAvg's.
 
@@ -176,6 +194,8 @@ class FedMerge(FedAvg):
         node_timeout: float = 3600,
         dora: bool = False,
         same_base: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoints_kept: int = 2,
         **options: Any,
     ) -> None:
         super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
@@ -200,9 +220,12 @@ class FedMerge(FedAvg):
         self.seed, self.node_timeout = seed, node_timeout
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
+        if not isinstance(checkpoints_kept, int) or checkpoints_kept < 1:
+            raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
+        self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
         self._sent: Sent | None = None
-        self._asked: list[int] = []
+        self._asked: list[Message] = []
         self._warned = False
 
     def summary(self) -> None:
@@ -212,6 +235,7 @@ class FedMerge(FedAvg):
             **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select")},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
+            "checkpoint": self.checkpoint,
         }
         log.info("\t├──> Merging: %s", ", ".join(f"{name}: {value}" for name, value in self.method.settings().items()))
         log.info("\t│\t└── %s", ", ".join(f"{name}: {value}" for name, value in settings.items()))
@@ -225,9 +249,8 @@ class FedMerge(FedAvg):
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
         self._sent = Sent.check(arrays, self.lora_config, self.method, self.dora)
         share, least = self.fraction_train, self.min_train_nodes
-        messages = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
-        self._asked = [message.metadata.dst_node_id for message in messages]
-        return messages
+        self._asked = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
+        return self._asked
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -309,15 +332,15 @@ class FedMerge(FedAvg):
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {message.metadata.src_node_id: message.error.reason or "" for message in failures}
-        replied = {*(reply.node_id for reply in valid), *rejected, *failed}
+        failed = {self._answers_for(message): message.error.reason or "" for message in failures}
+        asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
             [reply.node_id for reply in valid if report is None or reply.who in report.clients],
             len(valid),
             {node_id: reason for node_id, (_, reason) in rejected.items()},
             failed,
-            sorted(set(self._asked) - replied),
+            sorted(asked - {*(reply.node_id for reply in valid), *rejected, *failed}),
             report,
             time.perf_counter() - start,
             dict(Counter(sorted(kind for kind, _ in rejected.values()))),
@@ -329,6 +352,13 @@ class FedMerge(FedAvg):
         metrics = self._aggregate_train_metrics(valid, examples)
         metrics.update(found.metrics())
         return to_record(merged), metrics
+
+    def _answers_for(self, error: Message) -> int:
+        """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
+        if error.metadata.src_node_id != SUPERLINK_NODE_ID:
+            return error.metadata.src_node_id
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked}
+        return asked.get(error.metadata.reply_to_message_id, error.metadata.src_node_id)
 
     def _shared(self, replies: list[Reply], sent: Sent) -> dict[str, Any]:
         """Return what of the replies both merging and selecting take beside the states."""
@@ -458,6 +488,17 @@ class FedMerge(FedAvg):
     ) -> Result:
         """Run the rounds: Flower's signature, and a Result whose arrays are filled even where rounds are skipped.
 
+        With `checkpoint`, a round is whole once its server evaluation is over and its checkpoint has got its name; so
+        is round 0, the evaluation before the first round. Killed at any instant, the next run with that folder goes on
+        after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
+        states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
+        to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
+        shapes and dtypes to expect; num_rounds and timeout may differ, other settings may not (functions can't be
+        compared). Where all rounds are done, it returns at once. The folder is locked meanwhile.
+
+        A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
+        the one before stays, and training goes on: the next round tries again.
+
         Parameters
         ----------
         grid : Grid
@@ -476,7 +517,16 @@ class FedMerge(FedAvg):
         Returns
         -------
         Result
-            The final arrays and the metrics of all rounds.
+            The final arrays and the metrics of all rounds, those before a resume too.
+
+        Raises
+        ------
+        ValueError
+            No reply to the initial arrays could be merged; or the checkpoint is damaged, of a run with other settings
+            or of more than num_rounds rounds, or its folder is in use or holds something else: see
+            `fedfrom.checkpoint.Checkpoints`.
+        OSError
+            Before training: the checkpoint can't be written.
         """
         megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
         log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
@@ -485,30 +535,51 @@ class FedMerge(FedAvg):
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
         self.reports, self._warned = {}, False
-        start = time.perf_counter()
-        self._evaluate_on_server(0, result, evaluate_fn)
-        for server_round in range(1, num_rounds + 1):
-            log.info("")
-            log.info("[ROUND %d/%d]", server_round, num_rounds)
-            messages = self.configure_train(server_round, result.arrays, train_config, grid)
-            replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
-            arrays, metrics = self.aggregate_train(server_round, replies)
-            if arrays is not None:
-                result.arrays = arrays
-            if metrics is not None:
-                log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-                result.train_metrics_clientapp[server_round] = metrics
-
-            messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
-            replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
-            metrics = self.aggregate_evaluate(server_round, replies)
-            if metrics is not None:
-                log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-                result.evaluate_metrics_clientapp[server_round] = metrics
-            self._evaluate_on_server(server_round, result, evaluate_fn)
+        start, done = time.perf_counter(), -1
+        with ExitStack() as stack:
+            checkpoints = None
+            if self.checkpoint is not None:
+                settings = self._settings(initial_arrays, train_config, evaluate_config)
+                checkpoints = stack.enter_context(Checkpoints(self.checkpoint, self.checkpoints_kept, settings))
+                if (saved := self._resume(checkpoints, num_rounds)) is not None:
+                    result, done = saved.result, saved.server_round
+            for server_round in range(done + 1, num_rounds + 1):
+                if server_round > 0:
+                    log.info("")
+                    log.info("[ROUND %d/%d]", server_round, num_rounds)
+                    self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
+                self._evaluate_on_server(server_round, result, evaluate_fn)
+                if checkpoints is not None:
+                    self._save(checkpoints, server_round, result)
         log.info("")
         log.info("Strategy execution finished in %.2fs", time.perf_counter() - start)
         return result
+
+    def _train_and_evaluate(
+        self,
+        server_round: int,
+        result: Result,
+        grid: Grid,
+        timeout: float,
+        train_config: ConfigRecord,
+        evaluate_config: ConfigRecord,
+    ) -> None:
+        """Let the clients train, then evaluate, and put into `result` what came of it."""
+        messages = self.configure_train(server_round, result.arrays, train_config, grid)
+        replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
+        arrays, metrics = self.aggregate_train(server_round, replies)
+        if arrays is not None:
+            result.arrays = arrays
+        if metrics is not None:
+            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
+            result.train_metrics_clientapp[server_round] = metrics
+
+        messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
+        replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
+        metrics = self.aggregate_evaluate(server_round, replies)
+        if metrics is not None:
+            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
+            result.evaluate_metrics_clientapp[server_round] = metrics
 
     def _evaluate_on_server(
         self,
@@ -522,6 +593,63 @@ class FedMerge(FedAvg):
         log.info("Global evaluation, round %d: %s", server_round, metrics)
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
+
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what this object carries from round to round, as plain data with str keys: part of a checkpoint.
+
+        A subclass that carries more adds to it, and takes it out again in `restore`.
+        """
+        reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
+        return {"warned": self._warned, "reports": reports}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned when the checkpoint was written."""
+        self._warned = state["warned"]
+        self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
+
+    def _settings(
+        self, initial_arrays: ArrayRecord, train_config: ConfigRecord, evaluate_config: ConfigRecord
+    ) -> dict[str, Any]:
+        """Return what a resumed run must share with the one before: the constructors' arguments, arrays and configs."""
+        inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
+        names = {name for init in inits for name in inspect.signature(init).parameters}
+        arguments = {name: getattr(self, name) for name in sorted(names - _STORAGE) if hasattr(self, name)}
+        if self.lora_config is not None:  # who wrote it is no setting
+            arguments["lora_config"] = {k: value for k, value in self.lora_config.items() if k != "peft_version"}
+        configs = {"train_config": train_config, "evaluate_config": evaluate_config}
+        sent = {
+            name: {key: value for key, value in config.items() if key != "server-round"}
+            for name, config in configs.items()
+        }
+        arrays = {key: f"{array.dtype} {tuple(array.shape)}" for key, array in initial_arrays.items()}
+        return {"strategy": type(self).__name__, **arguments, **sent, "initial_arrays": arrays}
+
+    def _resume(self, checkpoints: Checkpoints, num_rounds: int) -> Checkpoint | None:
+        """Return the checkpoint to go on from and become what the strategy was then; None where there is none."""
+        saved = checkpoints.newest()
+        if saved is None:
+            return None
+        if saved.server_round > num_rounds:
+            raise ValueError(
+                f"num_rounds: expected {saved.server_round} or more, the rounds that the checkpoint in "
+                f"{checkpoints.path} has behind it, found {num_rounds}"
+            )
+        if saved.server_round < num_rounds:
+            checkpoints.rehearse(saved)
+        self.restore(saved.state)
+        set_random_states(saved.random)
+        log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
+        return saved
+
+    def _save(self, checkpoints: Checkpoints, server_round: int, result: Result) -> None:
+        try:
+            checkpoints.save(Checkpoint(server_round, result, self.state(), random_states()))
+        except OSError as error:
+            if server_round == 0:
+                raise
+            log.error("checkpoint of round %d: %s; training goes on, the one before stays", server_round, error)
 
 
 class FedFroM(FedMerge):
@@ -553,6 +681,8 @@ class FedFroM(FedMerge):
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
     server_lr, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
+        See `FedMerge`.
+    checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.

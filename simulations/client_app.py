@@ -4,6 +4,7 @@
 clients' data get them beside the weights.
 """
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from simulations import environment
-from simulations.options import Options
+from simulations.options import OWN, Options
 
 environment.quiet()
 
@@ -62,7 +63,7 @@ def evaluate(message: Message, context: Context) -> Message:
     model = worker.model(worker.options.client_rank(partition_id))
     client.load(model, message)
     tokens = worker.tokens(partition_id)[1]
-    scores = training.evaluate(model, tokens, worker.shares[partition_id].task.name)
+    scores = training.evaluate(model, tokens, worker.share(partition_id).task.name)
     # One key for all clients, also where they have different tasks: aggregation wants equal keys.
     metrics = MetricRecord({"num-examples": len(tokens), "loss": scores["loss"], "score": scores["score"]})
     return Message(RecordDict({"metrics": metrics, ABOUT: _about(partition_id)}), reply_to=message)
@@ -73,13 +74,17 @@ def _about(partition_id: int, **numbers: float) -> ConfigRecord:
 
 
 def _worker_of(message: Message, context: Context) -> tuple["Worker", int]:
-    options = Options.from_record(message.content.config_records["config"])
-    if not {"partition-id", "num-partitions"} <= set(context.node_config):
+    options, node = Options.from_record(message.content.config_records["config"]), context.node_config
+    own = options.partition == OWN
+    if own and not {"partition-id", "glue-dir"} <= set(node):
+        raise RuntimeError("the node has no data of its own: give --node-config 'partition-id=0 glue-dir=\"folder\"'")
+    if not own and not {"partition-id", "num-partitions"} <= set(node):
         raise RuntimeError('the node has no share of the data: give --node-config "partition-id=0 num-partitions=4"')
-    found = int(context.node_config["num-partitions"])
-    if found != options.clients:
-        raise RuntimeError(f"the simulation has {found} nodes, the options ask for {options.clients} clients")
-    return _worker(options), int(context.node_config["partition-id"])
+    if not own and int(node["num-partitions"]) != options.clients:
+        raise RuntimeError(f"the node has 1 of {node['num-partitions']} shares, the run {options.clients} clients")
+    if "glue-dir" in node:  # where this machine keeps the data; the options name the server's folder
+        options = dataclasses.replace(options, glue_dir=str(node["glue-dir"]))
+    return _worker(options), int(node["partition-id"])
 
 
 class Worker:
@@ -94,8 +99,10 @@ class Worker:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # one process a core; more threads only take turns
         self.options = options
-        self.shares = partitions.split(options, tasks.load(options))
-        self.head = models.Head(self.shares[0].task.num_labels, self.shares[0].task.regression)
+        self._own = options.partition == OWN
+        loaded = tasks.load(options, (tasks.TRAIN,) if self._own else (tasks.TRAIN, tasks.HELD_OUT))
+        self.shares = partitions.split(options, loaded)
+        self.head = models.Head(loaded[0].num_labels, loaded[0].regression)
         self.tokenizer = models.tokenizer(options)
         self._models: dict[int, Any] = {}
         self._tokens: dict[int, Any] = {}
@@ -108,12 +115,16 @@ class Worker:
             self._models[rank] = models.build(self.options, self.head, rank)
         return self._models[rank]
 
+    def share(self, partition_id: int) -> Any:
+        """Return a client's training examples and their task; a site's own folder holds its share alone."""
+        return self.shares[0 if self._own else partition_id]
+
     def tokens(self, partition_id: int) -> Any:
         """Return a client's training examples and those it keeps for its own evaluation."""
         from simulations.batches import tokenise
 
         if partition_id not in self._tokens:
-            share = self.shares[partition_id]
+            share = self.share(partition_id)
             tokens = tokenise(share.examples, self.tokenizer, self.options, self.head.regression)
             kept = max(1, len(tokens) // 10) if self.options.federated_evaluation else 0
             rows = list(range(len(tokens)))

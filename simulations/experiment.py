@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simulations import models, partitions, strategies, tasks, training
 from simulations.batches import Tokens, tokenise
 from simulations.metrics import Scores
-from simulations.options import Options
+from simulations.options import OWN, Options
 
 TARGET_ABOVE_BASELINE = 0.08
 
@@ -40,8 +40,9 @@ class Experiment:
         """
         # What depends on files is settled here, once, and the answer travels to the clients.
         options = replace(options.validated(), pooling=models.pooling(options), glue_dir=options.glue_folder)
-        loaded = tasks.load(options)
-        shares = partitions.split(options, loaded)
+        own = options.partition == OWN  # who holds what is known at the sites alone
+        loaded = tasks.load(options, (tasks.HELD_OUT,) if own else (tasks.TRAIN, tasks.HELD_OUT))
+        shares = [] if own else partitions.split(options, loaded)
         head = models.Head(loaded[0].num_labels, loaded[0].regression)
         tokenizer = models.tokenizer(options)
         model = models.build(options, head)

@@ -47,7 +47,8 @@ def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> No
         figure, axes = plt.subplots(1, columns, figsize=(width, 4.8), dpi=150, layout="constrained", squeeze=False)
         _draw_scores(axes[0, 0], experiment, histories)
         if weighted:
-            draw = _draw_weight_lines if experiment.options.clients <= MANY_CLIENTS else _draw_weight_map
+            few = experiment.shares and experiment.options.clients <= MANY_CLIENTS
+            draw = _draw_weight_lines if few else _draw_weight_map
             draw(axes[0, 1], experiment, weighted)
         figure.savefig(path)
         plt.close(figure)

@@ -37,8 +37,9 @@ class Narrator:
         what = "full fine-tuning" if options.full else self._lora(experiment)
         for task in experiment.tasks:
             kind = "scores" if task.regression else "/".join(task.label_names)
+            train = f"{len(task.train):,} training" if experiment.shares else "training examples at the sites"
             self.console.print(
-                f"[bold]Task[/]   {task.name} ({kind}): {len(task.train):,} training and {len(task.held_out):,} "
+                f"[bold]Task[/]   {task.name} ({kind}): {train} and {len(task.held_out):,} "
                 f"held-out examples; {task.metric} of a constant answer {task.baseline:.3f}"
             )
             self.console.print(f"       from {task.source}")
@@ -61,7 +62,9 @@ class Narrator:
         return f"{kind}, rank {ranks}, and the head"
 
     def partition(self, experiment: "Experiment") -> None:
-        """Show who holds what."""
+        """Show who holds what, where that is known here."""
+        if not experiment.shares:
+            return
         options = experiment.options
         name = f"{options.partition}({options.alpha:g})" if options.partition == "dirichlet" else options.partition
         table = Table(title=f"Partition: {name}", title_justify="left")

@@ -24,6 +24,7 @@ TASKS = ("reviews", *GLUE_TASKS)
 DEFAULT_MODEL = "minilm"
 GLUE_VARIABLE = "FEDFROM_GLUE_DIR"
 RECORD_KEY = "options"
+OWN = "own"  # the partition that nobody makes: each site's folder holds its share
 
 
 def option(default: Any, help: str) -> Any:
@@ -46,7 +47,11 @@ class Options:
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.")
     validation_examples: int = option(0, "Held-out examples that k=auto and greedy-soup choose by, in no score.")
 
-    partition: str = option("dirichlet", "iid, dirichlet (over labels), natural (by a column) or tasks (one a client).")
+    partition: str = option(
+        "dirichlet",
+        "iid, dirichlet (over labels), natural (by a column), tasks (one a client) or, in a deployment alone, own "
+        "(each site's data folder is its share).",
+    )
     alpha: float = option(2.0, "Concentration of the Dirichlet partition; smaller is more uneven.")
     partition_by: str = option("", "Column of the natural partition; empty: the task's own (reviews: movie).")
     clients: int = option(4, "Number of clients.")
@@ -143,7 +148,11 @@ class Options:
             ("--task: a task is named twice", len(set(self.task)) < len(self.task)),
             ("--task: several tasks need --partition tasks", len(self.task) > 1 and self.partition != "tasks"),
             ("--partition tasks: needs at least two tasks", self.partition == "tasks" and len(self.task) < 2),
-            *_one_of("--partition", self.partition, ("iid", "dirichlet", "natural", "tasks")),
+            *_one_of("--partition", self.partition, ("iid", "dirichlet", "natural", "tasks", OWN)),
+            (
+                "--partition own: the reviews are the same on every machine; choose a --task of GLUE",
+                self.partition == OWN and "reviews" in self.task,
+            ),
             *_one_of("--pooling", self.pooling, ("auto", "mean", "head")),
             *_one_of("--solver", self.solver, ("svd", "alternating")),
             *_one_of("--scope", self.scope, ("layer", "model")),

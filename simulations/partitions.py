@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from simulations.errors import BadInput
-from simulations.options import Options
+from simulations.options import OWN, Options
 from simulations.tasks import Task
 
 # A client with less than this has nothing to train on; flwr-datasets draws again until all have it.
@@ -39,7 +39,7 @@ def split(options: Options, tasks: list[Task]) -> list[Share]:
     -------
     list[Share]
         One share a client; every training example is in exactly one of them. The same options give the same
-        shares in every process.
+        shares in every process. Where each site reads a folder of its own (`--partition own`), the one share is it.
 
     Raises
     ------
@@ -49,6 +49,8 @@ def split(options: Options, tasks: list[Task]) -> list[Share]:
     """
     if options.partition == "tasks":
         return [Share(task, task.train) for task in tasks]
+    if options.partition == OWN:
+        return [Share(tasks[0], tasks[0].train)]
     task = tasks[0]
     if len(task.train) < options.clients:
         raise BadInput(f"--clients {options.clients}: task {task.name} has {len(task.train)} training examples only")

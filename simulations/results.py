@@ -55,7 +55,8 @@ class Folder:
         (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
         figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
         figures.draw_updates(experiment, histories, self._staging / "updates.png")
-        figures.draw_partition(experiment, self._staging / "partition.png")
+        if experiment.shares:  # empty where each site holds its own
+            figures.draw_partition(experiment, self._staging / "partition.png")
         for history in histories:
             save_model(experiment, history, self._staging / folder_name(history.label))
         for path in self._staging.rglob("*.safetensors"):
@@ -138,7 +139,7 @@ def summary(experiment: Any, histories: Sequence[Any]) -> dict[str, Any]:
                 "source": task.source,
                 "metric": task.metric,
                 "labels": list(task.label_names),
-                "training-examples": len(task.train),
+                "training-examples": len(task.train) if experiment.shares else None,
                 "held-out-examples": len(task.held_out),
                 "constant-answer": task.baseline,
             }

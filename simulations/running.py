@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from simulations import environment
-from simulations.options import Options
+from simulations.errors import BadInput
+from simulations.options import OWN, Options
 
 # Said by Flower in every run; none of it is about the run.
 CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
@@ -46,6 +47,8 @@ def run(options: Options) -> Path:
     from simulations.narration import Narrator
     from simulations.results import Folder
 
+    if options.partition == OWN:
+        raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
     narrator = Narrator()
     with Folder(options.validated().out) as folder, quiet(options.verbose):
         from simulations.experiment import Experiment

@@ -78,7 +78,7 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
     Raises
     ------
     RuntimeError
-        A client can't: what stops it would stop every round.
+        A client can't, or two have the same share: what is wrong would be so in every round.
     """
     start = time.perf_counter()
     while len(nodes := list(grid.get_node_ids())) < options.clients:
@@ -87,9 +87,14 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
         time.sleep(0.1)
     content = RecordDict({"config": options.to_record()})
     messages = [Message(content, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
+    taken: set[int] = set()
     for reply in CountingGrid(grid).send_and_receive(messages):
         if reply.has_error():
             raise RuntimeError(f"a client can't start: {reply.error.reason}")
+        share = int(reply.content.config_records[ABOUT]["partition-id"])  # type: ignore[arg-type]
+        if share in taken:
+            raise RuntimeError(f"two nodes have partition-id={share}: give each its own in its --node-config")
+        taken.add(share)
     narrator.say(f"Clients ready after {time.perf_counter() - start:.0f} s")
 
 

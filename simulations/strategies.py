@@ -33,10 +33,9 @@ def build(
     name, *pairs = spec.split(":")
     settings = dict(_setting(spec, pair) for pair in pairs)
     flower: dict[str, Any] = {
+        # All nodes that there are take part in a round. FedAvg's minimum of two stays: a run starts with all clients
+        # (server_app), and in a deployment goes on without those that are lost.
         "fraction_evaluate": 1.0 if options.federated_evaluation else 0.0,
-        "min_train_nodes": options.clients,
-        "min_evaluate_nodes": options.clients,
-        "min_available_nodes": options.clients,
     }
     try:
         if name == "fedavg":

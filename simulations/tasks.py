@@ -16,6 +16,7 @@ from simulations.errors import BadInput
 from simulations.options import Options
 
 HELD_OUT_SHARE = 0.2
+TRAIN, HELD_OUT = "train", "held-out"
 BIN = "bin"  # what a Dirichlet partition of a regression task goes by
 
 
@@ -62,8 +63,16 @@ class Task:
         return " and ".join(metrics.METRICS[self.name])
 
 
-def load(options: Options) -> list[Task]:
+def load(options: Options, parts: tuple[str, ...] = (TRAIN, HELD_OUT)) -> list[Task]:
     """Return the tasks that the options name.
+
+    Parameters
+    ----------
+    options : Options
+        Names the tasks and where they are.
+    parts : tuple[str, ...]
+        What to read; the other part is empty and needs no file. Sites that hold data of their own need no held-out
+        examples, and their server no training examples.
 
     Raises
     ------
@@ -78,6 +87,7 @@ def load(options: Options) -> list[Task]:
             options.train_examples,
             options.eval_examples,
             options.validation_examples,
+            parts,
         )
         for name in options.task
     ]
@@ -90,25 +100,34 @@ def load(options: Options) -> list[Task]:
 
 @lru_cache(maxsize=16)
 def _load(
-    name: str, glue_folder: str, seed: int, train_examples: int, eval_examples: int, validation_examples: int
+    name: str,
+    glue_folder: str,
+    seed: int,
+    train_examples: int,
+    eval_examples: int,
+    validation_examples: int,
+    parts: tuple[str, ...],
 ) -> Task:
     if name == "reviews":
         task = _reviews(seed)
     else:
         columns, sources = {}, []
-        for part in ("train", "held-out"):
+        for part in parts:
             if glue_folder:
                 columns[part], source = glue.from_folder(name, Path(glue_folder).expanduser(), part)
             else:
                 columns[part], source = glue.from_hub(name, part)
             sources.append(source)
-        key = "genre" if "genre" in columns["train"] else ""
+        key = "genre" if "genre" in columns.get(TRAIN, {}) else ""
         names = glue.LAYOUTS[name].names
-        train, held_out = (_dataset(columns[part], not names) for part in ("train", "held-out"))
+        empty: glue.Columns = {column: [] for column in next(iter(columns.values()))}
+        train, held_out = (_dataset(columns.get(part, empty), not names) for part in (TRAIN, HELD_OUT))
         task = Task(name, train, held_out, names, " and ".join(sources), key)
-    for part, examples in (("training", task.train), ("held-out", task.held_out)):
-        if len(examples) == 0:
-            raise BadInput(f"task {name}: no {part} examples in {task.source}")
+    for part, kind, examples in ((TRAIN, "training", task.train), (HELD_OUT, "held-out", task.held_out)):
+        if part in parts and len(examples) == 0:
+            raise BadInput(f"task {name}: no {kind} examples in {task.source}")
+    if HELD_OUT not in parts:
+        return dataclasses.replace(task, train=_sample(task.train, train_examples, seed))
     if validation_examples >= len(task.held_out):
         raise BadInput(
             f"--validation-examples {validation_examples}: task {name} has {len(task.held_out)} held-out examples only"

@@ -7,7 +7,8 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
-POLL_SECONDS = 0.1
+# A deployed SuperLink answers each look over HTTPS: after five seconds of waiting they become rarer.
+POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
 
 
 def array_bytes(message: Message) -> int:
@@ -71,12 +72,14 @@ class CountingGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages and pull their replies as they come; what is missing at the timeout stays missing."""
         waiting = {identifier for identifier in self.push_messages(messages) if identifier}
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        start = time.monotonic()
+        deadline = float("inf") if timeout is None else start + timeout
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
             arrived = list(self.pull_messages(waiting))
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             replies.extend(arrived)
             if not arrived:
-                time.sleep(POLL_SECONDS)
+                share = POLL_SHARE * (time.monotonic() - start)
+                time.sleep(min(max(POLL_SECONDS, share), LONGEST_POLL_SECONDS))
         return replies

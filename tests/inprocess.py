@@ -12,6 +12,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -61,6 +62,8 @@ class InProcessGrid(Grid):
         None: in the order the messages were pushed.
     silent : Collection[int]
         Partitions that never answer; the set `silent` may be changed between rounds.
+    lost : Collection[int]
+        Partitions of which the SuperLink answers, in its own name, that their node is gone; may be changed likewise.
     record : bool
         Keep the messages themselves in `traffic`, not their sizes alone.
     """
@@ -76,13 +79,14 @@ class InProcessGrid(Grid):
         partitions: Sequence[int] | None = None,
         reply_order: int | Callable[[list[Message]], list[Message]] | None = None,
         silent: Collection[int] = (),
+        lost: Collection[int] = (),
         record: bool = False,
     ) -> None:
         partitions = range(num_nodes) if partitions is None else partitions
         if sorted(partitions) != list(range(num_nodes)):
             raise ValueError(f"partitions: expected a permutation of 0 to {num_nodes - 1}, found {partitions}")
         self.client_app = client_app
-        self.silent = set(silent)
+        self.silent, self.lost = set(silent), set(lost)
         self.traffic: list[Traffic] = []
         self.errors: list[Exception] = []
         self._record = record
@@ -165,7 +169,11 @@ class InProcessGrid(Grid):
         replies = []
         # Not in the order of the set, which changes from process to process.
         for message_id in [i for i in self._waiting if i in wanted]:
-            if self.partition_of[self._waiting[message_id].metadata.dst_node_id] not in self.silent:
+            partition = self.partition_of[self._waiting[message_id].metadata.dst_node_id]
+            if partition in self.lost:
+                metadata = self._waiting.pop(message_id).metadata
+                replies.append(create_message_error_unavailable_res_message(metadata, "node_unavail"))
+            elif partition not in self.silent:
                 replies.append(self._answer(self._waiting.pop(message_id)))
         return self._reply_order(replies) if self._reply_order else replies
 

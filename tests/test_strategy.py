@@ -344,6 +344,16 @@ def test_two_errors_and_one_valid_reply_complete_the_round() -> None:
     assert (metrics["replies-valid"], metrics["replies-failed"], metrics["replies-rejected"]) == (1, 2, 0)
 
 
+def test_lost_nodes_are_named_though_the_superlink_answers_for_them() -> None:
+    strategy = FedFroM()
+    grid = InProcessGrid(noisy, 4, lost={1, 3})
+    strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+    report = strategy.reports[1]
+    assert {grid.partition_of[node] for node in report.failed} == {1, 3} and not report.missing
+    assert all("Node Unavailable" in reason for reason in report.failed.values())
+    assert {grid.partition_of[node] for node in report.nodes} == {0, 2}
+
+
 def test_an_error_a_rejection_and_one_valid_reply_complete_the_round() -> None:
     result = run(faulty({0: raising, 2: emptied}), rounds=1)
     metrics = result.train_metrics_clientapp[1]

@@ -216,9 +216,9 @@ def write_accuracies(found: Mapping[tuple[float, int, str, str], float], folder:
         table.append([f"{alpha:g}", attackers, attack, *cells])
     about = (
         "Accuracy of the global model on SST-2's 872 held-out sentences: 10 clients with shares from a Dirichlet "
-        "distribution over labels (10: like labels, 1: unlike) train a LoRA module and a head on frozen sentence vectors, "
-        "and the attackers attack in every round. Mean of the last three of ten rounds and of two seeds. A constant "
-        "answer has 0.509."
+        "distribution over labels (10: like labels, 1: unlike) train a LoRA module and a head on frozen sentence "
+        "vectors, and the attackers attack in every round. Mean of the last three of ten rounds and of two seeds. A "
+        "constant answer has 0.509."
     )
     write_table(folder, "accuracy", ["Dirichlet", "attackers", "attack", *strategies], table, about)
 

@@ -25,7 +25,8 @@ class FroM(ProductMethod):
         Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. "auto" merges
         with each k of `grid` and takes the one whose merged state `validate` scores best (ties: the smaller). Within a
         layer k then stays within bounds, alpha (1 + k lambda_max) < 2 and 1 / sum w_i^2 >= n / 2: beyond them the
-        layer gets the largest k of the grid that does. Norms, Gram matrices and factorisations are computed once for
+        layer gets the largest k of the grid that does (its report says which; updates of one line, such as those of a
+        bias of two classes, keep k below 1 at alpha = 1). Norms, Gram matrices and factorisations are computed once for
         all k; a result for each k is held in memory.
     examples_power : float (default: 0.0)
         p, the power of each client's number of examples. The paper's is 0.

@@ -22,6 +22,7 @@ from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensor
+from fedfrom.merging.weighing import SAFE
 
 
 def merge(
@@ -66,7 +67,7 @@ def merge(
         n_i > 0; None takes all for equal, whatever the method's examples_power.
     server_lr : float | str (default: 1.0)
         alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
-        is at most 1.8.
+        is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there (zeros left
         out): longer ones are shortened to it before they are weighed. None: no bound.
@@ -140,6 +141,10 @@ def merge(
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
     candidates: Sequence[Method] = chosen.candidates() if isinstance(chosen, FroM) else [chosen]
+    if server_lr == SAFE and math.isinf(candidates[-1].k):
+        raise ValueError(
+            "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
+        )
     merged: list[dict[str, Tensor]] = [{} for _ in candidates]
     reports: list[list[LayerReport]] = [[] for _ in candidates]
     with _one_thread(), torch.no_grad():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class MergeReport:
         return sum(energy * layer.interference for energy, layer in energies) / total if total else 0.0
 
     def cosines(self) -> list[list[float]]:
-        """Return the cosines of the clients' whole updates, n x n; empty above 32 clients or without updates."""
+        """Return cosines of the clients' whole updates as sent, n x n; empty above 32 clients and without updates."""
         layers = [layer for layer in self.layers if layer.is_update and layer.cosines]
         clients = range(len(self.clients)) if layers else range(0)
         inner = [[sum(la.cosines[i][j] * la.norms[i] * la.norms[j] for la in layers) for j in clients] for i in clients]
@@ -124,6 +125,13 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers, the whole updates' interference and cosines among them."""
         return {**asdict(self), "interference": self.interference, "cosines": self.cosines()}
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Self:
+        """Return the report whose `to_dict` this is."""
+        layers = [LayerReport(**layer) for layer in report["layers"]]
+        own = {name: report[name] for name in ("method", "clients", "config")}
+        return cls(**own, layers=layers, validation=[(k, score) for k, score in report["validation"]])
 
 
 def _clipped(layer: LayerReport) -> list[float]:

@@ -177,7 +177,7 @@ def _draw_curves(found: Mapping[str, Mapping[str, Results]], path: Path) -> None
                     ]
                     _draw_mean(axes[1, column], intervals.mean, zip(*gains, strict=True), look, row, band=True)
             axes[0, column].set_title(f"{WHO[setting]}: mean over seeds")
-            axes[1, column].set_title("Ahead of FedAvg on factors, paired by seed, with 95 % intervals")
+            axes[1, column].set_title("Ahead of FedAvg on factors, 95 % intervals")
             axes[1, column].axhline(0, color="#555555", linewidth=1)
             axes[1, column].set_xlabel("round")
             for plot in axes[:, column]:

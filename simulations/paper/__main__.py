@@ -34,6 +34,10 @@ def run(
     model: Annotated[str, typer.Option(help="minilm, a folder, or a Hub name.")] = D.model,
     layers: Annotated[int | None, typer.Option(help="Transformer layers kept, 0: all. [default: 3 for minilm]")] = None,
     pooling: Annotated[str, typer.Option(help="mean, head or auto.")] = D.pooling,
+    apart: Annotated[
+        bool,
+        typer.Option(help="Encode the two sentences apart where the model pools by the mean, or read them together."),
+    ] = D.apart,
     kinds: Annotated[str, typer.Option(help="lora (adapters), full (weights), or both.")] = ",".join(D.kinds),
     seeds: Annotated[int | None, typer.Option(help=f"Seeds of training: 0, 1, ... [default: {D.seeds}]")] = None,
     base_steps: Annotated[

@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedfrom.merging.configs import rank_and_scaling
 from simulations import models, training
 from simulations.paper.data import load
 from simulations.paper.options import PaperOptions
+from simulations.paper.pairs import PairClassifier
 from simulations.paper.precision import computing
 
 Scores = dict[str, dict[str, float]]
@@ -31,6 +33,10 @@ def new_model(options: PaperOptions, kind: str, seed: int, base: Mapping[str, Te
     """
     simulation = options.simulation(kind, seed)
     model = models.base_model(simulation, models.Head(2, False))
+    if options.apart and isinstance(model, models.MeanPoolingClassifier):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = PairClassifier(model.encoder, 2)
     if base is not None:
         model.load_state_dict(dict(base), strict=False)
     embeddings: Any = getattr(model, "encoder", model)
@@ -71,7 +77,7 @@ class Arena:
         self.data = load(options)
         self._model = new_model(options, kind, seed, base)
         self._runs = computing(self._model, options)
-        self._start = trained_state(self._model, kind)
+        self.start = trained_state(self._model, kind)
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -115,7 +121,7 @@ class Arena:
         try:
             yield
         finally:
-            self._load(self._start)
+            self._load(self.start)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         if self.kind == "lora":

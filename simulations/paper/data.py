@@ -8,6 +8,7 @@ import torch
 
 from simulations import models, tasks
 from simulations.batches import Tokens, tokenise, training_batches
+from simulations.errors import BadInput
 from simulations.options import Options
 from simulations.paper.options import BASE_TASK, TASKS, PaperOptions
 from simulations.training import round_seed
@@ -46,13 +47,21 @@ def halves(count: int, validation: int, reported: int) -> tuple[list[int], list[
 
 @lru_cache(maxsize=2)
 def load(options: PaperOptions) -> dict[str, TaskData]:
-    """Return every task's examples by its name, MNLI's made binary: entailment is class 0 in all of them."""
+    """Return every task's examples by its name, MNLI's made binary: entailment is class 0 in all of them.
+
+    Raises
+    ------
+    BadInput
+        The data or the tokenizer can't be used.
+    """
     simulation = options.simulation("full", 0)
     tokenizer = models.tokenizer(simulation)
     found: dict[str, TaskData] = {}
     for name in (BASE_TASK, *TASKS):
         (task,) = tasks.load(replace(simulation, task=(name,), partition="iid"))
         train, dev = (tokenise(part, tokenizer, simulation, False) for part in (task.train, task.held_out))
+        if options.apart and models.pooling(simulation) == "mean" and "token_type_ids" not in dev.pad:
+            raise BadInput(f"--apart: the tokenizer of {options.model} marks no second sentence; say --no-apart")
         first, second = halves(len(dev), options.validation_examples, options.reported_examples)
         found[name] = TaskData(_binary(train), _binary(dev.select(first)), _binary(dev.select(second)))
     return found

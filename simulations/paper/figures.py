@@ -73,9 +73,11 @@ def _lines(axes: Axes, positions: Sequence[float], sweep: Sequence[Sequence[Scor
         means = [intervals.mean(values(scores, column)) for scores in sweep]
         centre, half = np.array([one.mean for one in means]), np.array([one.half_width for one in means])
         width = 2.4 if column == MEAN else 1.4
+        band = column == MEAN and not np.isnan(half).any()
+        label = f"{TITLES[column]}, 95 % interval" if band else TITLES[column]
         colour, marker = ("#000000", "o") if column == MEAN else (COLOURS[number], MARKERS[number + 1])
-        axes.plot(positions, centre, color=colour, marker=marker, linewidth=width, markersize=5, label=TITLES[column])
-        if column == MEAN and not np.isnan(half).any():
+        axes.plot(positions, centre, color=colour, marker=marker, linewidth=width, markersize=5, label=label)
+        if band:
             axes.fill_between(positions, centre - half, centre + half, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -132,7 +134,7 @@ def _checkpoints(found: Findings) -> Any:
 
 def _interference(found: Findings) -> Any:
     every, spearman = points(found), correlations(found)
-    measures = ("interference", "distance")
+    measures = ("interference", "misalignment")
     figure, panels = plt.subplots(
         1,
         len(measures),
@@ -144,7 +146,7 @@ def _interference(found: Findings) -> Any:
     )
     labels = {
         "interference": "interference: share of weighted energy lost",
-        "distance": "distance to the updates, all counting alike",
+        "misalignment": "misalignment: mean of 1 - cos(merge, update)",
     }
     groups = list(dict.fromkeys(point.tasks for point in every))
     for axes, name in zip(panels[0], measures, strict=True):
@@ -167,7 +169,7 @@ def _interference(found: Findings) -> Any:
     for number, k in enumerate(KS_PAIRS):
         panels[0, -1].scatter([], [], color=COLOURS[number], label=f"k = {k:g}")
     for mark, tasks in enumerate(groups):
-        panels[0, -1].scatter([], [], color="#555555", marker=MARKERS[mark], label=", ".join(tasks))
+        panels[0, -1].scatter([], [], color="#555555", marker=MARKERS[mark], label=", ".join(tasks).upper())
     panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.suptitle(f"What FroM's merges lose of the updates and of accuracy, {KIND_NAMES[found.kind]}")
     return figure

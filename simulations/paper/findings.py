@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from simulations import intervals
@@ -17,6 +18,7 @@ from simulations.study import Study
 MEAN = "mean"
 COLUMNS = (*TASKS, MEAN)
 DRAWS = 2000
+TINY = float(np.finfo(float).tiny)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Point:
     tasks: tuple[str, ...]
     k: float
     interference: float
-    distance: float
+    misalignment: float
     lost: float
 
     @property
@@ -119,26 +121,27 @@ def points(found: Findings) -> list[Point]:
         for point in [*pairs["points"], *triple]:
             tasks = tuple(point["tasks"])
             lost = [accuracy(bounds[task], task) - accuracy(point["reported"], task) for task in tasks]
-            away = distance(geometry["layers"], [TASKS.index(task) for task in tasks], point["k"])
-            result.append(Point(seed, tasks, point["k"], point["interference"], away, float(np.mean(lost))))
+            turned = misalignment(geometry["layers"], [TASKS.index(task) for task in tasks], point["k"])
+            result.append(Point(seed, tasks, point["k"], point["interference"], turned, float(np.mean(lost))))
     return result
 
 
-def distance(layers: list[dict[str, Any]], clients: list[int], k: float) -> float:
-    """Return the mean over clients of ||theta* - theta_i||^2 / ||theta_i||^2, over all layers, for FroM at k.
+def misalignment(layers: list[dict[str, Any]], clients: list[int], k: float) -> float:
+    """Return the mean over clients of 1 - cos(theta*, theta_i), of whole updates, for FroM at k.
 
-    Unlike interference, which weighs a client's loss by its weight, every client counts alike: a merge that is one
-    client's update alone has interference 0, but is far from the others.
+    Unlike interference, where a client's loss counts by its weight, every client counts alike: a merge that is one
+    client's update alone has interference 0, but points elsewhere than the others.
     """
-    away, own = np.zeros(len(clients)), np.zeros(len(clients))
+    along, own, merged = np.zeros(len(clients)), np.zeros(len(clients)), 0.0
     for layer in layers:
         norms = np.array(layer["norms"])[clients]
         inner = np.array(layer["cosines"])[np.ix_(clients, clients)] * np.outer(norms, norms)
-        powers = (norms / max(norms.max(), np.finfo(float).tiny)) ** k
+        powers = (norms / max(norms.max(), TINY)) ** k
         w = powers / powers.sum()
-        away += w @ inner @ w - 2 * inner @ w + norms**2
+        along += inner @ w
+        merged += float(w @ inner @ w)
         own += norms**2
-    return float(np.mean(away / np.maximum(own, np.finfo(float).tiny)))
+    return float(np.mean(1 - along / np.sqrt(np.maximum(own * merged, TINY))))
 
 
 @dataclass(frozen=True)
@@ -163,20 +166,23 @@ def correlate(chosen: list[Point], name: str) -> Correlation | None:
     """Return the correlation of a measure with the accuracy lost; None where it is undefined.
 
     The interval is from a bootstrap of whole clusters (a seed's pair or triple with all its k): merges of one cluster
-    are of the same updates.
+    are of the same updates. All clusters have equally many merges.
     """
-    xs = [getattr(point, name) for point in chosen]
-    if len(set(xs)) < 2 or len({point.lost for point in chosen}) < 2:
+    xs, ys = np.array([[getattr(point, name), point.lost] for point in chosen]).T
+    if np.ptp(xs) == 0 or np.ptp(ys) == 0:
         return None
-    generator = np.random.default_rng(0)
     clusters = sorted({point.cluster for point in chosen})
-    members = {cluster: [point for point in chosen if point.cluster == cluster] for cluster in clusters}
-    draws = []
-    for _ in range(DRAWS):
-        drawn = [p for i in generator.integers(len(clusters), size=len(clusters)) for p in members[clusters[i]]]
-        x, y = [getattr(p, name) for p in drawn], [p.lost for p in drawn]
-        if len(set(x)) > 1 and len(set(y)) > 1:
-            draws.append(float(stats.spearmanr(x, y)[0]))
-    low, high = np.percentile(draws, [2.5, 97.5]) if draws else (-1.0, 1.0)
-    rho = float(stats.spearmanr(xs, [point.lost for point in chosen])[0])
+    members = np.array([[i for i, p in enumerate(chosen) if p.cluster == cluster] for cluster in clusters])
+    drawn = np.random.default_rng(0).integers(len(clusters), size=(DRAWS, len(clusters)))
+    rows = members[drawn].reshape(DRAWS, -1)
+    low, high = np.nanpercentile(_spearman(xs[rows], ys[rows]), [2.5, 97.5])
+    rho = float(_spearman(xs[None], ys[None])[0])
     return Correlation(rho, float(low), float(high), len(chosen))
+
+
+def _spearman(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the rank correlation of each row of (draws, n); NaN where either is constant."""
+    x, y = (stats.rankdata(each, axis=1) for each in (xs, ys))
+    x, y = (each - each.mean(axis=1, keepdims=True) for each in (x, y))
+    sizes = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return np.divide((x * y).sum(axis=1), sizes, out=np.full(len(x), np.nan), where=sizes > 0)

@@ -39,8 +39,6 @@ def _grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
 
 # The mean of three updates is a third of their sum: what has no scale of its own is searched up to the sum.
 _SCALES = (1.0, 2.0, 3.0, 0.5, 1.5, 2.5)
-# Merging factors scales both of them.
-_ROOTS = (1.0, 1.4, 1.75, 0.7, 1.2, 1.6)
 _COEFFICIENTS = (0.4, 0.6, 1.0, 0.3, 0.5, 0.8)
 _OFF_DIAGONALS = (0.9, 0.5, 0.1, 1.0, 0.7, 0.0)
 _TIES = ((0.2, 1.0), (0.5, 2.0), (0.2, 2.0), (0.5, 1.0), (0.1, 1.0), (0.1, 2.0))
@@ -60,19 +58,18 @@ def rows(kind: str) -> tuple[Row, ...]:
     """
     lora = kind == "lora"
     same = (lambda *names: ()) if lora else (lambda *names: names)
-    factor_grid = _grid(server_lr=_ROOTS if lora else _SCALES)
     found = [
         Row("from", "from", _grid(k=(1.0, 0.5, 0.25, 2.0, 0.75, 4.0))),
         Row(SCALED, "from", _grid(k=(1.0,), server_lr=_SCALES)),
         Row("average", "average", _grid(server_lr=_SCALES), ("soup", *same("factor-average"))),
-        Row("factor-average", "factor-average", factor_grid),
+        Row("factor-average", "factor-average", _grid(server_lr=_SCALES)),
         Row("task-arithmetic", "task-arithmetic", _grid(coefficient=_COEFFICIENTS), ("knots-ta",)),
         Row("ties", "ties", _pairs(_TIES), same("knots-ties")),
         Row("dare", "dare", _grid(density=(0.5, 0.2), coefficient=(0.4, 0.6, 1.0))),
         Row("dare-ties", "dare-ties", _pairs(_DARE_TIES), same("knots-dare-ties")),
         Row("dare-from", "dare-from", _grid(density=(0.5, 0.8, 0.2), k=(1.0, 0.5))),
         Row("regmean", "regmean", _grid(off_diagonal=_OFF_DIAGONALS), same("lorm")),
-        Row("fisher", "fisher", factor_grid),
+        Row("fisher", "fisher", _grid(server_lr=_SCALES)),
         Row("knots-ties", "knots-ties", _pairs(_TIES)),
         Row("knots-dare-ties", "knots-dare-ties", _pairs(_DARE_TIES)),
         Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),

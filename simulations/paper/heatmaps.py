@@ -50,6 +50,7 @@ def draw(found: Findings, folder: Path) -> None:
         plt.close(figure)
         height = 1.5 + 0.22 * min(len(names), 60)
         figure, panels = plt.subplots(1, 2, figsize=(9, height), dpi=130, layout="constrained", sharey=True)
+        figure.get_layout_engine().set(wspace=0.08)
         _map(panels[0], norms, names, "Frobenius norm", "viridis", (0.0, None))
         _map(panels[1], weights, names, "weight at k = 1", "viridis", (0.0, None))
         panels[0].set_title("Norm of each update")

@@ -26,8 +26,8 @@ class Clients:
         On the shelf; their statistics lie beside them.
     states : list[State]
         Adapters, or full weights.
-    reference : State | None
-        The base model's weights, for full fine-tuning; None is zero, which fresh adapters start from.
+    start : State
+        What all of them were before their training: the base model's weights, or a fresh adapter.
     config : dict | None
         The adapters' one configuration.
     seed : int
@@ -38,25 +38,20 @@ class Clients:
 
     names: list[str]
     states: list[State]
-    reference: State | None
+    start: State
     config: dict[str, Any] | None
     seed: int
     shelf: Shelf
 
     @classmethod
-    def read(cls, names: list[str], shelf: Shelf, seed: int, config: dict[str, Any] | None) -> "Clients":
-        """Read the states from the shelf; a config says that they are adapters."""
-        states = [shelf.get(name) for name in names]
-        reference = None
-        if config is None:
-            base = shelf.get(f"base-s{seed}")
-            reference = {key: base[key] for key in states[0]}
-        return cls(names, states, reference, config, seed, shelf)
+    def read(cls, names: list[str], start: State, config: dict[str, Any] | None, seed: int, shelf: Shelf) -> "Clients":
+        """Read the states from the shelf."""
+        return cls(names, [shelf.get(name) for name in names], start, config, seed, shelf)
 
     def some(self, chosen: Sequence[int]) -> "Clients":
         """Return some of the clients."""
         names, states = [self.names[i] for i in chosen], [self.states[i] for i in chosen]
-        return Clients(names, states, self.reference, self.config, self.seed, self.shelf)
+        return Clients(names, states, self.start, self.config, self.seed, self.shelf)
 
     def merge(self, method: str, setting: Setting, **objects: Any) -> Merged:
         """Return `fedfrom.merge`'s state and report.
@@ -74,11 +69,16 @@ class Clients:
         if "seed" in method_options(method):
             options["seed"] = self.seed
         chosen: Method = make_method(method, **options)
+        # a fresh adapter's product is zero, which needs no reference; its factors are not, and where they are merged
+        # one by one server_lr has nothing to scale without them
+        adapters = self.config is not None
+        reference = None if adapters and not chosen.on_factors else self.start
         return fedfrom.merge(
             self.states,
-            self.reference,
+            reference,
             chosen,
             configs=None if self.config is None else [self.config] * len(self.states),
+            reference_config=None if reference is None else self.config,
             names=self.names,
             statistics=None if chosen.needs is None else [self.shelf.get(f"{n}-{chosen.needs}") for n in self.names],
             server_lr=setting.get("server_lr", 1.0),

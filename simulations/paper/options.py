@@ -18,16 +18,17 @@ CANDIDATES = 6
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What is trained, merged and evaluated; all of it but `processes` changes results."""
+    """What is trained, merged and evaluated; all of it but the folder and `processes` changes results."""
 
     model: str = "minilm"
     layers: int | None = None
     pooling: str = "auto"
+    apart: bool = True
     glue_dir: str = ""
     kinds: tuple[str, ...] = KINDS
     seeds: int = 3
-    base_steps: int = 240
-    steps: tuple[int, ...] = (120, 60, 30)
+    base_steps: int = 160
+    steps: tuple[int, ...] = (100, 60, 20)
     batch_size: int = 16
     max_length: int = 48
     lora_r: int = 16
@@ -35,8 +36,8 @@ class PaperOptions:
     lora_lr: float = 2e-3
     full_lr: float = 3e-4
     embeddings: bool = False
-    validation_examples: int = 120
-    reported_examples: int = 240
+    validation_examples: int = 80
+    reported_examples: int = 200
     candidates: int = CANDIDATES
     statistics_batches: int = 4
     precision: str = "auto"
@@ -106,5 +107,6 @@ class PaperOptions:
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as plain JSON types."""
         values = dataclasses.asdict(self)
-        del values["processes"]
+        for name in ("glue_dir", "processes"):
+            del values[name]
         return {**values, "kinds": list(self.kinds), "steps": list(self.steps)}

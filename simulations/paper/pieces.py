@@ -62,7 +62,8 @@ class Bench:
 
     def clients(self, kind: str, seed: int, names: list[str]) -> Clients:
         """Return the states of these names."""
-        return Clients.read(names, self.shelf, seed, self.arena(kind, seed).config)
+        arena = self.arena(kind, seed)
+        return Clients.read(names, arena.start, arena.config, seed, self.shelf)
 
 
 def pieces(options: PaperOptions) -> list[Piece]:

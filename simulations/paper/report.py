@@ -4,13 +4,13 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from simulations import intervals, training
 from simulations.errors import BadInput
 from simulations.paper import figures, heatmaps, tables
-from simulations.paper.findings import MEAN, Findings, chances, values
+from simulations.paper.findings import MEAN, Correlation, Findings, chances, values
 from simulations.paper.grids import rows
 from simulations.paper.options import TASKS, PaperOptions
 from simulations.study import Study
@@ -50,11 +50,11 @@ def _page(options: PaperOptions, study: Study, every: list[Findings]) -> list[st
 def _made(options: PaperOptions, study: Study, every: list[Findings]) -> list[str]:
     took = [result["took"] for piece in study.pieces if (result := study.get(piece)) is not None]
     cpu, seconds = (sum(one[name] for one in took) / 60 for name in ("cpu-seconds", "seconds"))
-    settings = options.settings()
+    settings = {**options.settings(), "layers": options.simulation("full", 0).kept_layers or "all"}
     where = "a GPU" if training.device().type == "cuda" else f"{training.cores()} cores of {cpu_name()}"
     seeds = ", ".join(f"{found.kind} {len(found.seeds)}" for found in every)
     low, high = chances(every[0])
-    text = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "glue_dir")
+    text = ", ".join(f"{name} {value}" for name, value in settings.items())
     return [
         f"Machine: {where}, one thread a process. Time: {cpu:.0f} CPU minutes, {seconds:.0f} minutes by the clock.",
         f"Finished seeds: {seeds}. Settings: {text}.",
@@ -107,9 +107,10 @@ def _reading(found: Findings) -> list[str]:
     bounds = {name: intervals.mean(values(scores, MEAN)) for name, scores in found.bounds().items()}
     for name in ("constant answer", "base head", "each task by its own", "all data pooled"):
         lines.append(f"- {name[0].upper()}{name[1:]}: {bounds[name]}.")
-    for (measure, part), one in tables.correlations(found).items():
-        if part == "all k":
-            lines.append(f"- {measure[0].upper()}{measure[1:]} and accuracy lost: {_predicts(one)}.")
+    correlations = tables.correlations(found)
+    for measure in dict.fromkeys(measure for measure, _ in correlations):
+        parts = {part: one for (name, part), one in correlations.items() if name == measure}
+        lines.append(f"- {measure[0].upper()}{measure[1:]} and accuracy lost: {_predicts(parts)}.")
     return lines
 
 
@@ -120,17 +121,20 @@ def _verdict(gain: intervals.Interval) -> str:
     return f"{gain.mean:+.3f} ± {gain.half_width:.3f}, {'settled' if settled else 'not settled: the interval holds 0'}"
 
 
-def _predicts(one: Any) -> str:
-    if one is None:
+def _predicts(parts: Mapping[str, Correlation | None]) -> str:
+    """Return what a measure's correlations, over all k and at each, come to."""
+    every, *single = parts.values()
+    if every is None:
         return "undefined"
-    what = (
-        "it predicts"
-        if one.settled and one.rho > 0
-        else "it predicts the reverse"
-        if one.settled
-        else "it does not predict"
-    )
-    return f"Spearman {one} over {one.count} merges: {what}"
+    alone = "; ".join(f"{part} {one or 'undefined'}" for part, one in list(parts.items())[1:])
+    told = any(one is not None and one.settled and one.rho * every.rho > 0 for one in single)
+    if not every.settled:
+        verdict = "it does not predict"
+    elif not told:
+        verdict = "they go together as k changes both, but at no k alone is that settled: it is not shown to predict"
+    else:
+        verdict = "it predicts" if every.rho > 0 else "it predicts the reverse"
+    return f"Spearman over {every.count} merges {every} ({alone}): {verdict}"
 
 
 def _files() -> list[str]:

@@ -33,8 +33,9 @@ def write_all(found: Findings, folder: Path) -> None:
 
 
 def _about(found: Findings, what: str) -> str:
-    seeds = f"{len(found.seeds)} seeds" if len(found.seeds) > 1 else "one seed"
-    return f"{what}, {KIND_NAMES[found.kind]}. Accuracy on the reported half, mean over {seeds} with its 95 % interval."
+    count = len(found.seeds)
+    seeds = f"mean over {count} seeds with its 95 % interval" if count > 1 else "one seed"
+    return f"{what}, {KIND_NAMES[found.kind]}. Accuracy on the reported half, {seeds}."
 
 
 def _cells(scores: Sequence[Scores]) -> list[str]:
@@ -114,9 +115,13 @@ def _scores(found: Findings, folder: Path) -> None:
 
 
 def _sweep(folder: Path, name: str, key: str, sweep: Mapping[float, Sequence[Scores]], about: str) -> None:
-    lines = [[f"{value:g}", *_cells(scores)] for value, scores in sweep.items()]
+    first = next(iter(sweep))
+    lines = []
+    for value, scores in sweep.items():
+        gain = intervals.paired(values(scores, MEAN), values(sweep[first], MEAN))
+        lines.append([f"{value:g}", *_cells(scores), "" if value == first else str(gain)])
     about += " These values were not chosen by, nor do they choose anything in Table 3."
-    write_table(folder, name, [key, *COLUMNS], lines, about)
+    write_table(folder, name, [key, *COLUMNS, f"mean less that at {first:g}"], lines, about)
 
 
 def _checkpoints(found: Findings, folder: Path) -> None:
@@ -141,11 +146,11 @@ def _checkpoints(found: Findings, folder: Path) -> None:
 
 
 def correlations(found: Findings) -> dict[tuple[str, str], Correlation | None]:
-    """Return what interference, and the even-handed distance, have to do with the accuracy lost: all k and each."""
+    """Return what interference and misalignment have to do with the accuracy lost: all k and each."""
     every = points(found)
     parts = {"all k": every} | {f"k = {k:g}": [point for point in every if point.k == k] for k in KS_PAIRS}
     return {
-        (name, part): correlate(some, name) for name in ("interference", "distance") for part, some in parts.items()
+        (name, part): correlate(some, name) for name in ("interference", "misalignment") for part, some in parts.items()
     }
 
 
@@ -156,12 +161,12 @@ def _interference(found: Findings, folder: Path) -> None:
             " ".join(point.tasks),
             f"{point.k:g}",
             point.interference,
-            point.distance,
+            point.misalignment,
             point.lost,
         ]
         for point in points(found)
     ]
-    header = ["seed", "tasks", "k", "interference", "distance", "accuracy lost"]
+    header = ["seed", "tasks", "k", "interference", "misalignment", "accuracy lost"]
     about = (
         "FroM's merges of two and three tasks: the share of energy lost, and the accuracy lost on the reported half."
     )

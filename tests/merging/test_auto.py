@@ -128,6 +128,8 @@ def test_wrong_settings_are_named(options, named):
         FroM(**options)
     with pytest.raises(ValueError, match="server_lr.*safe"):
         merge(tensor_case(0).states, server_lr="slow")
+    with pytest.raises(ValueError, match="server_lr.*infinity.*'safe'"):
+        merge(tensor_case(0).states, k=math.inf, server_lr="safe")
     for clip in (0.0, -1.0, math.nan, math.inf, "2"):
         with pytest.raises(ValueError, match="clip"):
             merge(tensor_case(0).states, clip=clip)

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from fedfrom.merging.methods import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
 from simulations.errors import BadInput
-from simulations.paper import data, findings, grids, training
+from simulations.paper import data, findings, grids, report, training
 from simulations.paper.arena import Arena, new_model, trained_state
 from simulations.paper.files import Shelf
 from simulations.paper.merging import Clients
@@ -55,7 +56,7 @@ def shelf(options: PaperOptions, tmp_path_factory: pytest.TempPathFactory) -> Sh
 
 def parts(options: PaperOptions, kind: str, shelf: Shelf) -> tuple[Clients, Arena]:
     arena = Arena(options, kind, 0, shelf.get("base-s0"))
-    return Clients.read(training.names(kind, 0, TASKS), shelf, 0, arena.config), arena
+    return Clients.read(training.names(kind, 0, TASKS), arena.start, arena.config, 0, shelf), arena
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,6 +130,58 @@ def _name(model: torch.nn.Module, end: str) -> str:
     return name
 
 
+def test_a_pair_is_read_as_two_sentences(options: PaperOptions, shelf: Shelf) -> None:
+    model: Any = new_model(options, "base", 0, shelf.get("base-s0")).eval()
+    tokenizer = data.models.tokenizer(options.simulation("base", 0))
+    seen: list[torch.Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def read(*pairs: tuple[str, str]) -> list[torch.Tensor]:
+        first, second = zip(*pairs, strict=True)
+        with torch.no_grad():
+            model(**tokenizer(list(first), list(second), return_tensors="pt", padding=True))
+        return list(seen.pop().chunk(4, dim=-1))
+
+    u, v, difference, product = read(("good film", "the plot was dull"), ("a bad film", "fine"))
+    torch.testing.assert_close(difference, (u - v).abs())
+    torch.testing.assert_close(product, u * v)
+    torch.testing.assert_close(u.square().sum(-1), torch.full((2,), 16.0))
+    # neither the other sentence nor padding is heard
+    torch.testing.assert_close(read(("good film", "is a"))[0], u[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read(("the", "the plot was dull"))[1], v[:1], rtol=1e-4, atol=1e-5)
+    assert (u[0] - u[1]).abs().max() > 0.01
+    together = new_model(replace(options, apart=False), "base", 0, None)
+    assert isinstance(together, data.models.MeanPoolingClassifier)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_a_head_of_its_own(options: PaperOptions, kind: str) -> None:
+    together = replace(options, pooling="head")
+    model = new_model(together, kind, 0, None)
+    found = trained_state(model, kind)
+    assert found and not any("classifier" in key or "word_embeddings" in key for key in found)
+    arena = Arena(together, kind, 0, {})
+    assert arena.score(found, ["rte"], data.REPORTED, None)["rte"]["total"] == 15
+    assert any("classifier" in key for key in trained_state(new_model(together, "base", 0, None), "base"))
+
+
+def test_a_tokenizer_that_marks_no_second_sentence_is_refused(
+    options: PaperOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = data.models.tokenizer(options.simulation("full", 0))
+
+    def unmarked(*args: Any, **kwargs: Any) -> Any:
+        return {name: rows for name, rows in real(*args, **kwargs).items() if name != "token_type_ids"}
+
+    unmarked.pad_token_id = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(data.models, "tokenizer", lambda simulation: unmarked)
+    data.load.cache_clear()
+    with pytest.raises(BadInput, match="--no-apart"):
+        data.load(options)
+    data.load(replace(options, apart=False))
+    data.load.cache_clear()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, arena = parts(options, kind, shelf)
@@ -139,6 +192,18 @@ def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf:
     for task in TASKS:
         assert merged[task]["loss"] == pytest.approx(own[task]["loss"], rel=1e-4)
         assert abs(base[task]["loss"] - own[task]["loss"]) > 1e-3, "the state changed nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_of_a_grid_gives_another_merge(options: PaperOptions, shelf: Shelf, kind: str) -> None:
+    clients, _ = parts(options, kind, shelf)
+    for row in grids.rows(kind):
+        method = "average" if row.method == "greedy-soup" else row.method
+        merged = [clients.merge(method, setting)[0] for setting in row.grid]
+        for i, one in enumerate(merged):
+            assert all(torch.isfinite(tensor).all() for tensor in one.values())
+            for other in merged[:i]:
+                assert any(not torch.allclose(one[key], other[key], atol=1e-6) for key in one), (row.name, i)
 
 
 def test_a_greedy_soup_is_scored_as_the_adapter_that_it_is(options: PaperOptions, shelf: Shelf) -> None:
@@ -205,7 +270,7 @@ def test_the_greedy_soup_chooses_on_the_validation_half_alone(options: PaperOpti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distance_is_that_of_the_updates(options: PaperOptions, shelf: Shelf, kind: str) -> None:
+def test_interference_and_misalignment_are_those_of_the_updates(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, _ = parts(options, kind, shelf)
     _, report = clients.merge("from", {"k": 1.0})
     layers = [
@@ -223,11 +288,18 @@ def test_distance_is_that_of_the_updates(options: PaperOptions, shelf: Shelf, ki
             lost += float(w @ (w @ inner @ w - 2 * inner @ w + norms**2))
             energy += float(w @ norms**2)
         assert report.interference == pytest.approx(lost / energy, rel=1e-3)
-    assert findings.distance(layers, [0], 1.0) == pytest.approx(0.0, abs=1e-6)
-    away = findings.distance(layers, [0, 1, 2], 50.0)  # one client's update alone: 0 from it, far from the others
-    assert away > 0.1
+        # and the cosines of the merge with each update, from the updates themselves
+        whole = [_whole(clients, state) for state in (*clients.states, clients.merge("from", {"k": k})[0])]
+        turned = [1 - float(torch.cosine_similarity(whole[-1], one, dim=0)) for one in whole[:-1]]
+        if kind == "full":  # a merged adapter is cut back to its rank
+            assert findings.misalignment(layers, [0, 1, 2], k) == pytest.approx(np.mean(turned), abs=1e-3)
+    assert findings.misalignment(layers, [1], 1.0) == pytest.approx(0.0, abs=1e-6)
     equal = [{"norms": [2.0, 2.0], "cosines": [[1.0, 0.0], [0.0, 1.0]]}]
-    assert findings.distance(equal, [0, 1], 1.0) == pytest.approx(0.5)
+    assert findings.misalignment(equal, [0, 1], 1.0) == pytest.approx(1 - 0.5**0.5)
+
+
+def _whole(clients: Clients, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(state[key] - clients.start[key]).flatten() for key in state])
 
 
 def test_correlation_by_whole_clusters() -> None:
@@ -238,16 +310,34 @@ def test_correlation_by_whole_clusters() -> None:
         for seed in range(4)
         for k in (0.0, 1.0, 8.0)
     ]
-    straight, reverse = findings.correlate(made, "interference"), findings.correlate(made, "distance")
+    straight, reverse = findings.correlate(made, "interference"), findings.correlate(made, "misalignment")
     assert straight is not None and reverse is not None
     assert straight.rho == pytest.approx(1) and straight.settled and straight.count == 12
     assert reverse.rho == pytest.approx(-1) and reverse.settled
+    uneven = [replace(point, lost=round(point.lost * 25) % 3) for point in made]
+    other = findings.correlate(uneven, "interference")
+    xs, ys = zip(*((point.interference, point.lost) for point in uneven), strict=True)
+    assert other is not None and other.rho == pytest.approx(stats.spearmanr(xs, ys)[0])
     flat = [replace(point, lost=0.0) for point in made]
     assert findings.correlate(flat, "interference") is None
     # twelve points of one cluster are one observation: the interval of two opposed clusters holds 0
     mixed = [replace(p, lost=p.interference if p.seed < 2 else -p.interference) for p in made]
     one = findings.correlate(mixed, "interference")
     assert one is not None and not one.settled
+
+
+def test_what_k_alone_explains_is_no_prediction() -> None:
+    def one(rho: float, low: float, high: float) -> findings.Correlation:
+        return findings.Correlation(rho, low, high, 12)
+
+    settled, open_, reverse = one(0.5, 0.2, 0.8), one(0.5, -0.2, 0.8), one(-0.5, -0.8, -0.2)
+    said = report._predicts
+    assert said({"all k": settled, "k = 0": settled, "k = 1": open_}).endswith(": it predicts")
+    assert said({"all k": settled, "k = 0": open_, "k = 1": None}).endswith("it is not shown to predict")
+    assert said({"all k": settled, "k = 0": reverse}).endswith("it is not shown to predict")
+    assert said({"all k": open_, "k = 0": settled}).endswith(": it does not predict")
+    assert said({"all k": reverse, "k = 0": reverse}).endswith(": it predicts the reverse")
+    assert said({"all k": None, "k = 0": None}) == "undefined"
 
 
 def test_checkpoints_are_of_one_training(options: PaperOptions, shelf: Shelf) -> None:

@@ -124,6 +124,14 @@ def test_the_sweeps_meet_the_search_where_the_settings_do(done: Path) -> None:
             assert found["reported"] == ks[found["chosen"]["k"]]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures out: they take longer than all else."""
+    monkeypatch.setattr(report.figures, "draw_all", lambda found, folder: None)
+    monkeypatch.setattr(report.heatmaps, "draw", lambda found, folder: None)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_removed_piece_is_done_again_and_alone(done: Path, arguments: dict[str, Any], capsys: Any) -> None:
     name = "full-s1-search-ties"
     before = piece(done, name)
@@ -142,6 +150,7 @@ def test_other_settings_are_refused(done: Path, arguments: dict[str, Any], capsy
     assert "lora_lr" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_of_whole_seeds_only(done: Path, arguments: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "work" / "pieces").mkdir(parents=True)
     for path in [*(done / "work").glob("*.json"), *(done / "work" / "pieces").iterdir()]:
@@ -165,6 +174,7 @@ def test_the_command_line_that_is_named_is_of_no_one_machine(monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_several_processes_give_the_same(done: Path, arguments: dict[str, Any], tmp_path: Path) -> None:
     command.run(out=str(tmp_path), **{**arguments, "processes": 2})
     for path in sorted((tmp_path / "work" / "pieces").iterdir()):

@@ -1,0 +1,455 @@
+"""The server's state on disk after each whole round, and reading it back: arrays, metrics, reports, random states.
+
+A run's folder holds one folder a round:
+
+    round-0003/arrays.safetensors   the global arrays
+    round-0003/state.json           everything else
+    round-0003/SHA256SUMS           digests of the two, which `sha256sum -c` checks
+
+Each is written under a hidden name, flushed to the disk and then renamed, so that whatever is called round-* is whole
+at any instant. Names with a leading dot are scaffolding: what a killed run left of it is swept away by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any, Self
+
+import flwr
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedfrom import __version__
+
+log = logging.getLogger("flwr")  # where Flower's own strategies log
+
+FORMAT = 1
+"""Of the files below; another one is refused."""
+
+ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
+_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+_DTYPES |= {"float16", "float32", "float64"}
+_VERSIONS = {"fedfrom": __version__, "flwr": flwr.__version__, "numpy": np.__version__, "torch": str(torch.__version__)}
+_SHOWN = 3
+"""Differences that an error spells out."""
+
+
+class _Damaged(ValueError):
+    """What is wrong with which file of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a whole round.
+
+    Attributes
+    ----------
+    server_round : int
+        The round; 0 before the first.
+    result : Result
+        The global arrays, and the metrics of all rounds so far.
+    state : dict[str, Any]
+        What the strategy itself carries from round to round: plain data with str keys.
+    random : dict[str, Any]
+        `random_states()` after the round.
+    """
+
+    server_round: int
+    result: Result
+    state: dict[str, Any]
+    random: dict[str, Any]
+
+
+class Checkpoints:
+    """The folder of one run's checkpoints, locked for as long as it is open.
+
+    Parameters
+    ----------
+    path : str | Path
+        The folder; made where it is missing.
+    kept : int
+        How many of the newest checkpoints stay, >= 1.
+    settings : Mapping[str, Any]
+        What a run must share with the one that it goes on with: see `fingerprint`.
+
+    Raises
+    ------
+    ValueError
+        When entered: another run has the folder, or it holds something else than checkpoints.
+    OSError
+        When entered: the folder can't be made or written to.
+    """
+
+    def __init__(self, path: str | Path, kept: int, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path).absolute()
+        self.kept = kept
+        self.settings = fingerprint(settings)
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        with self._clear_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_contents()  # before a lock is left among somebody's files
+            self._lock = self._locked()
+        try:
+            with self._clear_errors():
+                for leftover in self.path.glob(".round-*"):
+                    shutil.rmtree(leftover)
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._lock is not None
+        self._lock.close()
+
+    # --- Reading -----------------------------------------------------------------------------------------------------
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, None where there is none.
+
+        Raises
+        ------
+        ValueError
+            It is damaged (the error names the file, what is wrong and the newest whole one), in another format, or of
+            a run with other settings (the error names them).
+        """
+        rounds = self._rounds()
+        if not rounds:
+            return None
+        folder = self._folder(rounds[-1])
+        try:
+            state = _read_state(folder)
+        except _Damaged as error:
+            whole = next((number for number in reversed(rounds[:-1]) if self._is_whole(number)), None)
+            way_on = (
+                "no older checkpoint is whole: start anew in another folder"
+                if whole is None
+                else f"{self._folder(whole).name} is whole: to go on from it, delete "
+                f"{', '.join(self._folder(number).name for number in rounds if number > whole)}"
+            )
+            raise ValueError(f"checkpoint {folder}, {error}; {way_on}") from error
+        if state["format"] != FORMAT:
+            raise ValueError(f"checkpoint {folder}: expected format {FORMAT}, found {state['format']}")
+        if differences := _differences(state["settings"], self.settings):
+            more = len(differences) - _SHOWN
+            raise ValueError(
+                f"checkpoint {folder}: expected a run with its settings, found {'; '.join(differences[:_SHOWN])}"
+                f"{f'; and {more} more' if more > 0 else ''}; give this run those settings, or another folder"
+            )
+        if others := [f"{name} {old}" for name, old in state["versions"].items() if old != _VERSIONS.get(name)]:
+            log.warning("checkpoint %s is by %s: the last bits may differ from then on", folder, ", ".join(others))
+        metrics = {
+            field: {int(number): MetricRecord(record) for number, record in rounds.items()}
+            for field, rounds in state["metrics"].items()
+        }
+        arrays = _read_arrays(folder / ARRAYS, state["arrays"])
+        return Checkpoint(state["round"], Result(arrays=arrays, **metrics), state["strategy"], state["random"])
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(entry.name.removeprefix("round-")) for entry in self.path.iterdir() if _is_round(entry))
+
+    def _folder(self, server_round: int) -> Path:
+        return self.path / _name(server_round)
+
+    def _is_whole(self, server_round: int) -> bool:
+        try:
+            _read_state(self._folder(server_round))
+        except _Damaged:
+            return False
+        return True
+
+    def _check_contents(self) -> None:
+        """Raise ValueError where the folder is somebody else's: rounds would be deleted beside their files."""
+        strange = sorted(
+            entry.name for entry in self.path.iterdir() if not entry.name.startswith(".") and not _is_round(entry)
+        )
+        if strange:
+            raise ValueError(
+                f"checkpoint {self.path}: expected an empty folder, or one with a run's checkpoints alone, found "
+                f"{', '.join(strange[:_SHOWN])}{' and more' if strange[_SHOWN:] else ''}"
+            )
+
+    # --- Writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then remove those beyond the newest `kept`.
+
+        Raises
+        ------
+        OSError
+            It could not be written; those from before are as they were.
+        ValueError
+            An array is of a kind that safetensors can't hold; names the key.
+        """
+        with self._clear_errors():
+            hidden = self._write(checkpoint)
+            os.rename(hidden, self._folder(checkpoint.server_round))
+            _flush(self.path)
+            for number in self._rounds()[: -self.kept]:
+                removed = self.path / f".{self._folder(number).name}.removed"
+                os.rename(self._folder(number), removed)  # a kill amid the removal leaves no half checkpoint
+                shutil.rmtree(removed)
+
+    def rehearse(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint and remove it again, or raise OSError: whether there is room for the next."""
+        with self._clear_errors():
+            shutil.rmtree(self._write(checkpoint))
+
+    def _write(self, checkpoint: Checkpoint) -> Path:
+        """Return the hidden folder of a checkpoint that is on the disk but for its name."""
+        hidden = self.path / f".{self._folder(checkpoint.server_round).name}.partial"
+        arrays, layout = _to_numpy(checkpoint.result.arrays)
+        state = {
+            "format": FORMAT,
+            "round": checkpoint.server_round,
+            "versions": _VERSIONS,
+            "settings": self.settings,
+            "arrays": layout,
+            "metrics": {
+                field.name: {number: dict(record) for number, record in getattr(checkpoint.result, field.name).items()}
+                for field in fields(Result)
+                if field.name != "arrays"
+            },
+            "strategy": checkpoint.state,
+            "random": checkpoint.random,
+        }
+        text = json.dumps(state, default=_as_json)
+        try:
+            hidden.mkdir()
+            save_file(arrays, hidden / ARRAYS)
+            (hidden / STATE).write_text(text, encoding="utf-8")
+            sums = "".join(f"{_digest(hidden / name)}  {name}\n" for name in (ARRAYS, STATE))
+            (hidden / SUMS).write_text(sums, encoding="utf-8")
+            for path in (hidden / ARRAYS, hidden / STATE, hidden / SUMS, hidden):
+                _flush(path)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)  # gives a full disk its room back
+            raise
+        return hidden
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Raise what the file system refuses as an OSError that says whose folder it is."""
+        expected = "checkpoint: expected a folder with room, and the right to write to it, found"
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{expected} {error.strerror or error}", str(self.path)) from error
+        except SafetensorError as error:  # no OSError, and it keeps the number to itself
+            raise OSError(f"{expected} {error}: {str(self.path)!r}") from error
+
+    def _locked(self) -> IO[str]:
+        """Return the lock file, locked until it is closed or this process ends, however it ends."""
+        import fcntl  # not on Windows, where fedfrom can still be imported
+
+        with ExitStack() as stack:
+            lock = stack.enter_context(open(self.path / ".lock", "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                raise ValueError(
+                    f"checkpoint {self.path}: expected a folder that no other run uses, found it in use by {owner}"
+                ) from None
+            except OSError as error:  # some network file systems know no locks
+                log.warning("checkpoint %s can't be locked (%s): let no other run use it", self.path, error)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            stack.pop_all()
+        return lock
+
+
+# --- The files -------------------------------------------------------------------------------------------------------
+
+
+def _name(server_round: int) -> str:
+    return f"round-{server_round:04d}"
+
+
+def _is_round(path: Path) -> bool:
+    number = path.name.removeprefix("round-")
+    return number.isdecimal() and path.name == _name(int(number)) and path.is_dir()
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint whose files have the digests that were written, or raise _Damaged."""
+    try:
+        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8").splitlines()]
+        sums = {name: digest for digest, name in lines}
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{SUMS}: expected digests of the other files, found {_what(error)}") from error
+    if sums.keys() != {ARRAYS, STATE}:
+        raise _Damaged(f"{SUMS}: expected digests of {ARRAYS} and {STATE}, found those of {sorted(sums)}")
+    for name in (ARRAYS, STATE):
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise _Damaged(f"{name}: expected a file that can be read, found {_what(error)}") from error
+        if found != sums[name]:
+            raise _Damaged(f"{name}: expected the sha256 {sums[name]} that {SUMS} has, found {found}")
+    try:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+    except ValueError as error:
+        raise _Damaged(f"{STATE}: expected JSON, found {_what(error)}") from error
+    if folder.name != _name(state["round"]):
+        raise _Damaged(f"{STATE}: expected the round of the folder's name, found {state['round']}")
+    return state
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_numpy(record: ArrayRecord) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+    """Return a record's arrays, and [key, order in memory] in its order, which safetensors keeps neither of."""
+    arrays, layout = {}, []
+    for key, array in record.items():
+        try:
+            value = array.numpy()
+        except Exception as error:  # malformed bytes fail in numpy in many ways
+            raise ValueError(f"checkpoint, {key!r}: expected a readable array, found {_what(error)}") from error
+        if value.dtype.name not in _DTYPES or not value.dtype.isnative:
+            raise ValueError(
+                f"checkpoint, {key!r}: expected a dtype that safetensors holds ({', '.join(sorted(_DTYPES))}, in this "
+                f"machine's byte order), found {value.dtype} ({value.dtype.str})"
+            )
+        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # the one is safetensors' own
+            raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
+        is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
+        layout.append([key, "F" if is_fortran else "C"])
+        arrays[key] = np.asarray(value, order="C")  # ascontiguousarray would give a number a dimension
+    return arrays, layout
+
+
+def _read_arrays(path: Path, layout: list[list[str]]) -> ArrayRecord:
+    arrays = load_file(path)
+    return ArrayRecord({key: Array(np.asarray(arrays[key], order=order)) for key, order in layout})  # type: ignore[call-overload]
+
+
+def _as_json(value: Any) -> Any:
+    """Return plain data for what JSON has no form for; words, where nothing else tells it."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, Enum):
+        return value.value
+    return value.item() if isinstance(value, np.generic) else repr(value)
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as one flat dict of JSON's values, by dotted name.
+
+    Mappings and dataclasses are taken apart. What is not plain data (functions, above all) has no form that could be
+    compared in another process and is left out.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        _flatten(name, value, flat)
+    return json.loads(json.dumps(flat))  # tuples become lists, as they will when read
+
+
+def _flatten(name: str, value: Any, flat: dict[str, Any]) -> None:
+    if isinstance(value, type) or callable(value):
+        return
+    if is_dataclass(value):
+        flat[name] = type(value).__name__
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _flatten(f"{name}.{key}", entry, flat)
+        return
+    if isinstance(value, set | frozenset | Enum | np.generic):
+        value = _as_json(value)
+    elif isinstance(value, bytes | Path):
+        value = repr(value)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return
+    flat[name] = value
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return `name: value there and value here` for every setting that is not the same."""
+
+    def shown(settings: Mapping[str, Any], name: str) -> str:
+        text = repr(settings[name]) if name in settings else "nothing"
+        return text if len(text) <= 80 else f"{text[:77]}..."
+
+    names = [*saved, *(name for name in here if name not in saved)]
+    return [
+        f"{name} = {shown(here, name)} where the checkpoint has {shown(saved, name)}"
+        for name in names
+        if name not in saved or name not in here or saved[name] != here[name]
+    ]
+
+
+# --- Random states ---------------------------------------------------------------------------------------------------
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the global generators of Python, NumPy and torch, as JSON's values.
+
+    fedfrom draws from none of them, but clients in this process and evaluation functions may.
+    """
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+        "torch": _hex(torch.get_rng_state()),
+        # looking would wake up CUDA where nobody uses it
+        "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
+    }
+    return json.loads(json.dumps(states, default=lambda array: array.tolist()))
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators into the states that `random_states` returned."""
+    kind, words, gauss = states["python"]
+    random.setstate((kind, tuple(words), gauss))
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(_unhex(states["torch"]))
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _unhex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
