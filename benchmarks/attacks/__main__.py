@@ -1,6 +1,7 @@
 """`python -m benchmarks.attacks`: the attack bench's command line."""
 
 import argparse
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,13 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Attacks of 1 to 3 clients of 10 against FedFroM and Flower's own.")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder of tables and pictures")
     parser.add_argument("--work", type=Path, default=None, help="folder of what was trained [default: OUT/work]")
-    parser.add_argument("--seeds", type=int, default=1, help="of the rounds with a known cosine")
+    parser.add_argument("--seeds", type=int, default=3, help="of the rounds with a known cosine")
     parser.add_argument("--paired-seeds", type=int, default=8, help="of the trade-off's federations")
     parser.add_argument("--parts", default="table,scales,tradeoff,accuracy", help="what to measure")
     options = parser.parse_args()
     out, parts = options.out, options.parts.split(",")
     work = options.work or out / "work"
     torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # every rejection is meant here
     start = time.perf_counter()
     data = federation.features(work)
     real, half = trained(data), synthetic(0.5, 0)

@@ -1,7 +1,6 @@
 """One attack against one strategy: how far the merge is from that of the honest clients alone."""
 
 import gc
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,7 +56,6 @@ def compare(
     strategies: Mapping[str, Any] = CONTENDERS,
 ) -> Iterator[Outcome]:
     """Run every attack against every strategy; the first clients of the round are the attackers."""
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # every rejection is meant here
     gc.freeze()  # Bulyan collects garbage after every reply: let that be what the reply left alone
     n = len(round.honest)
     own, honest = round.honest[:attackers], round.honest[attackers:]

@@ -108,7 +108,7 @@ def draw_scales(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
         )
         for plot, (title, lines) in zip(axes[0], curves.items(), strict=True):
             _draw_lines(plot, title, lines)
-        axes[0, 0].set_ylabel("1 − cosine to the honest merge (0: nothing lost, 2: opposite)")
+        axes[0, 0].set_ylabel("1 − cosine to the honest merge\n(0: nothing lost, 2: opposite)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
         figure.savefig(path)

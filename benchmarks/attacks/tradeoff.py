@@ -56,10 +56,10 @@ def honest(
         for clip in CLIPS:
             curve = federated(federation, FedFroM(clip=clip, examples_cap=None), rounds)
             found.setdefault(("clip", clip), []).append(float(np.mean(curve[-LAST:])))
+        found.setdefault(("cap", None), []).append(found["clip", None][-1])
         for cap in CAPS[1:]:
             curve = federated(federation, FedFroM(clip=None, examples_cap=cap), rounds)
             found.setdefault(("cap", cap), []).append(float(np.mean(curve[-LAST:])))
-        found.setdefault(("cap", None), []).append(found["clip", None][-1])
     return found
 
 
