@@ -298,8 +298,8 @@ def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, T
     for name, tensor in statistics.items():
         if name not in shapes:
             raise ValueError(
-                f"statistics: expected the names of layers that were sent, as fedfrom.client.{needs} gives them, such "
-                f"as {next(iter(shapes), None)!r}, found {name!r}"
+                f"statistics, {name[:80]!r}: expected the name of a layer that was sent, as fedfrom.client.{needs} "
+                f"gives them, such as {next(iter(shapes), None)!r}, found another"
             )
         found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():

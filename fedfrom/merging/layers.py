@@ -150,7 +150,7 @@ def read_adapter(layer: Layer, state: State, scaling: float, who: str) -> LowRan
         The factors do not fit each other.
     """
     if layer.is_embedding:
-        A, B = state[layer.keys["embedding_B"]].T, state[layer.keys["embedding_A"]].T
+        A, B = (t.T if t.ndim == 2 else t for t in (state[layer.keys["embedding_B"]], state[layer.keys["embedding_A"]]))
         key = layer.keys["embedding_A"]
     else:
         A, B = state[layer.keys["A"]], state[layer.keys["B"]]
