@@ -28,6 +28,9 @@ _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e
 _DIGESTED = 1 << 14
 """Bytes of each array that a reply is ordered by."""
 
+_LONGEST_REASON = 700
+"""Characters of a reason to reject a reply."""
+
 _OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
 
 
@@ -201,14 +204,20 @@ def screen(
         try:
             valid.append(read_reply(message, sent, arrayrecord_key, weighted_by, needs))
         except RejectedReply as error:
-            rejected[message.metadata.src_node_id] = Rejection(error.kind, str(error))
+            rejected[message.metadata.src_node_id] = Rejection(error.kind, _one_line(str(error)))
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
-        rejected |= {node_id: Rejection("config", reason) for node_id, reason in others.items()}
+        rejected |= {node_id: Rejection("config", _one_line(reason)) for node_id, reason in others.items()}
     if needs is not None:
         valid, others = _of_one_kind(valid, needs)
-        rejected |= {node_id: Rejection("statistics", reason) for node_id, reason in others.items()}
+        rejected |= {node_id: Rejection("statistics", _one_line(reason)) for node_id, reason in others.items()}
     return sorted(valid, key=lambda reply: _content_key(reply, arrayrecord_key, weighted_by)), rejected
+
+
+def _one_line(reason: str) -> str:
+    """Return a reason in one line of bearable length, whatever the client put into it."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split()))
+    return line if len(line) <= _LONGEST_REASON else f"{line[:400]} ... {line[-200:]}"
 
 
 def _content_key(reply: Reply, arrayrecord_key: str, weighted_by: str) -> tuple[bytes, str]:
@@ -291,6 +300,10 @@ def read_reply(
     if ADAPTER_KEY in content.config_records:
         with _as("config"):
             config = check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+            for field in ("rank_pattern", "alpha_pattern"):  # each is tried on each layer
+                if len(config[field]) > len(sent.layers):
+                    sizes = f"expected at most {len(sent.layers)} modules, found {len(config[field])}"
+                    raise ValueError(f"{ADAPTER_KEY}, {field}: {sizes}")
     with _as("shapes"):
         _check_layers(state, sent, config)
     statistics = None
@@ -338,8 +351,8 @@ def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, T
     for name, tensor in statistics.items():
         if name not in shapes:
             raise ValueError(
-                f"statistics, {name!r}: expected the name of a layer that was sent, as fedfrom.client.{needs} gives "
-                f"them, such as {next(iter(shapes), None)!r}"
+                f"statistics, {name[:80]!r}: expected the name of a layer that was sent, as fedfrom.client.{needs} "
+                f"gives them, such as {next(iter(shapes), None)!r}, found another"
             )
         found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
@@ -383,6 +396,7 @@ def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) ->
     """Raise ValueError where an adapter's product is too large for the dtype of the factors it is sent in."""
     factors = [state[key] for part, key in layer.keys.items() if part in L.RANK_DIMENSION]
     limit = min(torch.finfo(factor.dtype).max for factor in factors) / 4
+    limit = min(limit, _LARGEST[torch.float64] ** 2)  # a scaling may be as large as any number
     if layer.is_embedding:
         limit /= state[layer.keys["embedding_B"]].shape[0] ** 0.5  # the scale of B, which goes into A
     bound = scaling * math.prod(float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors)

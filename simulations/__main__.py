@@ -2,14 +2,13 @@
 
 import dataclasses
 import inspect
-import sys
 import types
 import typing
 from typing import Annotated, Any
 
 import typer
 
-from simulations import environment
+from simulations import commands, environment
 from simulations.errors import BadInput
 from simulations.options import Options
 
@@ -43,14 +42,12 @@ def run(**given: Any) -> None:
 
         run_options(options)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise commands.ended(error, 2) from None
     except PermissionError as error:
-        print(f"error: {error.filename}: can't be read or written: {error.strerror}; check its rights", file=sys.stderr)
-        raise typer.Exit(2) from None
+        reason = f"{error.filename}: can't be read or written: {error.strerror}; check its rights"
+        raise commands.ended(reason, 2) from None
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise commands.ended(error, 1) from None
 
 
 def _parameters() -> list[inspect.Parameter]:
@@ -84,9 +81,7 @@ def main() -> None:
     parameters = _parameters()
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(run)
-    app(prog_name="python -m simulations")
+    commands.execute(commands.command(run), "python -m simulations")
 
 
 if __name__ == "__main__":

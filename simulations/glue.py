@@ -1,6 +1,7 @@
 """GLUE's tasks as columns of text and labels, from GLUE's own TSV files or from the Hugging Face Hub."""
 
 import csv
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
         The folder, the task's folder or its file is missing or unreadable, or a label is unknown.
     """
     layout = LAYOUTS[task]
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(f"--glue-dir {folder}: no such folder")
     candidates = [folder / layout.folder / name for name in FILES[part]]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)

@@ -1,6 +1,7 @@
 """The model that is fine-tuned: a pretrained encoder, cut to some layers, a classification head, LoRA or all of it."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def source(options: Options) -> str:
     """Return the folder or Hub name that transformers loads the model from."""
     if options.model == DEFAULT_MODEL:
         return str(assets.model_folder())
-    folder = Path(options.model).expanduser()
-    return str(folder) if folder.exists() else options.model
+    folder = os.path.expanduser(options.model)
+    return folder if os.path.exists(folder) else options.model
 
 
 def pooling(options: Options) -> str:
@@ -64,9 +65,8 @@ def pooling(options: Options) -> str:
     """
     if options.pooling != "auto":
         return options.pooling
-    folder = Path(source(options))
-    if folder.is_dir():
-        modules = folder / "modules.json"
+    if os.path.isdir(source(options)):
+        modules = Path(source(options)) / "modules.json"
     else:
         from transformers.utils.hub import cached_file
 
@@ -77,12 +77,15 @@ def pooling(options: Options) -> str:
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _unreadable(options, "configuration", error) from None
         modules = Path(found) if found else Path()
     if not modules.is_file():
         return "head"
-    kinds = [str(module.get("type", "")) for module in json.loads(modules.read_text(encoding="utf-8"))]
+    try:
+        kinds = [str(module.get("type", "")) for module in json.loads(modules.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(options, "modules.json", error) from None
     return "mean" if any(kind.endswith("Pooling") for kind in kinds) else "head"
 
 
@@ -124,7 +127,8 @@ def base_model(options: Options, head: Head) -> nn.Module:
                 config.num_labels = head.num_labels
                 config.problem_type = "regression" if head.regression else "single_label_classification"
             kind = AutoModel if mean else AutoModelForSequenceClassification
-            model: Any = kind.from_pretrained(source(options), config=config, dtype=torch.float32)
+            # never a pickle, which a folder without safetensors holds
+            model: Any = kind.from_pretrained(source(options), config=config, dtype=torch.float32, use_safetensors=True)
         except BadInput:
             raise
         except Exception as error:  # as above

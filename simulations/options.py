@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulations.errors import BadInput
@@ -119,7 +118,7 @@ class Options:
     @property
     def needs_hub(self) -> bool:
         """Whether anything asked for has to come from the Hugging Face Hub (or its cache)."""
-        remote_model = self.model != DEFAULT_MODEL and not Path(self.model).expanduser().exists()
+        remote_model = self.model != DEFAULT_MODEL and not os.path.exists(os.path.expanduser(self.model))
         return remote_model or (not self.glue_folder and any(task in GLUE_TASKS for task in self.task))
 
     def client_rank(self, partition_id: int) -> int:
@@ -180,7 +179,7 @@ class Options:
             *_above_zero("--server-lr", self.server_lr),
             *_above_zero("--gpus-per-client", self.gpus_per_client),
             (f"--lora-dropout: expected 0 <= dropout < 1, found {self.lora_dropout}", not 0 <= self.lora_dropout < 1),
-            ("--seed: expected 0 or more", self.seed < 0),
+            (f"--seed: expected 0 to {2**32 - 1}, found {self.seed}", not 0 <= self.seed < 2**32),
             ("--strategies: none given", not self.strategies),
             ("--strategies: one is named twice", len(set(self.strategies)) < len(self.strategies)),
             (
@@ -249,7 +248,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise BadInput(f"--{name.replace('_', '-')}: can't read {value!r}") from None
 
 

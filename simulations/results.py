@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -27,19 +28,23 @@ class Folder:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
 
     def __enter__(self) -> "Folder":
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise BadInput(f"--out {self.path}: is a file")
         try:
-            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / FILE).is_file():
+            if os.path.isdir(self.path) and any(self.path.iterdir()) and not (self.path / FILE).is_file():
                 raise BadInput(f"--out {self.path}: holds something else than earlier results; name another folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
             self._staging.chmod(0o755)
+        except BadInput:
+            raise
         except OSError as error:
             raise BadInput(f"--out {self.path}: can't be written: {error.strerror or error}") from None
+        except ValueError as error:  # a name that no file can have
+            raise BadInput(f"--out {str(self.path)!r}: can't be written: {error}") from None
         return self
 
     def __exit__(
@@ -112,14 +117,17 @@ def load_model(folder: str | Path, strategy: str) -> Any:
 
     try:
         found = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
-        weights = Path(folder) / found["strategies"][strategy]["folder"]
-    except (OSError, ValueError, KeyError) as error:
+        options, names = Options.from_mapping(found["options"]), found["tasks"][0]["labels"]
+        weights = Path(folder) / folder_name(strategy)  # not what the file says, which may lead anywhere
+        found["strategies"][strategy]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder}: no results of strategy {strategy} ({type(error).__name__}: {error})") from None
-    options = Options.from_mapping(found["options"])
-    names = found["tasks"][0]["labels"]
+    name = "model.safetensors" if options.full else "adapter_model.safetensors"
+    if not (weights / name).is_file():  # PEFT would look for a pickle
+        raise BadInput(f"{weights}: expected {name}, found none")
     base = models.base_model(options, models.Head(len(names) or 1, not names))
     if options.full:
-        base.load_state_dict(load_file(weights / "model.safetensors"))
+        base.load_state_dict(load_file(weights / name))
         return base
     from peft import PeftModel
 

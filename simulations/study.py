@@ -42,7 +42,7 @@ class Study:
         say: Callable[[str], None] = print,
         costs: Mapping[str, float] | None = None,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.pieces = list(pieces)
         self.say = say
         self._costs = dict(costs or {})

@@ -1,6 +1,7 @@
 """A task: training and held-out examples, what its labels are called, and what a constant answer scores."""
 
 import dataclasses
+import os
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,7 +115,7 @@ def _load(
         columns, sources = {}, []
         for part in parts:
             if glue_folder:
-                columns[part], source = glue.from_folder(name, Path(glue_folder).expanduser(), part)
+                columns[part], source = glue.from_folder(name, Path(os.path.expanduser(glue_folder)), part)
             else:
                 columns[part], source = glue.from_hub(name, part)
             sources.append(source)

@@ -35,7 +35,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones.
+# The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones, and
+# `--hypothesis-profile=hostile` 10,140 for tests/test_hostile.py.
 settings.register_profile(
     "fedfrom",
     derandomize=True,
@@ -45,6 +46,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("explore", settings.get_profile("fedfrom"), derandomize=False, max_examples=1000)
+settings.register_profile("hostile", settings.get_profile("explore"), max_examples=650)
 settings.load_profile("fedfrom")
 
 

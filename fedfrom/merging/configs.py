@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -12,6 +14,11 @@ Config = Mapping[str, Any]
 # initialisations that subtract from the base model what they put into the adapter
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
+# a pattern that is a module's name: compared, never compiled
+_NAME = re.compile(r"[\w.-]+")
+# what in an expression is neither a repetition nor a choice
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_MOST_STEPS = 24  # log2 of the ways that an expression may take through a module's name
 
 NO_DORA = (
     "expected LoRA, found DoRA: its magnitudes can only be averaged, 6 to 17 % off the mean effective weight; pass "
@@ -22,9 +29,45 @@ NO_DORA = (
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return what PEFT takes from a pattern dict: the first key that matches the end of the module's path."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(pattern, module):
             return value
     return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    if not _NAME.fullmatch(pattern):
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    before, end = module[: -len(pattern)], module[-len(pattern) :]
+    same = len(end) == len(pattern) and all(p in (".", c) for p, c in zip(pattern, end, strict=True))
+    return same and (not before or before.endswith("."))
+
+
+def _check_expression(pattern: Any, field: str, who: str) -> None:
+    """Raise ValueError where a pattern is no expression, or one that could be tried for hours on a module's name."""
+    expected = f"{who}: expected regular expressions in {field}, found {str(pattern)[:80]!r}"
+    if not isinstance(pattern, str):
+        raise ValueError(expected)
+    if _NAME.fullmatch(pattern):
+        return
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{expected}: {error}") from None
+    bare = _ATOM.sub("x", pattern).replace("(?", "(")
+    ways, groups = 1, [1]
+    for character in bare:
+        if character == "(":
+            groups.append(1)
+        elif character == "|":
+            groups[-1] += 1
+        elif character == ")" and len(groups) > 1:
+            ways *= groups.pop()
+    steps = math.log2(ways * groups[0]) + bare.count("?") + 6 * len(re.findall(r"[*+{]", bare))
+    if steps > _MOST_STEPS or re.search(r"\)[*+{]", bare):
+        raise ValueError(
+            f"{expected}: no group may be repeated, and no more than {_MOST_STEPS // 6} characters: trying it may take "
+            "for ever; name the modules"
+        )
 
 
 def _peft_name(module: str) -> str:
@@ -65,20 +108,20 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
     config = {key: _plain(value) for key, value in (config.to_dict() if hasattr(config, "to_dict") else config).items()}
     kind = str(config.get("peft_type") or "LORA")
     if kind != "LORA":
-        raise ValueError(f"{who}: expected an adapter config of peft_type LORA, found {kind}")
+        raise ValueError(f"{who}: expected an adapter config of peft_type LORA, found {kind!r}")
     numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, Mapping):
+            raise ValueError(f"{who}: expected {field} to map names to numbers, found {config[field]!r}")
         for pattern, value in (config.get(field) or {}).items():
+            _check_expression(pattern, field, who)
             numbers[f"{field}[{pattern!r}]"] = value
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{who}: expected regular expressions in {field}, found {pattern!r}: {error}"
-                ) from None
     for field, number in numbers.items():
-        if not isinstance(number, int | float) or not 0 < number < float("inf"):
+        # compared, not converted: an int may be beyond any float
+        if not isinstance(number, int | float) or not 0 < number <= sys.float_info.max:
             raise ValueError(f"{who}: expected a number {field} > 0 in its adapter config, found {number!r}")
+        if field.startswith("r") and number != int(number):
+            raise ValueError(f"{who}: expected a whole number {field} in its adapter config, found {number!r}")
     init = str(config.get("init_lora_weights") or "").lower()
     if init.startswith(_ALTERS_BASE) and not same_base:
         raise ValueError(

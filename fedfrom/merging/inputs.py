@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
 from fedfrom.merging.layers import State
-from fedfrom.merging.sources import Inputs, Source
+from fedfrom.merging.sources import Inputs, Readable, Source
 from fedfrom.merging.weighing import SAFE
 
 
@@ -44,8 +45,9 @@ def check_inputs(
         raise ValueError("received: expected together with reference, the state they were cut from, found None")
     who = list(names) if names is not None else [f"client {i}" for i in range(n)]
     for i, count in enumerate(examples or []):
-        if not (math.isfinite(count) and count > 0):
-            raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count}")
+        # compared, not converted: an int may be beyond any float
+        if not isinstance(count, int | float) or not 0 < count <= sys.float_info.max:
+            raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count!r}")
 
     for i in range(n if needs else 0):
         if statistics is None or not statistics[i]:
@@ -55,6 +57,8 @@ def check_inputs(
             )
 
     def source(state: State, config: Any, name: str, sliced: bool = False, statistics: State | None = None) -> Source:
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{name}: expected a state dict (key -> tensor), found {type(state).__name__}: load it")
         found = L.find_layers(state, name)
         if not found:
             raise ValueError(f"{name}: expected a state with at least one tensor, found none")
@@ -63,7 +67,7 @@ def check_inputs(
         if not pair:
             found = L.find_layers(state, name, pair_factors=False)
         checked = None if config is None else check_config(config, name, dora, same_base)
-        return Source(name, state, found, checked, sliced, statistics)
+        return Source(name, Readable(state, name), found, checked, sliced, statistics)
 
     beside = statistics if statistics is not None and needs else [None] * n
     own = configs if configs is not None else [None] * n
@@ -105,14 +109,14 @@ def check_inputs(
 
 
 def check_server_lr(server_lr: float | str) -> None:
-    """Raise ValueError where alpha is neither a finite number nor "safe"."""
-    if server_lr != SAFE and (not isinstance(server_lr, int | float) or not math.isfinite(server_lr)):
+    """Raise ValueError where alpha is neither "safe" nor a finite number, whose square is in range."""
+    if server_lr != SAFE and (not isinstance(server_lr, int | float) or not abs(server_lr) < 1e100):
         raise ValueError(f"server_lr: expected a finite number or 'safe', found {server_lr!r}")
 
 
 def check_clip(clip: float | None) -> None:
     """Raise ValueError where the bound on norms is neither None nor a positive number."""
-    if clip is not None and (not isinstance(clip, int | float) or not 0 < clip < math.inf):
+    if clip is not None and (not isinstance(clip, int | float) or not 0 < clip <= sys.float_info.max):
         raise ValueError(f"clip: expected a positive number or None, found {clip!r}")
 
 

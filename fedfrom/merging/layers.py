@@ -19,7 +19,8 @@ from fedfrom.merging.lowrank import LowRank
 
 State = Mapping[str, Tensor]
 
-_LORA = re.compile(r"^(?P<module>.+?)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<rest>.+))?$")
+_LONGEST = 1000  # characters of a key
+_LORA = re.compile(r"^(?P<module>.+?)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<rest>.+))?$", re.DOTALL)
 _PARTS = {
     ("lora_A", "weight"): "A",
     ("lora_B", "weight"): "B",
@@ -30,7 +31,7 @@ _PARTS = {
     ("lora_magnitude_vector", "weight"): "magnitude",
 }
 # adapters of other kinds whose factors multiply: averaging them one by one would be wrong without a word
-_OTHER_FACTORS = re.compile(r"\.(hada_|lokr_|vera_|oft_|boft_|ada_|lora\.(up|down)\.)")
+_OTHER_FACTORS = re.compile(r"\.(hada_|lokr_|vera_|oft_|boft_|ada_|lora\.(up|down)\.)|^\.?lora_")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _RUNNING = (".running_mean", ".running_var")
 
@@ -88,6 +89,9 @@ def find_layers(state: Iterable[str], who: str, pair_factors: bool = True) -> di
     layers: dict[str, Layer] = {}
     adapters: set[str] = set()
     for key in state:
+        if not isinstance(key, str) or len(key) > _LONGEST:
+            start = str(key)[:80]
+            raise ValueError(f"{who}: expected keys of text, up to {_LONGEST} characters, found {start!r}")
         match = _LORA.match(key) if pair_factors else None
         if pair_factors and _OTHER_FACTORS.search(key):
             raise ValueError(f"{who}, {key!r}: expected LoRA as PEFT names it, found another kind of adapter")
@@ -146,7 +150,7 @@ def read_adapter(layer: Layer, state: State, scaling: float, who: str) -> LowRan
         The factors do not fit each other.
     """
     if layer.is_embedding:
-        A, B = state[layer.keys["embedding_B"]].T, state[layer.keys["embedding_A"]].T
+        A, B = (t.T if t.ndim == 2 else t for t in (state[layer.keys["embedding_B"]], state[layer.keys["embedding_A"]]))
         key = layer.keys["embedding_A"]
     else:
         A, B = state[layer.keys["A"]], state[layer.keys["B"]]

@@ -154,6 +154,10 @@ class LowRank:
         if b == 0.0 or a == 0.0 or not (b * a < float("inf")):
             return b * a
         B, A = B / b, A / a
+        if self.rank > max(self.shape):  # the products of all columns would outgrow the matrix
+            size = float((torch.linalg.vector_norm(B, dim=0) * torch.linalg.vector_norm(A, dim=1)).sum())
+            norm = float(torch.linalg.matrix_norm(B @ A))
+            return b * a * norm if norm > _ROUNDING * size else 0.0
         products = (B.T @ B) * (A @ A.T)
         square, size = float(products.sum()), float(products.abs().sum())
         if square > _CANCELLED * size:
@@ -229,11 +233,16 @@ def gram(matrices: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
     One Gram product of all distinct factors: what the matrices share (the global model that each delta is taken from)
     enters it once. The diagonal is from their norms, which are exact where terms cancel.
     """
+    squares = torch.tensor(norms, dtype=torch.float64).square()
     place: dict[tuple[int, int], int] = {}
     terms: list[_Term] = []
     for term in (term for matrix in matrices for term in matrix.terms):
         if place.setdefault((id(term.B), id(term.A)), len(terms)) == len(terms):
             terms.append(term)
+    d_out, d_in = matrices[0].shape
+    if sum(term.A.shape[0] for term in terms) ** 2 > len(matrices) * d_out * d_in:  # larger than the matrices
+        rows = torch.stack([matrix.dense().reshape(-1) for matrix in matrices])
+        return (rows @ rows.T).cpu().diagonal_scatter(squares)
     # scaling by the largest entries keeps the squares (fourth powers of entries) in range
     sizes = [[float(factor.abs().amax()) or 1.0 for factor in (term.B, term.A)] for term in terms]
     coefficients = torch.zeros(len(matrices), len(terms), dtype=torch.float64)
@@ -246,7 +255,7 @@ def gram(matrices: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
     B = torch.cat([term.B.to(torch.float64) / b for term, (b, _) in zip(terms, sizes, strict=True)], dim=1)
     A = torch.cat([term.A.to(torch.float64) / a for term, (_, a) in zip(terms, sizes, strict=True)], dim=0)
     products = coefficients @ ((B.T @ B) * (A @ A.T)) @ coefficients.T
-    return products.cpu().diagonal_scatter(torch.tensor(norms, dtype=torch.float64).square())
+    return products.cpu().diagonal_scatter(squares)
 
 
 def lift(Q: Tensor | None, matrix: Tensor) -> Tensor:

@@ -106,10 +106,11 @@ class MergeReport:
     @property
     def interference(self) -> float:
         """Share of all updates' weighted energy that the merge loses: the layers' interference, by their energy."""
+        unit = self._unit()
         energies = [
-            (sum(w * (n * c) ** 2 for w, n, c in zip(layer.weights, layer.norms, _clipped(layer), strict=True)), layer)
-            for layer in self.layers
-            if layer.is_update
+            (sum(w * (n / unit * c) ** 2 for w, n, c in zip(la.weights, la.norms, _clipped(la), strict=True)), la)
+            for la in self.layers
+            if la.is_update
         ]
         total = sum(energy for energy, _ in energies)
         return sum(energy * layer.interference for energy, layer in energies) / total if total else 0.0
@@ -118,9 +119,17 @@ class MergeReport:
         """Return cosines of the clients' whole updates as sent, n x n; empty above 32 clients and without updates."""
         layers = [layer for layer in self.layers if layer.is_update and layer.cosines]
         clients = range(len(self.clients)) if layers else range(0)
-        inner = [[sum(la.cosines[i][j] * la.norms[i] * la.norms[j] for la in layers) for j in clients] for i in clients]
+        unit = self._unit()
+        inner = [
+            [sum(la.cosines[i][j] * (la.norms[i] / unit) * (la.norms[j] / unit) for la in layers) for j in clients]
+            for i in clients
+        ]
         sizes = [math.sqrt(inner[i][i]) for i in clients]
         return [[inner[i][j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] else 0.0 for j in clients] for i in clients]
+
+    def _unit(self) -> float:
+        """Return a power of two of about the largest norm's size, so that squares stay in range."""
+        return power_of_two([0.0, *(norm for layer in self.layers for norm in layer.norms)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers, the whole updates' interference and cosines among them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,37 @@ from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.merging.layers import Layer, State
 from fedfrom.merging.lowrank import LowRank
+
+# torch has no arithmetic of these
+_UNSUPPORTED = {torch.uint16, torch.uint32, torch.uint64}
+
+
+class Readable(Mapping[str, Tensor]):
+    """A state whose tensors are dense numbers in memory: what it can't give raises ValueError, naming whose it is."""
+
+    def __init__(self, state: State, who: str) -> None:
+        self._state, self._who = state, who
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return the tensor of a key that is there."""
+        try:
+            tensor: Any = self._state[key]
+        except Exception as error:  # files that are read when asked fail in ways of their own
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{self._who}, {key!r}: expected a readable tensor, found {found}") from error
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{self._who}, {key!r}: expected a tensor, found {type(tensor).__name__}")
+        unusual = tensor.is_quantized or tensor.is_complex() or tensor.is_meta or tensor.is_nested
+        if unusual or tensor.layout != torch.strided or tensor.dtype in _UNSUPPORTED:
+            kind = f"{tensor.device.type}, {tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise ValueError(f"{self._who}, {key!r}: expected a dense tensor of real numbers, found {kind}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """`python -m simulations.federated`: the study's command line."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from simulations import environment
+from simulations import commands, environment
 from simulations.errors import BadInput
 from simulations.federated.plan import TASK, Plan
 from simulations.options import Options
@@ -72,12 +71,10 @@ def run(
         write(plan, study, Path(out))
         print(f"Tables and pictures in {out} after {time.perf_counter() - start:.0f} s")
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise commands.ended(error, 2) from None
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise commands.ended(error, 1) from None
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    commands.execute(commands.command(run), "python -m simulations.federated")

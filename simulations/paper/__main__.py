@@ -1,13 +1,12 @@
 """`python -m simulations.paper`: the command line."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from simulations import environment
+from simulations import commands, environment
 from simulations.errors import BadInput
 from simulations.paper.options import PaperOptions
 from simulations.study import Study
@@ -100,8 +99,7 @@ def run(
         write(options, study, Path(out))
         print(f"Tables and pictures in {out} after {time.perf_counter() - start:.0f} s")
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise commands.ended(error, 2) from None
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -112,4 +110,4 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    commands.execute(commands.command(run), "python -m simulations.paper")

@@ -1,6 +1,7 @@
 """The model: cut, pooled, adapted at a client's rank, the same in every process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from simulations import models
 from simulations.errors import BadInput
 from simulations.options import Options
+from tests.hostile import harmless
 
 TWO = models.Head(2, False)
 
@@ -115,3 +117,19 @@ def test_an_unreadable_model_is_named(tmp_path: Path) -> None:
             load(options(str(tmp_path)))
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_no_pickle_is_loaded_in_place_of_safetensors(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with harmless(str(folder)), pytest.raises(BadInput, match=r"can't load its model .*model\.safetensors"):
+        models.build(options(str(folder)), TWO)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, '{"type": "x"}'])
+def test_a_list_of_modules_that_is_none(tiny_model: str, tmp_path: Path, text: str) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(BadInput, match=r"modules\.json"):
+        models.pooling(Options(model=str(tmp_path)))
