@@ -658,11 +658,12 @@ def test_killed_twice_in_a_real_simulation_a_run_ends_with_the_same_bits(tmp_pat
     started: list[subprocess.Popen] = []
 
     def run() -> subprocess.Popen:
-        log = open(tmp_path / f"log-{len(started)}", "w")  # noqa: SIM115
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        )
-        return started[-1]
+        with open(tmp_path / f"log-{len(started)}", "w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        started.append(process)
+        return process
 
     try:
         for whole in (1, 3):
