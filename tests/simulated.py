@@ -2,24 +2,28 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 from fedfrom import FedFroM
 from tests.killed import outcome, score
 from tests.models import mixed_state, noisy, record_of
 
 NODES = 2
+NAP = 1.0
+"""Seconds that a client takes to train: rounds must last long enough to be killed in."""
+
 client_app = ClientApp()
 server_app = ServerApp()
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
+    time.sleep(NAP)
     return noisy(message, context)
 
 
@@ -38,6 +42,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 if __name__ == "__main__":
+    from flwr.simulation import run_simulation
+
     run_simulation(
         server_app,
         client_app,

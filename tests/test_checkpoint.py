@@ -29,6 +29,7 @@ from tests import killed
 from tests.conftest import ROOT
 from tests.inprocess import InProcessGrid
 from tests.models import arrays_of, mixed_state, noisy, record_of, same_bits
+from tests.simulated import NAP
 
 ROUNDS = 3
 
@@ -658,20 +659,21 @@ def test_killed_twice_in_a_real_simulation_a_run_ends_with_the_same_bits(tmp_pat
     started: list[subprocess.Popen] = []
 
     def run() -> subprocess.Popen:
-        log = open(tmp_path / f"log-{len(started)}", "w")  # noqa: SIM115
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        )
-        return started[-1]
+        with open(tmp_path / f"log-{len(started)}", "w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        started.append(process)
+        return process
 
     try:
         for whole in (1, 3):
             process, since = run(), time.monotonic()
-            while not (folder / f"round-{whole:04d}").exists():
+            while not any(path.name >= f"round-{whole:04d}" for path in folder.glob("round-*")):
                 assert process.poll() is None, (tmp_path / f"log-{len(started) - 1}").read_text()
                 assert time.monotonic() - since < 400
                 time.sleep(0.02)
-            time.sleep(draw.uniform(0, 0.5))  # a round takes a second and more: some are left
+            time.sleep(draw.uniform(0, 2 * NAP))  # of the next round, for which two clients nap one after the other
             process.kill()
             assert process.wait() == -signal.SIGKILL and not out.exists()
         process = run()
