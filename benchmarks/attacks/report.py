@@ -18,7 +18,7 @@ from simulations.tables import write_table
 
 BAR = 0.95
 LEAST = 1e-4  # what is closer to the honest merge is drawn here
-MORE_COLOURS = ("#999999", "#7A3E9D")
+NINTH = ("#7A3E9D", "h")
 HONEST = (
     "The honest merge is the same strategy's, of the honest clients' replies alone (told that there are no attackers)."
 )
@@ -121,8 +121,8 @@ def _draw_lines(plot: Axes, title: str, lines: Mapping[str, Sequence[tuple[float
         plot.plot(
             [x for x, _ in points],
             [max(1 - y, LEAST) for _, y in points],
-            color=(*COLOURS, *MORE_COLOURS)[position],
-            marker=(*MARKERS, "*", "h")[position],
+            color=(*COLOURS, NINTH[0])[position],
+            marker=(*MARKERS, NINTH[1])[position],
             linestyle="-" if own else "--",
             linewidth=2.4 if own else 1.3,
             markersize=5,
