@@ -32,7 +32,7 @@ from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
-from fedfrom.records import ADAPTER_KEY, config_to_record, to_record
+from fedfrom.records import ADAPTER_KEY, config_to_record, spend
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
@@ -351,7 +351,7 @@ class FedMerge(FedAvg):
         self._warn_of_swinging(report)
         metrics = self._aggregate_train_metrics(valid, examples)
         metrics.update(found.metrics())
-        return to_record(merged), metrics
+        return spend(merged), metrics
 
     def _answers_for(self, error: Message) -> int:
         """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
