@@ -1,0 +1,54 @@
+"""Blocks of large tensors on several threads, each operation on one: the bits do not depend on how many there are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+_LEAST = 8  # blocks: below, handing them out costs more than it gains
+_pool: ContextVar[tuple[ThreadPoolExecutor, int] | None] = ContextVar("pool", default=None)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Run torch's operations on one thread, and inside blocks on as many threads as torch had.
+
+    Small QRs and SVDs are faster so, and no bit depends on the machine's cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            yield
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            token = _pool.set((pool, threads))
+            try:
+                yield
+            finally:
+                _pool.reset(token)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def each_block(length: int, block: int, work: Callable[[int, int], _T]) -> list[_T]:
+    """Return work(start, stop) of each block of `length` entries, in their order, whatever thread did it."""
+    starts = range(0, length, block)
+    pool = _pool.get()
+
+    def run(part: range) -> list[_T]:
+        with torch.no_grad():  # each thread has a mode of its own
+            return [work(start, min(start + block, length)) for start in part]
+
+    if pool is None or len(starts) < _LEAST:
+        return run(starts)
+    # some parts a thread: who is held up by other programs leaves more of them to the others
+    size = -(-len(starts) // (4 * pool[1]))
+    parts = [starts[i : i + size] for i in range(0, len(starts), size)]
+    return [result for results in pool[0].map(run, parts) for result in results]
