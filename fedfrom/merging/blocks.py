@@ -267,9 +267,8 @@ def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None
             samples = torch.empty(len(values), len(entries), dtype=torch.float64, device=device)
         torch.mul(entries, factor, out=samples[i])
     assert samples is not None
-    parts = each_block(
-        samples.shape[1], BLOCK >> 4, lambda start, stop: samples[:, start:stop] @ samples[:, start:stop].T
-    )
+    rows = samples
+    parts = each_block(rows.shape[1], BLOCK >> 4, lambda start, stop: rows[:, start:stop] @ rows[:, start:stop].T)
     total = torch.zeros(len(values), len(values), dtype=torch.float64, device=device)
     for part in parts:
         total += part
