@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -103,14 +104,20 @@ def _view(array: Array) -> Tensor:
         if array.dtype != "bfloat16" or not all(size >= 0 for size in array.shape):
             raise ValueError(f"expected bfloat16 of a shape, found {array.dtype} {array.shape}")
         return _numbers(array.data, 0, np.dtype(np.int16), array.shape).view(torch.bfloat16)
-    stream = io.BytesIO(array.data)  # shares the bytes
-    if array.stype != _NUMPY or npy.read_magic(stream) != (1, 0):
+    if array.stype != _NUMPY or array.data[:8] != npy.magic(1, 0):
         return torch.from_numpy(array.numpy())
-    shape, is_fortran, dtype = npy.read_array_header_1_0(stream)
+    start = 10 + int.from_bytes(array.data[8:10], "little")
+    shape, is_fortran, dtype = _header(array.data[8:start])
     if dtype.kind not in "biuf" or not dtype.isnative or not all(size >= 0 for size in shape):
         return torch.from_numpy(array.numpy())
-    found = _numbers(array.data, stream.tell(), dtype, shape[::-1] if is_fortran else shape)
+    found = _numbers(array.data, start, dtype, shape[::-1] if is_fortran else shape)
     return found.permute(*range(found.ndim)[::-1]) if is_fortran else found
+
+
+@functools.lru_cache(1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return the shape, whether the order is Fortran's, and the dtype: clients send the same ones again and again."""
+    return npy.read_array_header_1_0(io.BytesIO(data))
 
 
 def _numbers(data: bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -405,7 +405,11 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
 
     That is where a reply's tensors are not of the shapes, dtypes and sizes that were sent.
     """
-    norms: dict[str, float] = {}
+    plain = {
+        layer.name: (state[key], sent.state[key])
+        for layer in sent.layers.values()
+        if (key := layer.keys.get("tensor")) and state[key].is_floating_point()
+    }
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
@@ -417,12 +421,12 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
                 if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
-            if part == "tensor" and state[key].is_floating_point():
-                norms[layer.name] = blocks.delta_norm(state[key], sent.state[key])
-                # no entry is further from what was sent: a pass over memory less for all but strange replies
-                if sent.largest.get(key, math.inf) + norms[layer.name] < _limit(state[key]):
-                    continue
-            _check_size(state[key], key)
+    norms = blocks.delta_norms(plain)
+    for layer in sent.layers.values():
+        for key in layer.keys.values():
+            # no entry is further from what was sent: a pass over memory less for all but strange replies
+            if not sent.largest.get(key, math.inf) + norms.get(layer.name, math.inf) < _limit(state[key]):
+                _check_size(state[key], key)
         if free and layer.is_adapter:
             assert config is not None
             found, expected = L.adapter_rank(layer, state), rank_and_scaling(config, layer.name)[0]

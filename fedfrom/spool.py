@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.blocks import sample_step
+from fedfrom.merging.blocks import sampled
 
 
 class SpoolError(ValueError):
@@ -31,7 +31,6 @@ class SpooledTensor:
     shape: torch.Size
     dtype: torch.dtype
     start: int
-    step: int
 
     @property
     def device(self) -> torch.device:
@@ -48,11 +47,9 @@ class SpooledTensor:
         self.file.read_into(out, self.start + start * self.dtype.itemsize)
         return out
 
-    def sample(self, step: int) -> Tensor:
-        """Return each step-th entry, from the first on."""
-        if step != self.step:
-            return self.read(0, self.numel())[::step]
-        out = torch.empty(-(-self.numel() // step), dtype=self.dtype)
+    def sample(self) -> Tensor:
+        """Return what `fedfrom.merging.blocks.sampled` does of all its entries."""
+        out = torch.empty(sampled(torch.empty(1).expand(self.numel())).numel(), dtype=self.dtype)
         self.file.read_into(out, self.start + self.numel() * self.dtype.itemsize)
         return out
 
@@ -80,10 +77,8 @@ class SpooledState(Mapping[str, Tensor]):
         try:
             self._file = _File(folder, who)
             for key, tensor in state.items():
-                step = sample_step(tensor.numel())
-                self._tensors[key] = SpooledTensor(self._file, tensor.shape, tensor.dtype, self._file.size, step)
-                flat = tensor.detach().reshape(-1)
-                for part in (flat, flat[::step]) if step > 1 else (flat,):
+                self._tensors[key] = SpooledTensor(self._file, tensor.shape, tensor.dtype, self._file.size)
+                for part in (tensor.detach().reshape(-1), sampled(tensor)):
                     self._file.write(_bytes(part.contiguous()))
         except OSError as error:
             self.close()

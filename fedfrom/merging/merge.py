@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensor
-from fedfrom.merging.threads import one_thread_each
+from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
 
 
@@ -157,10 +158,15 @@ def merge(
     reports: list[list[LayerReport]] = [[] for _ in candidates]
     with one_thread_each(), torch.no_grad():
         whole = survey(inputs, chosen, clip)
-        for name in inputs.sent[0].layers:
-            for i, (part, report) in enumerate(
-                _merge_layer(inputs, name, candidates, server_lr, whole, as_reference, clip)
-            ):
+        waiting = [
+            begin(
+                0 if layer.is_adapter else inputs.sent[0].values(name).numel(),
+                partial(_merge_layer, inputs, name, candidates, server_lr, whole, as_reference, clip),
+            )
+            for name, layer in inputs.sent[0].layers.items()
+        ]
+        for wait in waiting:
+            for i, (part, report) in enumerate(wait()):
                 merged[i].update(part)
                 reports[i].append(report)
     best, validation = 0, []

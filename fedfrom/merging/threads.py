@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 _T = TypeVar("_T")
-_LEAST = 8  # blocks: below, handing them out costs more than it gains
+# entries of a tensor: below, handing it out costs more than it gains; from the larger on, its blocks are handed out
+_SMALL, _LARGE = 1 << 15, 1 << 21
 _pool: ContextVar[tuple[ThreadPoolExecutor, int] | None] = ContextVar("pool", default=None)
 
 
@@ -27,14 +28,37 @@ def one_thread_each() -> Iterator[None]:
         if threads == 1:
             yield
             return
-        with ThreadPoolExecutor(threads) as pool:
-            token = _pool.set((pool, threads))
-            try:
-                yield
-            finally:
-                _pool.reset(token)
+        pool = ThreadPoolExecutor(threads)
+        token = _pool.set((pool, threads))
+        try:
+            yield
+        finally:
+            _pool.reset(token)
+            pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)
+
+
+def begin(entries: int, work: Callable[[], _T]) -> Callable[[], _T]:
+    """Return what waits for work() and returns its result, or raises its error.
+
+    Parameters
+    ----------
+    entries : int
+        Of the tensor in question. Work on one of middling size is begun at once, on another thread; on a small one it
+        is done when it is waited for, and so on a large one, where `each_block` makes use of all threads.
+    work : Callable[[], Any]
+        What it does may depend on no context variable.
+    """
+    pool = _pool.get()
+    if pool is None or not _SMALL <= entries < _LARGE:
+        return work
+
+    def run() -> _T:
+        with torch.no_grad():  # each thread has a mode of its own
+            return work()
+
+    return pool[0].submit(run).result
 
 
 def each_block(length: int, block: int, work: Callable[[int, int], _T]) -> list[_T]:
@@ -43,10 +67,10 @@ def each_block(length: int, block: int, work: Callable[[int, int], _T]) -> list[
     pool = _pool.get()
 
     def run(part: range) -> list[_T]:
-        with torch.no_grad():  # each thread has a mode of its own
+        with torch.no_grad():
             return [work(start, min(start + block, length)) for start in part]
 
-    if pool is None or len(starts) < _LEAST:
+    if pool is None or length < _LARGE:
         return run(starts)
     # some parts a thread: who is held up by other programs leaves more of them to the others
     size = -(-len(starts) // (4 * pool[1]))
