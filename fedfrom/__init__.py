@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import fedfrom.client as client
     from fedfrom.merging import Average, FactorAverage, FroM, LowRank, MergeReport, merge, methods
+    from fedfrom.records import to_record, to_state_dict
     from fedfrom.strategy import FedFroM, FedMerge
 
 __version__ = "0.1.0"
@@ -22,8 +23,15 @@ __all__ = [
     "client",
     "merge",
     "methods",
+    "to_record",
+    "to_state_dict",
 ]
-_HOME = {"FedFroM": "fedfrom.strategy", "FedMerge": "fedfrom.strategy"}
+_HOME = {
+    "FedFroM": "fedfrom.strategy",
+    "FedMerge": "fedfrom.strategy",
+    "to_record": "fedfrom.records",
+    "to_state_dict": "fedfrom.records",
+}
 
 
 def __getattr__(name: str) -> Any:

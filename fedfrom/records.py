@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.lib import format as npy
 from torch import Tensor
 
 from fedfrom.merging.configs import spell_out
@@ -20,13 +25,19 @@ ADAPTER_KEY = "fedfrom.adapter"
 STATISTICS_KEY = "fedfrom.statistics"
 """Name of the ArrayRecord with a client's Gram or Fisher statistics, in replies."""
 
+BF16 = "fedfrom.bf16"
+"""Kind of the arrays that carry bfloat16: their data are the numbers' own bytes, in C order and without a header."""
+
+_NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _MODULE = re.compile(r"[\w.-]+")
 
 
 def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
-    """Return a record's arrays as tensors, by key; new memory.
+    """Return a record's arrays as tensors, by key: views of the record's own bytes, which nothing may write into.
+
+    Reads what Flower writes (`Array(ndarray)`) and what `to_record` does.
 
     Raises
     ------
@@ -36,7 +47,7 @@ def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
     state = {}
     for key, array in record.items():
         try:
-            state[key] = torch.from_numpy(array.numpy())
+            state[key] = _view(array)
         except Exception as error:  # malformed bytes fail in numpy in many ways
             raise ValueError(
                 f"{who}, {key!r}: expected a readable array, found {type(error).__name__}: {error}"
@@ -44,9 +55,95 @@ def to_state(record: ArrayRecord, who: str = "arrays") -> dict[str, Tensor]:
     return state
 
 
+def to_state_dict(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return a record's arrays as a state dict, bfloat16 as `to_record` sends it too; new memory.
+
+    Raises
+    ------
+    ValueError
+        An array can't be read; names the key.
+    """
+    return {key: tensor.clone() for key, tensor in to_state(record).items()}
+
+
 def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return tensors as Flower's record, by key; new memory. Flower carries no bfloat16 (TypeError)."""
-    return ArrayRecord({key: Array(tensor.detach().cpu().contiguous().numpy()) for key, tensor in state.items()})
+    """Return tensors as Flower's record, by key; new memory.
+
+    The bytes are those of Flower's own `ArrayRecord(state_dict)`, but for bfloat16, which that refuses: it travels as
+    it is, two bytes a number, as arrays of the kind "fedfrom.bf16". `to_state_dict` reads both; to Flower's
+    `Array.numpy` bfloat16 is a TypeError, so that nothing takes its bits for numbers.
+
+    Raises
+    ------
+    TypeError
+        A tensor has a dtype that neither can carry; names the key.
+    """
+    return ArrayRecord({key: _array(key, tensor) for key, tensor in state.items()})
+
+
+def spend(state: dict[str, Tensor]) -> ArrayRecord:
+    """Return what `to_record` does, and empty the state on the way: one of its tensors at a time is held twice."""
+    record = ArrayRecord()
+    for key in list(state):
+        record[key] = _array(key, state.pop(key))
+    return record
+
+
+class _Bytes:
+    """Bytes as numpy reads them: told that they may be written to, since torch warns of all others."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = np.frombuffer(data, np.uint8)
+        interface = self.data.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _view(array: Array) -> Tensor:
+    """Return an array's numbers in place; those that are of no usual layout are copied."""
+    if array.stype == BF16:
+        if array.dtype != "bfloat16" or not all(size >= 0 for size in array.shape):
+            raise ValueError(f"expected bfloat16 of a shape, found {array.dtype} {array.shape}")
+        return _numbers(array.data, 0, np.dtype(np.int16), array.shape).view(torch.bfloat16)
+    if array.stype != _NUMPY or array.data[:8] != npy.magic(1, 0):
+        return torch.from_numpy(array.numpy())
+    start = 10 + int.from_bytes(array.data[8:10], "little")
+    shape, is_fortran, dtype = _header(array.data[8:start])
+    if dtype.kind not in "biuf" or not dtype.isnative or not all(size >= 0 for size in shape):
+        return torch.from_numpy(array.numpy())
+    found = _numbers(array.data, start, dtype, shape[::-1] if is_fortran else shape)
+    return found.permute(*range(found.ndim)[::-1]) if is_fortran else found
+
+
+@functools.lru_cache(1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return the shape, whether the order is Fortran's, and the dtype: clients send the same ones again and again."""
+    return npy.read_array_header_1_0(io.BytesIO(data))
+
+
+def _numbers(data: bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return the bytes from `start` on as numbers, in C order: a view, or a copy where they are not aligned."""
+    size = math.prod(shape)
+    if size * dtype.itemsize > len(data) - start:
+        raise ValueError(f"expected {size * dtype.itemsize} bytes for {dtype} {shape}, found {len(data) - start}")
+    flat = np.frombuffer(data, dtype, size, start) if size else np.empty(0, dtype)
+    flat = np.asarray(_Bytes(data))[start : start + flat.nbytes].view(dtype) if flat.flags.aligned and size else flat
+    return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).reshape(shape)
+
+
+def _array(key: str, tensor: Tensor) -> Array:
+    """Return a tensor as Flower's array; its numbers are copied once."""
+    tensor = tensor.detach().cpu().contiguous()
+    shape = tuple(tensor.shape)
+    if tensor.dtype == torch.bfloat16:
+        return Array("bfloat16", shape, BF16, tensor.view(torch.int16).numpy().tobytes())
+    try:
+        values = tensor.numpy()
+    except TypeError as error:
+        raise TypeError(f"{key!r}: expected a dtype that numpy has, or bfloat16, found {tensor.dtype}") from error
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
+    data = b"".join((header.getvalue(), values.reshape(-1).view(np.uint8).data))
+    return Array(str(values.dtype), shape, _NUMPY, data)
 
 
 def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> ConfigRecord:

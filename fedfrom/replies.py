@@ -9,18 +9,22 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config, rank_and_scaling
 from fedfrom.merging.layers import Layer
 from fedfrom.merging.method import Method
+from fedfrom.merging.threads import one_thread_each
 from fedfrom.records import ADAPTER_KEY, STATISTICS_KEY, metric_record, model_record, record_to_config, to_state
+from fedfrom.spool import SpooledState, SpoolError
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
@@ -47,11 +51,14 @@ class Sent:
     lora_config : dict[str, Any] | None
         The global adapter's config. With it clients may have ranks and scalings of their own; without it, or where
         factors are merged one by one, all must have one.
+    largest : Mapping[str, float]
+        Largest magnitude of each floating-point tensor, where it is known.
     """
 
     state: dict[str, Tensor]
     layers: dict[str, Layer]
     lora_config: dict[str, Any] | None
+    largest: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def check(cls, record: ArrayRecord, lora_config: dict[str, Any] | None, method: Method, dora: bool) -> Sent:
@@ -71,10 +78,12 @@ class Sent:
         who = "global arrays"
         state = to_state(record, who)
         layers = L.find_layers(state, who)
+        with one_thread_each():
+            largest = {key: blocks.largest(value) for key, value in state.items() if value.is_floating_point()}
         for name, layer in layers.items():
             L.check_dora(layer, who, dora)
             for key in layer.keys.values():
-                if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+                if not math.isfinite(largest.get(key, 0.0)):
                     raise ValueError(f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
             if layer.is_adapter:
                 rank = L.read_adapter(layer, state, 1.0, who).rank
@@ -86,8 +95,8 @@ class Sent:
                 "tensors by their true size, found None"
             )
         if method.on_factors:  # A and B apart; one scaling is assumed
-            return cls(state, L.find_layers(state, who, pair_factors=False), None)
-        return cls(state, layers, lora_config)
+            return cls(state, L.find_layers(state, who, pair_factors=False), None, largest)
+        return cls(state, layers, lora_config, largest)
 
     @property
     def adapters(self) -> dict[str, Layer]:
@@ -113,30 +122,36 @@ class Sent:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that passed every check.
+    """A reply that passed every check, without its arrays but for the state.
 
     Attributes
     ----------
     node_id : int
         Who sent it.
     content : RecordDict
-        All that it carries.
-    state : dict[str, Tensor]
-        The model or adapter.
+        All that it carries but arrays.
+    state : Mapping[str, Tensor]
+        The model or adapter: views of the bytes that came, or a `SpooledState`.
     examples : float
         num-examples.
     config : dict[str, Any] | None
         The client's adapter config, where it sent one.
     statistics : dict[str, Tensor] | None (default: None)
         Gram matrices by layer or Fisher diagonals by key, where the method needs them.
+    norms : dict[str, float]
+        Norm of the change of each plain tensor, by layer.
+    digest : bytes
+        Of its arrays and statistics.
     """
 
     node_id: int
     content: RecordDict
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     examples: float
     config: dict[str, Any] | None
     statistics: dict[str, Tensor] | None = None
+    norms: dict[str, float] = field(default_factory=dict)
+    digest: bytes = b""
 
     @property
     def who(self) -> str:
@@ -151,7 +166,7 @@ class Rejection(NamedTuple):
     ----------
     kind : str
         One of "unreadable", "keys", "shapes" (dtypes and ranks too), "config", "not-finite", "too-large",
-        "statistics", "examples", "metrics" and "unselected": what metrics count.
+        "statistics", "examples", "spool", "metrics" and "unselected": what metrics count.
     reason : str
         Names the key, what was expected and what was found.
     """
@@ -179,8 +194,51 @@ def _as(kind: str) -> Iterator[None]:
         raise RejectedReply(kind, str(error)) from error
 
 
+@dataclass
+class Room:
+    """Where the states of a round's replies are kept until they are merged.
+
+    Attributes
+    ----------
+    memory : float
+        Bytes of states that are kept in memory, from now on; those beyond go to disk.
+    folder : Path
+        Where on disk; made where it is missing.
+    """
+
+    memory: float
+    folder: Path
+
+    def keep(self, reply: Reply) -> Reply:
+        """Return a reply whose state is in memory or on disk.
+
+        Raises
+        ------
+        RejectedReply
+            The disk does not take it.
+        """
+        size = sum(tensor.nbytes for tensor in reply.state.values())
+        if size <= self.memory:
+            self.memory -= size
+            return reply
+        with _as("spool"):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SpoolError(
+                    f"{reply.who}, spool: expected a folder that can be made and written to, found {self.folder}: "
+                    f"{error.strerror or error}"
+                ) from error
+            return replace(reply, state=SpooledState(reply.state, self.folder, reply.who))
+
+
 def screen(
-    messages: Iterable[Message], sent: Sent, arrayrecord_key: str, weighted_by: str, needs: str | None = None
+    messages: Iterable[Message],
+    sent: Sent,
+    arrayrecord_key: str,
+    weighted_by: str,
+    needs: str | None = None,
+    room: Room | None = None,
 ) -> tuple[list[Reply], dict[int, Rejection]]:
     """Return the replies that can be merged, and by node why the others can't.
 
@@ -190,28 +248,52 @@ def screen(
     Parameters
     ----------
     messages : Iterable[Message]
-        Train replies with content.
+        Train replies with content. Each is read as it comes, and not held when the next one is asked for.
     sent : Sent
         What they reply to.
     arrayrecord_key, weighted_by : str
         Names of the model's record and of the metric with the number of examples.
     needs : str | None (default: None)
         The statistics that the method needs, "gram" or "fisher"; None leaves those that came unread.
+    room : Room | None (default: None)
+        Where states are kept; None keeps all in memory.
     """
     valid: list[Reply] = []
     rejected: dict[int, Rejection] = {}
-    for message in messages:
+    arriving = iter(messages)
+    while (message := next(arriving, None)) is not None:
         try:
-            valid.append(read_reply(message, sent, arrayrecord_key, weighted_by, needs))
+            with one_thread_each():
+                reply = read_reply(message, sent, arrayrecord_key, weighted_by, needs)
+            valid.append(reply if room is None else room.keep(reply))
+            del reply
         except RejectedReply as error:
             rejected[message.metadata.src_node_id] = Rejection(error.kind, _one_line(str(error)))
+        del message  # before the next one comes
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
         rejected |= {node_id: Rejection("config", _one_line(reason)) for node_id, reason in others.items()}
     if needs is not None:
         valid, others = _of_one_kind(valid, needs)
         rejected |= {node_id: Rejection("statistics", _one_line(reason)) for node_id, reason in others.items()}
-    return sorted(valid, key=lambda reply: _content_key(reply, arrayrecord_key, weighted_by)), rejected
+    return sorted(valid, key=lambda reply: _content_key(reply, weighted_by)), rejected
+
+
+def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
+    """Return by node why replies that were kept on disk can no longer be read."""
+    states = {reply.node_id: reply.state for reply in replies}
+    return {
+        node_id: Rejection("spool", _one_line(state.damage))
+        for node_id, state in states.items()
+        if isinstance(state, SpooledState) and state.damage is not None
+    }
+
+
+def discard(replies: Iterable[Reply]) -> None:
+    """Give the disk back what the replies' states took of it."""
+    for reply in replies:
+        if isinstance(reply.state, SpooledState):
+            reply.state.close()
 
 
 def _one_line(reason: str) -> str:
@@ -220,17 +302,17 @@ def _one_line(reason: str) -> str:
     return line if len(line) <= _LONGEST_REASON else f"{line[:400]} ... {line[-200:]}"
 
 
-def _content_key(reply: Reply, arrayrecord_key: str, weighted_by: str) -> tuple[bytes, str]:
-    """Return a digest of a reply's arrays and statistics (of the end of each: they may be large), then its metrics.
+def _content_key(reply: Reply, weighted_by: str) -> tuple[bytes, str]:
+    """Return the digest of a reply's arrays, then its metrics: some clients' metrics hold times, which are chance."""
+    return reply.digest, repr(sorted(metric_record(reply.content, weighted_by).items()))
 
-    Arrays first: some clients' metrics hold times, which are chance too.
-    """
+
+def _digest(record: ArrayRecord, statistics: ArrayRecord | None) -> bytes:
+    """Return a digest of arrays and statistics: of the end of each, since they may be large."""
     digest = hashlib.blake2b()
-    for array in model_record(reply.content, arrayrecord_key).values():
-        digest.update(array.data[-_DIGESTED:])
-    for statistic in (reply.content.array_records[STATISTICS_KEY] if reply.statistics else {}).values():
-        digest.update(statistic.data[-_DIGESTED:])
-    return digest.digest(), repr(sorted(metric_record(reply.content, weighted_by).items()))
+    for array in [*record.values(), *(() if statistics is None else statistics.values())]:
+        digest.update(memoryview(array.data)[-_DIGESTED:])
+    return digest.digest()
 
 
 def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, str]]:
@@ -305,18 +387,29 @@ def read_reply(
                     sizes = f"expected at most {len(sent.layers)} modules, found {len(config[field])}"
                     raise ValueError(f"{ADAPTER_KEY}, {field}: {sizes}")
     with _as("shapes"):
-        _check_layers(state, sent, config)
+        norms = _check_layers(state, sent, config)
     statistics = None
     if needs is not None:
         with _as("statistics"):
             statistics = _read_statistics(content, sent, needs)
     with _as("examples"):
         examples: Any = metric_record(content, weighted_by)[weighted_by]
-    return Reply(message.metadata.src_node_id, content, state, float(examples), config, statistics)
+    rest = RecordDict({name: part for name, part in content.items() if not isinstance(part, ArrayRecord)})
+    digest = _digest(record, content.array_records[STATISTICS_KEY] if statistics else None)
+    node_id = message.metadata.src_node_id
+    return Reply(node_id, rest, state, float(examples), config, statistics, norms, digest)
 
 
-def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None) -> None:
-    """Raise ValueError where a reply's tensors are not of the shapes, dtypes and sizes that were sent."""
+def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None) -> dict[str, float]:
+    """Return the norm of each plain tensor's change, or raise ValueError.
+
+    That is where a reply's tensors are not of the shapes, dtypes and sizes that were sent.
+    """
+    plain = {
+        layer.name: (state[key], sent.state[key])
+        for layer in sent.layers.values()
+        if (key := layer.keys.get("tensor")) and state[key].is_floating_point()
+    }
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
@@ -328,7 +421,12 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
                 if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
-            _check_size(state[key], key)
+    norms = blocks.delta_norms(plain)
+    for layer in sent.layers.values():
+        for key in layer.keys.values():
+            # no entry is further from what was sent: a pass over memory less for all but strange replies
+            if not sent.largest.get(key, math.inf) + norms.get(layer.name, math.inf) < _limit(state[key]):
+                _check_size(state[key], key)
         if free and layer.is_adapter:
             assert config is not None
             found, expected = L.adapter_rank(layer, state), rank_and_scaling(config, layer.name)[0]
@@ -336,6 +434,7 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
         if layer.is_adapter:
             _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
+    return norms
 
 
 def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:
@@ -383,13 +482,15 @@ def _check_size(tensor: Tensor, key: str, who: str = "reply") -> None:
     """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    low, high = torch.aminmax(tensor)  # NaN where there is one
-    largest = max(-float(low), float(high))
+    largest, limit = blocks.largest(tensor), _limit(tensor)
     if not math.isfinite(largest):
         raise RejectedReply("not-finite", f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
-    limit = _LARGEST.get(tensor.dtype, _LARGEST[torch.float32])
     if largest > limit:
         raise RejectedReply("too-large", f"{who}, {key!r}: expected entries up to {limit:g}, found {largest:g}")
+
+
+def _limit(tensor: Tensor) -> float:
+    return _LARGEST.get(tensor.dtype, _LARGEST[torch.float32])
 
 
 def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) -> None:

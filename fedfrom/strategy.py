@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import logging
 import random
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,15 +33,19 @@ from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
-from fedfrom.records import ADAPTER_KEY, config_to_record, to_record
+from fedfrom.pulling import send_and_receive
+from fedfrom.records import ADAPTER_KEY, config_to_record, spend
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
     Reply,
+    Room,
     Sent,
     cap_examples,
     check_metrics,
     comparable_metrics,
+    damaged,
+    discard,
     screen,
     with_examples,
 )
@@ -48,7 +53,7 @@ from fedfrom.replies import (
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 # what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout"}
+_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
@@ -70,7 +75,7 @@ class RoundReport:
     merge : MergeReport | None
         None where the round was skipped.
     seconds : float
-        Spent reading, merging and writing.
+        Spent reading, merging and writing; not waiting for replies.
     reasons : dict[str, int]
         Kind of rejection -> how many replies: see `fedfrom.replies.Rejection`.
     examples_capped : int
@@ -130,6 +135,38 @@ class RoundReport:
         return MetricRecord(metrics)
 
 
+class _Arriving:
+    """The replies that have content, one by one as they come; errors are kept aside."""
+
+    def __init__(self, replies: Iterable[Message]) -> None:
+        self._replies, self._worked, self._since = iter(replies), 0.0, time.perf_counter()
+        self.results, self.failures = 0, list[Message]()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message:
+        """Wait for the next reply that has content."""
+        self._worked = self.seconds()
+        try:
+            while (message := next(self._replies)).has_error():
+                self.failures.append(message)
+        finally:
+            self._since = time.perf_counter()
+        self.results += 1
+        return message
+
+    def seconds(self) -> float:
+        """Return how long the replies were worked on so far, not waited for."""
+        return self._worked + time.perf_counter() - self._since
+
+    def log(self, who: str) -> None:
+        """Log how many came, and the errors, in Flower's own words."""
+        log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
+        for message in self.failures:
+            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
+
+
 class FedMerge(FedAvg):
     """FedAvg with its averaging replaced by any of fedfrom's merging methods.
 
@@ -158,6 +195,13 @@ class FedMerge(FedAvg):
         Of the sampling of nodes, and the method's.
     node_timeout : float (default: 3600)
         Seconds to wait for enough nodes in a round, before RuntimeError ends the run.
+    memory_budget : float | None (default: 4 GiB)
+        Bytes of a round's replies that are kept in memory. What comes beyond is written to disk as it comes, and merged
+        from there a block at a time, to the same bits; a reply that the disk does not take is rejected. None: all are
+        kept in memory, as are those that a strategy around this one hands over in a list.
+    spool : str | Path | None (default: None)
+        The folder for that; None is the one for temporary files. The files have no names, and are gone after the round
+        or with the process.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
     checkpoint : str | Path | None (default: None)
@@ -192,6 +236,8 @@ class FedMerge(FedAvg):
         lora_config: Any = None,
         seed: int = 0,
         node_timeout: float = 3600,
+        memory_budget: float | None = 4 * 2**30,
+        spool: str | Path | None = None,
         dora: bool = False,
         same_base: bool = False,
         checkpoint: str | Path | None = None,
@@ -218,6 +264,9 @@ class FedMerge(FedAvg):
         self.examples_cap, self.min_valid_replies = examples_cap, min_valid_replies
         self.select, self.attackers = select, attackers
         self.seed, self.node_timeout = seed, node_timeout
+        if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
+            raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
+        self.memory_budget, self.spool = memory_budget, spool
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         if not isinstance(checkpoints_kept, int) or checkpoints_kept < 1:
@@ -310,11 +359,31 @@ class FedMerge(FedAvg):
             raise RuntimeError("aggregate_train: expected configure_train to have sent the global arrays before")
         if not self._asked:
             return None, None
-        start = time.perf_counter()
-        with_content, failures = self._check_and_log_replies(list(replies), is_train=True, validate=False)
+        arriving = _Arriving(replies)
         valid, rejected = screen(
-            with_content, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs
+            arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
+        try:
+            return self._aggregate(server_round, self._sent, valid, rejected, arriving)
+        finally:
+            discard(valid)
+
+    def _room(self, replies: Iterable[Message]) -> Room | None:
+        """Return where states are kept; None is in memory, where a list of replies already is."""
+        if self.memory_budget is None or isinstance(replies, Sequence):
+            return None
+        return Room(self.memory_budget, Path(tempfile.gettempdir() if self.spool is None else self.spool))
+
+    def _aggregate(
+        self,
+        server_round: int,
+        sent: Sent,
+        valid: list[Reply],
+        rejected: dict[int, Rejection],
+        arriving: _Arriving,
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge the valid replies, and report on all of them."""
+        arriving.log("aggregate_train")
         merged, report, examples = None, None, [reply.examples for reply in valid]
         try:
             if len(valid) < self.min_valid_replies:
@@ -322,17 +391,20 @@ class FedMerge(FedAvg):
                     "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
                 )
             else:
-                valid, unselected = self._selected(valid, self._sent, self.attackers - len(rejected))
+                valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
                 examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
-                merged, report = self._merge(valid, self._sent, examples)
+                merged, report = self._merge(valid, sent, examples)
         except ValueError as error:
+            if lost := damaged(valid):  # the others are as good as they were
+                rest = [reply for reply in valid if reply.node_id not in lost]
+                return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
             log.error("aggregate_train: %s", error)
         for node_id, (_, reason) in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): message.error.reason or "" for message in failures}
+        failed = {self._answers_for(message): message.error.reason or "" for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
@@ -342,7 +414,7 @@ class FedMerge(FedAvg):
             failed,
             sorted(asked - {*(reply.node_id for reply in valid), *rejected, *failed}),
             report,
-            time.perf_counter() - start,
+            arriving.seconds(),
             dict(Counter(sorted(kind for kind, _ in rejected.values()))),
             sum(reply.examples != count for reply, count in zip(valid, examples, strict=True)),
         )
@@ -351,7 +423,7 @@ class FedMerge(FedAvg):
         self._warn_of_swinging(report)
         metrics = self._aggregate_train_metrics(valid, examples)
         metrics.update(found.metrics())
-        return to_record(merged), metrics
+        return spend(merged), metrics
 
     def _answers_for(self, error: Message) -> int:
         """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
@@ -407,6 +479,7 @@ class FedMerge(FedAvg):
             sent.state,
             self.method,
             examples=examples,
+            norms=[reply.norms for reply in replies],
             server_lr=self.server_lr,
             clip=self.clip,
             as_reference=True,
@@ -434,9 +507,9 @@ class FedMerge(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the metrics of the valid evaluate replies, as FedAvg does; None where there is none."""
-        with_content, _ = self._check_and_log_replies(list(replies), is_train=False, validate=False)
+        arriving = _Arriving(replies)
         valid = []
-        for message in with_content:
+        for message in arriving:
             node_id = message.metadata.src_node_id
             try:
                 metrics = check_metrics(message.content, self.weighted_by_key)
@@ -444,6 +517,7 @@ class FedMerge(FedAvg):
                 valid.append((repr(sorted(metrics.items())), message.content, (node_id, float(examples))))
             except RejectedReply as error:
                 log.warning("aggregate_evaluate: rejected node %d: %s", node_id, error)
+        arriving.log("aggregate_evaluate")
         if not valid:
             return None
         valid.sort(key=lambda reply: reply[0])
@@ -566,7 +640,7 @@ class FedMerge(FedAvg):
     ) -> None:
         """Let the clients train, then evaluate, and put into `result` what came of it."""
         messages = self.configure_train(server_round, result.arrays, train_config, grid)
-        replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
+        replies = send_and_receive(grid, messages, timeout) if messages else []
         arrays, metrics = self.aggregate_train(server_round, replies)
         if arrays is not None:
             result.arrays = arrays
@@ -575,7 +649,7 @@ class FedMerge(FedAvg):
             result.train_metrics_clientapp[server_round] = metrics
 
         messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
-        replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
+        replies = send_and_receive(grid, messages, timeout) if messages else []
         metrics = self.aggregate_evaluate(server_round, replies)
         if metrics is not None:
             log.info("\t└──> Aggregated MetricRecord: %s", metrics)
@@ -682,7 +756,7 @@ class FedFroM(FedMerge):
         No client's num-examples counts for more than so many times the round's median; None: no bound.
     server_lr, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
         See `FedMerge`.
-    checkpoint, checkpoints_kept
+    memory_budget, spool, checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.

@@ -36,6 +36,23 @@ def set_task_identity(run_id: int = 1, node_id: int = SUPERLINK_NODE_ID, task_id
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
 
 
+class Clock:
+    """Takes the part of the module `time`; only sleeping makes time pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        """Return the seconds that were slept."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, at once."""
+        if seconds <= 0:
+            raise ValueError(f"a pause of {seconds} s would never end a wait")
+        self.now += seconds
+
+
 class InProcessGrid(Grid):
     """Run a ClientApp in this process, one message after the other, as a simulation would in many.
 
@@ -64,6 +81,8 @@ class InProcessGrid(Grid):
         Partitions that never answer; the set `silent` may be changed between rounds.
     lost : Collection[int]
         Partitions of which the SuperLink answers, in its own name, that their node is gone; may be changed likewise.
+    clock : Clock
+        Time stands still but for who waits for replies: a node that never answers costs a timeout of hours no time.
     record : bool
         Keep the messages themselves in `traffic`, not their sizes alone.
     """
@@ -87,6 +106,7 @@ class InProcessGrid(Grid):
             raise ValueError(f"partitions: expected a permutation of 0 to {num_nodes - 1}, found {partitions}")
         self.client_app = client_app
         self.silent, self.lost = set(silent), set(lost)
+        self.clock = Clock()
         self.traffic: list[Traffic] = []
         self.errors: list[Exception] = []
         self._record = record

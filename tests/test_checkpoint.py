@@ -77,9 +77,9 @@ def test_a_run_that_is_stopped_ends_as_if_it_had_not_been(instant: int, tmp_path
             raise Stopped
 
     class Stopping(InProcessGrid):
-        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        def push_messages(self, messages: Any) -> Any:
             tick()
-            return super().send_and_receive(messages, timeout=timeout)
+            return super().push_messages(messages)
 
     def scoring(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         tick()

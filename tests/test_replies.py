@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import resource
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,10 @@ from fedfrom.records import (
     metric_record,
     model_record,
     record_to_config,
+    spend,
     to_record,
     to_state,
+    to_state_dict,
 )
 from fedfrom.replies import Sent, comparable_metrics, read_reply
 from tests.inprocess import InProcessGrid
@@ -135,7 +138,9 @@ SPOILED = {
     "strings": (put(HEAD, np.array(["a", "b"])), [HEAD, "readable"]),
     "no bytes": (put(HEAD, Array("float32", (3, 10), "numpy.ndarray", b"")), [HEAD, "readable"]),
     "not numpy's bytes": (put(HEAD, Array("float32", (3, 10), "numpy.ndarray", b"PK\x03\x04zip")), [HEAD, "readable"]),
-    "another serialisation": (put(HEAD, Array("bfloat16", (3, 10), "fedfrom.bf16", b"\0" * 60)), [HEAD, "readable"]),
+    "bfloat16 for float32": (put(HEAD, Array("bfloat16", (3, 10), "fedfrom.bf16", b"\0" * 60)), [HEAD, "bfloat16"]),
+    "bfloat16 cut short": (put(HEAD, Array("bfloat16", (3, 10), "fedfrom.bf16", b"\0" * 59)), [HEAD, "readable"]),
+    "another serialisation": (put(HEAD, Array("float32", (3, 10), "torch.tensor", b"\0" * 120)), [HEAD, "readable"]),
     "cut short": (put(HEAD, header("{'descr':'<f4','fortran_order':False,'shape':(3, 10)}", b"\0" * 40)), [HEAD]),
     "a pickle": (put(HEAD, header("{'descr':'|O','fortran_order':False,'shape':()}", b"cos\nsystem\n.")), [HEAD]),
     "a header of 10^12": (put(HEAD, header("{'descr':'<f4','fortran_order':False,'shape':(10**12,)}")), [HEAD]),
@@ -369,26 +374,89 @@ def test_examples_beyond_any_float(value: int) -> None:
 # --- Records ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.int16],
+)
 def test_records_keep_the_bits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     state = {
         "a": (torch.randn(4, 5) * 3).to(dtype),
         "b": (torch.randn(5, 4) * 3).T.to(dtype),
         "c": torch.zeros((), dtype=dtype),
+        "d": torch.zeros((0, 3), dtype=dtype),
+        "e": (torch.randn(4, 9) * 3).to(dtype)[::2, 1::3],
     }
     before = {key: value.clone() for key, value in state.items()}
-    back = to_state(to_record(state))
-    assert list(back) == list(state)
+    record = to_record(state)
+    back, copies = to_state(record), to_state_dict(record)
+    assert list(back) == list(copies) == list(state)
     for key, value in back.items():
-        assert value.dtype == dtype and torch.equal(value, state[key])
-        value.zero_()  # new memory
-    assert all(torch.equal(state[key], before[key]) for key in state)
+        assert value.dtype == copies[key].dtype == dtype and value.shape == copies[key].shape == state[key].shape
+        assert torch.equal(value, state[key]) and torch.equal(copies[key], state[key])
+        copies[key].zero_()  # new memory
+    assert all(torch.equal(state[key], before[key]) and torch.equal(back[key], before[key]) for key in state)
+    spent = dict(state)
+    assert same_bits(spend(spent), record) and not spent
 
 
-def test_flower_carries_no_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i8", "i4", "u1", "?"])
+def test_records_are_flowers_own_to_the_byte(dtype: str) -> None:
+    for shape in ((), (0,), (3,), (2, 0, 4), (3, 4, 5)):
+        value = np.random.default_rng(0).normal(scale=3, size=shape).astype(dtype)
+        (found,) = to_record({"w": torch.from_numpy(np.asarray(value))}).values()
+        own = Array(np.asarray(value))
+        assert (found.dtype, found.shape, found.stype, found.data) == (own.dtype, own.shape, own.stype, own.data)
+        np.testing.assert_array_equal(found.numpy(), value)
+        read = to_state(ArrayRecord({"w": own}))["w"]
+        assert read.shape == shape and np.array_equal(read.numpy(), value)
+
+
+def test_arrays_are_read_where_they_lie() -> None:
+    """Whatever the order in memory; a header of another length leaves numbers unaligned, which are then copied."""
+    draw = np.random.default_rng(0)
+    for value in (draw.normal(size=(3, 4)), np.asfortranarray(draw.normal(size=(3, 4))), draw.normal(size=7)):
+        array = Array(value)
+        start = np.frombuffer(array.data, np.uint8).ctypes.data
+        found = to_state(ArrayRecord({"w": array}))["w"]
+        assert start < found.data_ptr() < start + len(array.data)
+        np.testing.assert_array_equal(found.numpy(), value)
+        del array
+        np.testing.assert_array_equal(found.numpy(), value)  # it keeps what it looks at
+    odd = b"{'descr':'<f8','fortran_order':False,'shape':(2,)}\n"
+    data = b"\x93NUMPY\x01\x00" + len(odd).to_bytes(2, "little") + odd + np.array([1.5, -2.0]).tobytes()
+    assert to_state(ArrayRecord({"w": Array("float64", (2,), "numpy.ndarray", data)}))["w"].tolist() == [1.5, -2.0]
+
+
+def test_reading_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_state(to_record({"w": torch.zeros(3), "h": torch.zeros(3, dtype=torch.bfloat16)}))
+
+
+def test_bfloat16_is_half_of_float32_and_nothing_takes_its_bits_for_numbers() -> None:
+    (array,) = to_record({"w": torch.zeros(1000, dtype=torch.bfloat16)}).values()
+    assert len(array.data) == 2000 and array.dtype == "bfloat16"
     with pytest.raises(TypeError):
-        to_record({"w": torch.zeros(2, dtype=torch.bfloat16)})
+        array.numpy()
+    with pytest.raises(TypeError, match="'w'.*float8"):
+        to_record({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "data"),
+    [
+        ("bfloat16", (3,), b"\0" * 5),
+        ("bfloat16", (10**12,), b"\0" * 6),
+        ("bfloat16", (-3,), b"\0" * 6),
+        ("bfloat16", (-1, -3), b"\0" * 6),
+        ("float32", (3,), b"\0" * 6),
+        ("bfloat16", (2**62, 4), b"\0" * 6),
+    ],
+)
+def test_bfloat16_whose_size_lies(dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+    with pytest.raises(ValueError, match="'w': expected a readable array, found ValueError: expected"):
+        to_state(ArrayRecord({"w": Array(dtype, shape, "fedfrom.bf16", data)}))
 
 
 def test_a_config_comes_back_with_its_expressions_spelled_out() -> None:

@@ -405,18 +405,11 @@ def test_a_silent_node_costs_its_own_reply_alone() -> None:
     assert same_bits(FedFroM().start(silent, record_of(mixed_state()), num_rounds=1).arrays, record_of(mixed_state()))
 
 
-def test_the_timeout_reaches_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, seen = InProcessGrid(noisy, 2), []
-    inner = grid.send_and_receive
-
-    def spy(messages: Any, *, timeout: float | None = None) -> Any:
-        seen.append(timeout)
-        return inner(messages, timeout=timeout)
-
-    monkeypatch.setattr(grid, "send_and_receive", spy)
-    FedFroM().start(grid, record_of(mixed_state()), num_rounds=1, timeout=12.5)
-    FedFroM().start(grid, record_of(mixed_state()), num_rounds=1)
-    assert seen == [12.5, 12.5, 3600, 3600]
+@pytest.mark.parametrize(("options", "seconds"), [({"timeout": 12.5}, 12.5), ({}, 3600)])
+def test_silent_nodes_are_waited_for_until_the_timeout(options: dict[str, Any], seconds: float) -> None:
+    grid = InProcessGrid(noisy, 2, silent=[1])
+    FedFroM(fraction_evaluate=0.0).start(grid, record_of(mixed_state()), num_rounds=1, **options)
+    assert grid.clock.now == pytest.approx(seconds)
 
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def check_inputs(
     pair: bool,
     dora: bool,
     same_base: bool,
+    norms: Sequence[Mapping[str, float]] | None = None,
 ) -> Inputs:
     """Return the inputs of `merge`, checked; see there."""
     n = len(states)
@@ -38,6 +39,7 @@ def check_inputs(
         "examples": examples,
         "names": names,
         "statistics": statistics,
+        "norms": norms,
     }.items():
         if values is not None and len(values) != n:
             raise ValueError(f"{label}: expected one a client, {n}, found {len(values)}")
@@ -56,7 +58,14 @@ def check_inputs(
                 f"fedfrom.client.{needs} and send them (statistics=)"
             )
 
-    def source(state: State, config: Any, name: str, sliced: bool = False, statistics: State | None = None) -> Source:
+    def source(
+        state: State,
+        config: Any,
+        name: str,
+        sliced: bool = False,
+        statistics: State | None = None,
+        norms: Mapping[str, float] | None = None,
+    ) -> Source:
         if not isinstance(state, Mapping):
             raise ValueError(f"{name}: expected a state dict (key -> tensor), found {type(state).__name__}: load it")
         found = L.find_layers(state, name)
@@ -67,11 +76,12 @@ def check_inputs(
         if not pair:
             found = L.find_layers(state, name, pair_factors=False)
         checked = None if config is None else check_config(config, name, dora, same_base)
-        return Source(name, Readable(state, name), found, checked, sliced, statistics)
+        return Source(name, Readable(state, name), found, checked, sliced, statistics, norms or {})
 
     beside = statistics if statistics is not None and needs else [None] * n
     own = configs if configs is not None else [None] * n
-    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, strict=True)]
+    known = norms if norms is not None else [None] * n
+    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, known, strict=True)]
     for client in sent:
         if client.layers.keys() != sent[0].layers.keys():
             found = L.difference(client.layers, sent[0].layers)

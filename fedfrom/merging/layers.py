@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedfrom.merging.blocks import Values
 from fedfrom.merging.configs import NO_DORA
 from fedfrom.merging.lowrank import LowRank
 
@@ -210,12 +211,12 @@ def difference(found: Iterable[str], expected: Iterable[str]) -> str:
     return f"{len(missing)} missing {missing[:3]} and {len(extra)} more {extra[:3]}"
 
 
-def check_same(found: Tensor, expected: Tensor, who: str, key: str, rank_may_differ: int | None = None) -> None:
+def check_same(found: Values, expected: Values, who: str, key: str, rank_may_differ: int | None = None) -> None:
     """Raise ValueError where shape or dtype are not as expected.
 
     Parameters
     ----------
-    found, expected : Tensor
+    found, expected : Tensor | Reader
         What came and what should have.
     who, key : str
         For the error.
@@ -223,7 +224,7 @@ def check_same(found: Tensor, expected: Tensor, who: str, key: str, rank_may_dif
         A dimension that is exempt: the rank of a LoRA factor.
     """
     shapes = [list(found.shape), list(expected.shape)]
-    if rank_may_differ is not None and found.ndim == expected.ndim:
+    if rank_may_differ is not None and len(shapes[0]) == len(shapes[1]):
         for shape in shapes:
             shape[rank_may_differ] = -1
     if shapes[0] != shapes[1] or found.dtype != expected.dtype:

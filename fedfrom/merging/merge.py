@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedfrom.merging import blocks
 from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.configs import output_config
 from fedfrom.merging.frobenius import AUTO, FroM
@@ -22,6 +23,7 @@ from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensor
+from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
 
 
@@ -39,6 +41,7 @@ def merge(
     as_reference: bool = False,
     names: Sequence[str] | None = None,
     statistics: Sequence[State | None] | None = None,
+    norms: Sequence[Mapping[str, float]] | None = None,
     dora: bool = False,
     same_base: bool = False,
     **options: Any,
@@ -49,7 +52,8 @@ def merge(
     ----------
     states : Sequence[Mapping[str, Tensor]]
         W_i: what each client sends, at least one: adapters' state dicts, full state dicts, or both mixed. A mapping may
-        read its tensors when asked for them: one layer is held at a time. Never changed.
+        read its tensors when asked for them: one layer is held at a time. One that has a method `reader` (key ->
+        `blocks.Reader`) has its plain tensors read a block at a time. Never changed.
     reference : Mapping[str, Tensor] | None (default: None)
         W, the global state; None is zero, which is right for fresh adapters. Layers that it lacks have none; those that
         the clients lack are not in the result.
@@ -80,6 +84,9 @@ def merge(
     statistics : Sequence[Mapping[str, Tensor]] | None (default: None)
         What each client sends beside its state, for the methods that need it: Gram matrices by module name
         (`fedfrom.client.gram`) or Fisher diagonals by key (`fedfrom.client.fisher`).
+    norms : Sequence[Mapping[str, float]] | None (default: None)
+        What is known of each client's ||W_i - ref_i||_F, by the name of a plain tensor, as `blocks.delta_norm` gives
+        it: taken as true, so that a state that is read from disk is read once.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base: see `configs.check_config`.
     **options
@@ -113,6 +120,7 @@ def merge(
     check_clip(clip)
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
+        each["norms"] = norms
         each["names"] = names or [f"client {i}" for i in range(len(states))]
 
         def mean_of(clients: list[int]) -> tuple[dict[str, Tensor], MergeReport]:
@@ -137,6 +145,7 @@ def merge(
         not chosen.on_factors,
         dora,
         same_base,
+        norms,
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
@@ -147,12 +156,17 @@ def merge(
         )
     merged: list[dict[str, Tensor]] = [{} for _ in candidates]
     reports: list[list[LayerReport]] = [[] for _ in candidates]
-    with _one_thread(), torch.no_grad():
+    with one_thread_each(), torch.no_grad():
         whole = survey(inputs, chosen, clip)
-        for name in inputs.sent[0].layers:
-            for i, (part, report) in enumerate(
-                _merge_layer(inputs, name, candidates, server_lr, whole, as_reference, clip)
-            ):
+        waiting = [
+            begin(
+                0 if layer.is_adapter else inputs.sent[0].values(name).numel(),
+                partial(_merge_layer, inputs, name, candidates, server_lr, whole, as_reference, clip),
+            )
+            for name, layer in inputs.sent[0].layers.items()
+        ]
+        for wait in waiting:
+            for i, (part, report) in enumerate(wait()):
                 merged[i].update(part)
                 reports[i].append(report)
     best, validation = 0, []
@@ -182,13 +196,13 @@ def _merge_layer(
         # methods on factors see no adapters
         products = [method for method in methods if isinstance(method, ProductMethod)]
         found = merge_adapter(inputs, name, products, server_lr, whole, as_reference, clip)
-    elif not inputs.sent[0].tensor(name).is_floating_point():
+    elif not inputs.sent[0].values(name).dtype.is_floating_point:
         found = [keep(inputs, name)] * len(methods)
     else:
         found = merge_tensor(inputs, name, methods, server_lr, whole, clip)
     for part, _ in found:
         for key, tensor in part.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not blocks.is_finite(tensor):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
     return found
@@ -203,14 +217,3 @@ def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str,
     if given is None or keep or not ranks:
         return given
     return output_config(given, ranks)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run on one thread: small QRs and SVDs are faster, and their bits do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
+from fedfrom.merging.blocks import Values
 from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.merging.layers import Layer, State
 from fedfrom.merging.lowrank import LowRank
@@ -41,6 +43,11 @@ class Readable(Mapping[str, Tensor]):
             raise ValueError(f"{self._who}, {key!r}: expected a dense tensor of real numbers, found {kind}")
         return tensor
 
+    def entries(self, key: str) -> Values:
+        """Return the tensor of a key, or what reads it a block at a time where the state has that."""
+        reader = getattr(self._state, "reader", None)
+        return self[key] if reader is None else reader(key)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
 
@@ -60,14 +67,17 @@ class Source:
         The factors are leading parts of those that the config describes: its ranks do not hold, its scalings do.
     statistics : Mapping[str, Tensor] | None
         What a client sent beside its state: Gram matrices by module, or Fisher diagonals by key.
+    norms : Mapping[str, float]
+        ||W_i - ref_i||_F of plain tensors by layer, where that is known.
     """
 
     who: str
-    state: State
+    state: Readable
     layers: dict[str, Layer]
     config: dict[str, Any] | None
     sliced: bool = False
     statistics: State | None = None
+    norms: Mapping[str, float] = field(default_factory=dict)
 
     def scaling(self, name: str) -> float:
         """Return s of an adapter layer; 1 without a config."""
@@ -87,6 +97,10 @@ class Source:
     def tensor(self, name: str, part: str = "tensor") -> Tensor:
         """Return one of a layer's tensors."""
         return self.state[self.layers[name].keys[part]]
+
+    def values(self, name: str, part: str = "tensor") -> Values:
+        """Return one of a layer's tensors, unread where it can be read a block at a time."""
+        return self.state.entries(self.layers[name].keys[part])
 
 
 @dataclass(frozen=True)
@@ -162,7 +176,7 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
     for source in sources:
         for part in parts if source is not None else []:
             assert source is not None
-            if not torch.isfinite(source.tensor(name, part)).all():
+            if not blocks.is_finite(source.tensor(name, part)):
                 key = source.layers[name].keys[part]
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 
@@ -184,6 +198,6 @@ def summing_order(inputs: Inputs, name: str, norms: list[float]) -> list[int]:
 def _digest(source: Source, name: str) -> bytes:
     digest = hashlib.blake2b()
     for part in sorted(source.layers[name].keys):
-        tensor = source.tensor(name, part).detach().cpu().contiguous()
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for block in blocks.in_order(source.values(name, part)):
+            digest.update(block.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

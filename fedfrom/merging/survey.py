@@ -10,7 +10,7 @@ from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
 from fedfrom.merging.method import Method, Survey
 from fedfrom.merging.sources import Inputs, check_norms
-from fedfrom.merging.tensors import plain_tensors
+from fedfrom.merging.tensors import delta_norms, plain_tensors
 from fedfrom.merging.ties import Ties
 from fedfrom.merging.weighing import clip_factors
 
@@ -39,8 +39,7 @@ def _norms(inputs: Inputs, name: str) -> list[float]:
     if inputs.sent[0].layers[name].is_adapter:
         found = [delta.norm() for delta in adapter_deltas(inputs, name)[2]]
     else:
-        _, values, references = plain_tensors(inputs, name)
-        found = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
+        return delta_norms(inputs, name)
     return check_norms(found, inputs, name)
 
 
@@ -68,6 +67,6 @@ def updated(inputs: Inputs) -> list[str]:
     for name, layer in inputs.sent[0].layers.items():
         plain = not layer.is_adapter
         without = plain and (layer.is_running_statistic or inputs.reference_of(name) is None)
-        if not (without or (plain and not inputs.sent[0].tensor(name).is_floating_point())):
+        if not (without or (plain and not inputs.sent[0].values(name).dtype.is_floating_point)):
             names.append(name)
     return names

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
+from fedfrom.merging.blocks import Values
 from fedfrom.merging.method import Context, Method, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
@@ -25,8 +26,9 @@ def merge_tensor(
     """
     layer, values, references = plain_tensors(inputs, name)
     W = inputs.reference_of(name)
-    norms = check_norms([blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)], inputs, name)
-    check_finite([W], name, ["tensor"])
+    norms = delta_norms(inputs, name)
+    if all(source is not W for source in inputs.received_of(name)):  # else a finite norm says that it is finite
+        check_finite([W], name, ["tensor"])
     if W is None or layer.is_running_statistic:
         server_lr, survey = 1.0, Survey()
         if layer.is_running_statistic or not methods[0].needs:
@@ -37,10 +39,9 @@ def merge_tensor(
     order = summing_order(inputs, name, norms)
     unit = power_of_two(clipped)
     sent, received = [values[i] for i in order], [references[i] for i in order]
-    samples = torch.stack([blocks.sample(x, r) for x, r in zip(sent, received, strict=True)]) / unit
-    samples *= torch.tensor([factors[i] for i in order], dtype=samples.dtype, device=samples.device)[:, None]
     sizes = [clipped[i] / unit for i in order]
-    updates = Updates(norms, factors, order, unit, sizes, samples @ samples.T)
+    gram = blocks.gram_of_samples(sent, received, [factors[i] / unit for i in order])
+    updates = Updates(norms, factors, order, unit, sizes, gram)
 
     def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         combine = _linear if weighing.method.linear else _combined
@@ -66,7 +67,7 @@ def _linear(
     updates: Updates,
     weighing: Weighing,
     survey: Survey,
-    sent: list[Tensor],
+    sent: list[Values],
     received: list[Tensor | None],
     base: Tensor | None,
 ) -> tuple[Tensor, float, float]:
@@ -85,7 +86,7 @@ def _combined(
     updates: Updates,
     weighing: Weighing,
     survey: Survey,
-    sent: list[Tensor],
+    sent: list[Values],
     received: list[Tensor | None],
     base: Tensor | None,
 ) -> tuple[Tensor, float, float]:
@@ -115,11 +116,21 @@ def _statistics_name(name: str, method: Method) -> str:
     return name.removesuffix(".weight") if method.needs == "gram" else name
 
 
-def plain_tensors(inputs: Inputs, name: str) -> tuple[L.Layer, list[Tensor], list[Tensor | None]]:
+def delta_norms(inputs: Inputs, name: str) -> list[float]:
+    """Return ||W_i - ref_i||_F of one plain layer, those that are not known yet from its entries; all are finite."""
+    known = [source.norms.get(name) for source in inputs.sent]
+    if None in known:
+        _, values, references = plain_tensors(inputs, name)
+        found = zip(values, references, known, strict=True)
+        known = [blocks.delta_norm(v, r) if norm is None else norm for v, r, norm in found]
+    return check_norms([norm for norm in known if norm is not None], inputs, name)
+
+
+def plain_tensors(inputs: Inputs, name: str) -> tuple[L.Layer, list[Values], list[Tensor | None]]:
     """Return one plain layer with the W_i and the ref_i, checked against each other."""
     template = inputs.template(name)
-    expected = template.tensor(name)
-    values = [sent.tensor(name) for sent in inputs.sent]
+    expected = template.values(name)
+    values = [sent.values(name) for sent in inputs.sent]
     for sent, value in zip(inputs.sent, values, strict=True):
         L.check_same(value, expected, sent.who, sent.layers[name].keys["tensor"])
     for source in inputs.received_of(name):
@@ -133,8 +144,8 @@ def keep(inputs: Inputs, name: str) -> tuple[dict[str, Tensor], LayerReport]:
     """Keep a tensor of integers or booleans: the reference's, or without one the largest entries of the clients'."""
     layer, values, _ = plain_tensors(inputs, name)
     source = inputs.reference_of(name)
-    kept = values[0] if source is None else source.tensor(name)
+    kept = blocks.whole(values[0]) if source is None else source.tensor(name)
     if source is None:
         for value in values[1:]:
-            kept = torch.maximum(kept, value)
+            kept = torch.maximum(kept, blocks.whole(value))
     return {layer.keys["tensor"]: kept.clone()}, LayerReport(name, "kept", has_reference=source is not None)

@@ -1,0 +1,60 @@
+"""Sending messages and taking in the replies one by one, as they come: no more than one is in memory here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+SHORTEST, LONGEST = 0.02, 1.0
+"""Seconds between two looks for replies: Flower's own loop waits 3."""
+
+_SHARE = 0.05
+"""Of the time without a reply, which the next pause is: a round of seconds is not held up, a long one not polled."""
+
+
+def send_and_receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
+    """Send messages at once, and return an iterator over their replies, in the order that they come.
+
+    Each reply is pulled by itself, when it is asked for: a pull of many would bring all that are ready into memory.
+    Nodes that have not replied by the end have no reply in it.
+
+    Parameters
+    ----------
+    grid : Grid
+        What sends messages to the nodes. One of a time of its own has a `clock`, with `monotonic` and `sleep`.
+    messages : Iterable[Message]
+        One a node.
+    timeout : float | None
+        Seconds to wait for replies from now on, those not counted in which replies are worked on; None is for ever.
+    """
+    # a message that could not be sent has no id
+    waiting = [message_id for message_id in grid.push_messages(messages) if message_id]
+    return _pulled(grid, waiting, timeout, getattr(grid, "clock", time))
+
+
+def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -> Iterator[Message]:
+    heard, left = clock.monotonic(), float("inf") if timeout is None else timeout
+    while waiting:
+        start = clock.monotonic()
+        for message_id in list(waiting):
+            replies = list(grid.pull_messages([message_id]))
+            if not replies:
+                continue
+            waiting.remove(message_id)
+            asked = clock.monotonic()
+            while replies:
+                yield replies.pop()  # whoever has it is the only one that does
+            heard = clock.monotonic()
+            start += heard - asked
+        left -= (now := clock.monotonic()) - start
+        if left <= 0:
+            break
+        if waiting:
+            # where looking takes long itself, of many nodes, it is done half of the time at most
+            pause = min(max(SHORTEST, _SHARE * (now - heard), now - start), LONGEST)
+            clock.sleep(min(pause, left))
+            left -= clock.monotonic() - now
