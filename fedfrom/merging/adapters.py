@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.lowrank import Cores, LowRank, gram
+from fedfrom.merging.lowrank import LowRank, norms_and_cosines
 from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.solve import Solution
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
+from fedfrom.merging.stack import Stack
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
@@ -48,22 +49,24 @@ class _Module:
     products: list[LowRank]
     thetas: list[LowRank]
     updates: Updates
-    cores: Cores = field(default_factory=dict)
+    stack: Stack
 
     @classmethod
     def read(cls, inputs: Inputs, name: str, survey: Survey, as_reference: bool, clip: float | None) -> _Module:
         W, products, deltas = adapter_deltas(inputs, name)
-        norms = check_norms([delta.norm() for delta in deltas], inputs, name)
+        order = summing_order(inputs, name, [_size(delta) for delta in deltas])
+        stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)])
+        found, cosines = norms_and_cosines([deltas[i] for i in order], stack)
+        norms = check_norms([found[order.index(i)] for i in range(len(order))], inputs, name)
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
         clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-        order = summing_order(inputs, name, norms)
         unit = power_of_two([*clipped, 0.0 if W is None else W.norm()])
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
-        sizes = [clipped[i] / unit for i in order]
-        updates = Updates(norms, factors, order, unit, sizes, gram(thetas, sizes))
-        return cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates)
+        sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
+        updates = Updates(norms, factors, order, unit, sizes.tolist(), sizes[:, None] * cosines * sizes)
+        return cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
 
     def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return the module's tensors and its report."""
@@ -80,14 +83,13 @@ class _Module:
         solution = _frozen(self.W, self.products, target, rank)
         if solution is None:
             rows = own if self.as_reference else None
-            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, cores=self.cores)
+            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, stack=self.stack)
             if self.inputs.template(self.name).layers[self.name].is_embedding:
                 # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
                 root = target.shape[1] ** 0.5
                 solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
-        size = change.norm()
-        inner = updates.gram @ coefficients if method.linear else self._inner(change, size)
-        spread = max(0.0, squares - 2 * float(w @ inner) + size**2)  # sum_i w_i ||theta_i - theta*||^2
+        inner, size = self._sizes(method, w, coefficients, change)
+        spread = max(0.0, squares - 2 * inner + size)  # sum_i w_i ||theta_i - theta*||^2
         report = LayerReport(
             name=self.name,
             kind="adapter",
@@ -114,9 +116,12 @@ class _Module:
             server_lr=server_lr,
         )
 
-    def _inner(self, change: LowRank, size: float) -> Tensor:
-        """Return (n,) <theta_i, theta*>."""
-        return gram([*self.thetas, change], [*self.updates.sizes, size])[:-1, -1]
+    def _sizes(self, method: ProductMethod, w: Tensor, coefficients: Tensor, change: LowRank) -> tuple[float, float]:
+        """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
+        if method.linear:
+            inner = self.updates.gram @ coefficients
+            return float(w @ inner), max(0.0, float(coefficients @ inner))
+        return LowRank.sum(self.thetas, w.tolist()).inner(change), change.norm() ** 2
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
@@ -178,7 +183,7 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
                 L.check_same(
                     cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part)
                 )
-            received.append(read.setdefault(id(cut), cut.adapter(name)))
+            received.append(read.setdefault(id(cut), _part_of(W, cut.adapter(name))))
     for sent, product, ref in zip(inputs.sent, products, received, strict=True):
         rank = products[0].rank if ref is None else ref.rank
         if sent.config is None and product.rank != rank:
@@ -187,8 +192,41 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
                 f"{sent.who}, {name!r}: expected rank {rank} {why}, found {product.rank}: unequal ranks have unequal "
                 "scalings; give each client's adapter config (configs=)"
             )
-    deltas = [p if r is None else p - r for p, r in zip(products, received, strict=True)]
+    deltas = [p if r is None else _delta(p, r) for p, r in zip(products, received, strict=True)]
     return W, products, deltas
+
+
+def _part_of(W: LowRank | None, received: LowRank) -> LowRank:
+    """Return what a client was sent; where that is the leading part of W, in W's memory."""
+    assert W is not None
+    (_, B, A), (s, B_i, A_i) = W.terms[0], received.terms[0]
+    B, A = B[:, : received.rank], A[: received.rank]
+    return LowRank(B, A, s) if torch.equal(B, B_i) and torch.equal(A, A_i) else received
+
+
+def _delta(sent: LowRank, received: LowRank) -> LowRank:
+    """Return theta_i = W_i - ref_i, where it can be by way of what changed in the factors.
+
+    With B_i = B + dB_i, A_i = A + dA_i and one scaling it is s (dB_i A + dB_i dA_i + B dA_i): no digits cancel, and all
+    clients' factors, B, dB_1, ..., dB_n, are far from dependent, which B, B_1, ..., B_n are where updates are small.
+    """
+    (s, B_i, A_i), (given, B, A) = sent.terms[0], received.terms[0]
+    if s != given or A_i.shape != A.shape:
+        return sent - received
+    dB, dA = B_i.to(torch.float64) - B.to(torch.float64), A_i.to(torch.float64) - A.to(torch.float64)
+    parts = [(dB, A), (dB, dA), (B, dA)]
+    moved = {id(dB): bool(dB.any()), id(dA): bool(dA.any())}
+    terms = [
+        LowRank(left, right, s) for left, right in parts if moved.get(id(left), True) and moved.get(id(right), True)
+    ]
+    return LowRank.sum(terms) if terms else received * 0.0
+
+
+def _size(delta: LowRank) -> float:
+    """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
+    first, last = delta.terms[0], delta.terms[-1]
+    sizes = [float(torch.linalg.vector_norm(factor.to(torch.float64))) for factor in (first.B, last.A)]
+    return abs(first.coefficient) * sizes[0] * sizes[1]
 
 
 def _rank(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import Cores, LowRank, gauge, lift, random_normal
+from fedfrom.merging.lowrank import LowRank, gauge, random_normal
+from fedfrom.merging.stack import Stack
 
 SOLVERS = ("svd", "alternating")
 
@@ -90,7 +91,7 @@ class Solver:
         name: str = "",
         scale: float = 1.0,
         rows: int | None = None,
-        cores: Cores | None = None,
+        stack: Stack | None = None,
     ) -> Solution:
         """Solve Eq. 6 for one layer.
 
@@ -106,10 +107,10 @@ class Solver:
             sum_i w_i ||theta_i||^2, what the tolerance is relative to.
         rows : int | None (default: None)
             Rows of the A that comes out, at least r: the gauge fills those beyond r. None is r.
-        cores : Cores | None (default: None)
+        stack : Stack | None (default: None)
             See `LowRank.core`.
         """
-        Q_B, C, Q_A = target.core(cores)
+        left, C, right = target.core(stack)
         U, S, Vh = torch.linalg.svd(C, full_matrices=False)
         tail = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)])  # tail[r] = sum over j >= r
         energy = float(tail[0])
@@ -122,7 +123,7 @@ class Solver:
         if self.solver == "alternating" and energy > 0:
             A_0 = random_normal(rank, target.shape[1], f"{self.seed}:{name}").to(C.device)
             best = None
-            for Q, A, value in algorithm_1(C, A_0 if Q_A is None else A_0 @ Q_A):
+            for Q, A, value in algorithm_1(C, right.project(A_0.T).T):
                 iterations += 1
                 gain = float("inf") if best is None else residual - value
                 if gain > 0:  # the best iterate is kept, not the worse one after it
@@ -132,7 +133,7 @@ class Solver:
             assert best is not None
             small, S, Vh = torch.linalg.svd(best[1], full_matrices=False)
             U = best[0] @ small
-        U, Vh = lift(Q_B, U[:, :rank]), lift(Q_A, Vh[:rank].T).T
+        U, Vh = left.lift(U[:, :rank]), right.lift(Vh[:rank].T).T
         matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
         return Solution(matrix, rank, residual, optimum, energy, iterations)
 
