@@ -10,13 +10,15 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.lowrank import LowRank, norms_and_cosines
+from fedfrom.merging.lowrank import LowRank, norms_and_cosines, random_normal
 from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.solve import Solution
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
 from fedfrom.merging.stack import Stack
-from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
+from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each
+
+_SKETCH = 64  # rows and columns of an update's sketch
 
 
 def merge_adapter(
@@ -56,8 +58,14 @@ class _Module:
         W, products, deltas = adapter_deltas(inputs, name)
         order = summing_order(inputs, name, [_size(delta) for delta in deltas])
         stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)])
-        found, cosines = norms_and_cosines([deltas[i] for i in order], stack)
-        norms = check_norms([found[order.index(i)] for i in range(len(order))], inputs, name)
+        few = len(order) <= MOST_COSINES
+        # pair by pair the time grows with the square of the clients
+        found, cosines = (
+            norms_and_cosines([deltas[i] for i in order], stack)
+            if few
+            else ([deltas[i].norm() for i in order], torch.empty(0, 0, dtype=torch.float64))
+        )
+        norms = check_norms([norm for _, norm in sorted(zip(order, found, strict=True))], inputs, name)
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
         clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
@@ -65,8 +73,27 @@ class _Module:
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
         sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
-        updates = Updates(norms, factors, order, unit, sizes.tolist(), sizes[:, None] * cosines * sizes)
-        return cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
+        updates = Updates(
+            norms, factors, order, unit, sizes.tolist(), sizes[:, None] * cosines * sizes if few else None
+        )
+        module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
+        return module if few else replace(module, updates=replace(updates, sketch=module.sketch()))
+
+    def sketch(self) -> Tensor:
+        """Return (n, at most 2^12) float64: P theta_i Q, P and Q of 64 random rows and columns; scaled by ||theta_i||.
+
+        Inner products of sketches are those of the updates within some percent of their norms.
+        """
+        left, right = self.stack.left.columns, self.stack.right.columns
+        if len(left) > _SKETCH:
+            left = random_normal(_SKETCH, len(left), "sketch of rows").to(left.device) @ left
+        if len(right) > _SKETCH:
+            right = random_normal(_SKETCH, len(right), "sketch of columns").to(right.device) @ right
+        rows = []
+        for theta in self.thetas:
+            M = self.stack.mixture(theta.terms)
+            rows.append(((left[:, M.rows] * M.values) @ right[:, M.columns].T).flatten())
+        return torch.stack(rows).cpu()
 
     def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return the module's tensors and its report."""
@@ -74,10 +101,11 @@ class _Module:
         assert isinstance(method, ProductMethod)
         own = self.W.rank if self.W is not None else max(product.rank for product in self.products)
         rank = _rank(method.rank, own, self.products, self.thetas[0].shape, self.name, caps=self.as_reference)
-        squares = float(w @ updates.gram.diagonal())  # sum_i w_i ||theta_i||^2
+        sizes = torch.tensor(updates.sizes, dtype=torch.float64)
+        squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
         coefficients = method.coefficients(w)
         if method.linear:
-            coefficients = coefficients * (updates.gram.diagonal() > 0)  # a zero delta adds nothing but rounding
+            coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
         change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
         target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
         solution = _frozen(self.W, self.products, target, rank)
@@ -88,7 +116,7 @@ class _Module:
                 # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
                 root = target.shape[1] ** 0.5
                 solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
-        inner, size = self._sizes(method, w, coefficients, change)
+        inner, size = self._sizes(weighing, coefficients, change)
         spread = max(0.0, squares - 2 * inner + size)  # sum_i w_i ||theta_i - theta*||^2
         report = LayerReport(
             name=self.name,
@@ -116,12 +144,18 @@ class _Module:
             server_lr=server_lr,
         )
 
-    def _sizes(self, method: ProductMethod, w: Tensor, coefficients: Tensor, change: LowRank) -> tuple[float, float]:
+    def _sizes(self, weighing: Weighing, coefficients: Tensor, change: LowRank) -> tuple[float, float]:
         """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
-        if method.linear:
+        if not weighing.method.linear:
+            return LowRank.sum(self.thetas, weighing.weights.tolist()).inner(change), change.norm() ** 2
+        if self.updates.gram is not None:
             inner = self.updates.gram @ coefficients
-            return float(w @ inner), max(0.0, float(coefficients @ inner))
-        return LowRank.sum(self.thetas, w.tolist()).inner(change), change.norm() ** 2
+            return float(weighing.weights @ inner), max(0.0, float(coefficients @ inner))
+        size = float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
+        factor = float(
+            weighing.method.coefficients(weighing.weights).sum()
+        )  # theta* is so many times the weighted mean
+        return size / factor if factor else 0.0, size
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
@@ -225,8 +259,10 @@ def _delta(sent: LowRank, received: LowRank) -> LowRank:
 def _size(delta: LowRank) -> float:
     """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
     first, last = delta.terms[0], delta.terms[-1]
-    sizes = [float(torch.linalg.vector_norm(factor.to(torch.float64))) for factor in (first.B, last.A)]
-    return abs(first.coefficient) * sizes[0] * sizes[1]
+    if first.coefficient == 0.0:
+        return 0.0
+    # those that tie are parted by a digest of all there is
+    return 1.0 + float(torch.linalg.vector_norm(first.B[0]) * torch.linalg.vector_norm(last.A[0]))
 
 
 def _rank(

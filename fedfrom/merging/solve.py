@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedfrom.merging.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.stack import Stack
 
@@ -111,9 +112,12 @@ class Solver:
             See `LowRank.core`.
         """
         left, C, right = target.core(stack)
-        U, S, Vh = torch.linalg.svd(C, full_matrices=False)
-        tail = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)])  # tail[r] = sum over j >= r
-        energy = float(tail[0])
+        energy = float(torch.linalg.matrix_norm(C)) ** 2
+        few = self._few(C, rank, scale, energy, narrow=all(B.dtype != torch.float64 for _, B, _ in target.terms))
+        U, S, Vh = few or torch.linalg.svd(C, full_matrices=False)
+        beyond = max(0.0, energy - float(S.square().sum())) if few else 0.0
+        # tail[r] = sum over j >= r
+        tail = torch.cat([S.square(), S.new_tensor([beyond])]).flip(0).cumsum(0).flip(0)
         if isinstance(rank, float):
             # rounding of the tail's sums must not ask for one more
             rank = max(1, int((tail > (1 - rank) * energy * (1 + 1e-12)).sum()))
@@ -136,6 +140,17 @@ class Solver:
         U, Vh = left.lift(U[:, :rank]), right.lift(Vh[:rank].T).T
         matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
         return Solution(matrix, rank, residual, optimum, energy, iterations)
+
+    def _few(
+        self, C: Tensor, rank: int | float, scale: float, energy: float, narrow: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the leading triplets where they are all that is needed and there is a faster way to them."""
+        if self.solver != "svd" or isinstance(rank, float) or not takes_few(C, rank):
+            return None
+        # a tenth and less of what factors in float32 or less, or in float64, can tell apart
+        lost, turned = (1e-10, 1e-7) if narrow else (1e-14, 1e-12)
+        start = random_normal(C.shape[1], columns_of(rank), "leading").to(C.device)
+        return leading_svd(C, rank, lost * scale + 1e-16 * energy, turned, start)
 
 
 def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:

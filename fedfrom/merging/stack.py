@@ -20,6 +20,8 @@ from fedfrom.merging.report import power_of_two
 _DEPENDENT = 1e-2
 # Columns of one piece of a Gram matrix: only pieces on and above the diagonal are multiplied.
 _PIECE = 128
+# Rows that are summed in float32.
+_SUM = 1 << 10
 # Entries of the matrices that are formed at a time where Gram matrices would cost more.
 _ENTRIES = 1 << 21
 
@@ -58,7 +60,7 @@ class Side:
     """Distinct factors (d, r_j) side by side: F (d, p), p = sum_j r_j.
 
     A factor that is the leading columns of another in the same memory (what a client of smaller rank was sent) is held
-    with it. Factors of float64 are scaled by powers of two, so that no square of an entry leaves float64's range.
+    with it. Factors are scaled by powers of two where a square of an entry may leave the range that it is summed in.
 
     Parameters
     ----------
@@ -72,13 +74,17 @@ class Side:
             key = _place(factor)
             if key not in widest or widest[key].shape[1] < factor.shape[1]:
                 widest[key] = factor
-        held = list(widest.values())
-        self.width = sum(factor.shape[1] for factor in held)
-        self.height = held[0].shape[0]
         self._held = widest
-        self._scales = [_scale(factor) for factor in held]
-        starts = torch.tensor([0, *(factor.shape[1] for factor in held)]).cumsum(0).tolist()
-        self._found = dict(zip(widest, zip(starts, self._scales, strict=False), strict=True))
+        self.width = sum(factor.shape[1] for factor in widest.values())
+        self.height = next(iter(widest.values())).shape[0]
+        narrow = all(factor.dtype != torch.float64 for factor in widest.values())
+        self._in_single = narrow and self.width > _PIECE
+        self._found: dict[tuple, tuple[int, float]] = {}
+        start = 0
+        for key, factor in widest.items():
+            wide = self._in_single or factor.dtype == torch.float64
+            self._found[key] = start, power_of_two([float(factor.abs().amax())]) if wide else 1.0
+            start += factor.shape[1]
         self._columns: Tensor | None = None
         self._gram: Tensor | None = None
         self._basis: Basis | None = None
@@ -92,24 +98,29 @@ class Side:
     def columns(self) -> Tensor:
         """F, float64."""
         if self._columns is None:
-            held = [
-                factor if s == 1.0 else factor / s for factor, s in zip(self._held.values(), self._scales, strict=True)
-            ]
-            rows = held[0].stride(0) == 1  # A^T: side by side it is a stack of rows
-            found = torch.cat([factor.T for factor in held]).T if rows else torch.cat(held, dim=1)
-            self._columns = found.to(torch.float64)
+            self._columns = self._side_by_side().to(torch.float64)
         return self._columns
+
+    def _side_by_side(self) -> Tensor:
+        scales = [scale for _, scale in self._found.values()]
+        held = [f if s == 1.0 else f / s for f, s in zip(self._held.values(), scales, strict=True)]
+        # an A^T goes by rows, as A lies in memory
+        return torch.cat([f.T for f in held]).T if held[0].stride(0) == 1 else torch.cat(held, dim=1)
 
     @property
     def gram(self) -> Tensor:
-        """F^T F, (p, p) float64."""
+        """F^T F, (p, p) float64: of many factors in float32 or less by float32 sums of at most 2^10, 1e-8 off."""
         if self._gram is None:
-            F = self.columns
-            self._gram = F.new_empty(self.width, self.width)
+            F = self._side_by_side().to(torch.float32) if self._in_single else self.columns
+            gram = self.columns.new_zeros(self.width, self.width)
+            for rows in F.split(_SUM if self._in_single else len(F)):
+                for start in range(0, self.width, _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    gram[piece, start:] += rows[:, piece].T @ rows[:, start:]
             for start in range(0, self.width, _PIECE):
                 piece = slice(start, start + _PIECE)
-                self._gram[piece, start:] = F[:, piece].T @ F[:, start:]
-                self._gram[piece.stop :, piece] = self._gram[piece, piece.stop :].T
+                gram[piece.stop :, piece] = gram[piece, piece.stop :].T
+            self._gram = gram
         return self._gram
 
     @property
@@ -293,10 +304,3 @@ def _taken(gram: Tensor, places: Tensor) -> Tensor:
 def _place(factor: Tensor) -> tuple:
     """Return what a factor shares with its leading columns in the same memory."""
     return factor.data_ptr(), factor.stride(), factor.shape[0], factor.dtype
-
-
-def _scale(factor: Tensor) -> float:
-    """Return a power of two of about the largest entry's size; 1 where no square of an entry leaves float64's range."""
-    if factor.dtype != torch.float64:
-        return 1.0
-    return power_of_two([float(factor.abs().amax())])
