@@ -18,7 +18,7 @@ from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, s
 from fedfrom.merging.stack import Stack
 from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each
 
-_SKETCH = 64  # rows and columns of an update's sketch
+_SKETCH = 32  # rows and columns of an update's sketch
 
 
 def merge_adapter(
@@ -58,13 +58,8 @@ class _Module:
         W, products, deltas = adapter_deltas(inputs, name)
         order = summing_order(inputs, name, [_size(delta) for delta in deltas])
         stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)])
-        few = len(order) <= MOST_COSINES
-        # pair by pair the time grows with the square of the clients
-        found, cosines = (
-            norms_and_cosines([deltas[i] for i in order], stack)
-            if few
-            else ([deltas[i].norm() for i in order], torch.empty(0, 0, dtype=torch.float64))
-        )
+        few = len(order) <= MOST_COSINES  # pair by pair the time grows with the square of the clients
+        found, cosines = norms_and_cosines([deltas[i] for i in order], stack, pairs=few)
         norms = check_norms([norm for _, norm in sorted(zip(order, found, strict=True))], inputs, name)
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
@@ -73,16 +68,15 @@ class _Module:
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
         sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
-        updates = Updates(
-            norms, factors, order, unit, sizes.tolist(), sizes[:, None] * cosines * sizes if few else None
-        )
+        inner = None if cosines is None else sizes[:, None] * cosines * sizes
+        updates = Updates(norms, factors, order, unit, sizes.tolist(), inner)
         module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
         return module if few else replace(module, updates=replace(updates, sketch=module.sketch()))
 
     def sketch(self) -> Tensor:
-        """Return (n, at most 2^12) float64: P theta_i Q, P and Q of 64 random rows and columns; scaled by ||theta_i||.
+        """Return (n, at most 2^10) float64: P theta_i Q, P and Q of 32 random rows and columns.
 
-        Inner products of sketches are those of the updates within some percent of their norms.
+        Inner products of sketches are about 2^10 times those of the updates, to within some percent of their norms.
         """
         left, right = self.stack.left.columns, self.stack.right.columns
         if len(left) > _SKETCH:
@@ -116,7 +110,7 @@ class _Module:
                 # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
                 root = target.shape[1] ** 0.5
                 solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
-        inner, size = self._sizes(weighing, coefficients, change)
+        inner, size = self._sizes(weighing, coefficients, change, solution)
         spread = max(0.0, squares - 2 * inner + size)  # sum_i w_i ||theta_i - theta*||^2
         report = LayerReport(
             name=self.name,
@@ -144,14 +138,19 @@ class _Module:
             server_lr=server_lr,
         )
 
-    def _sizes(self, weighing: Weighing, coefficients: Tensor, change: LowRank) -> tuple[float, float]:
+    def _sizes(
+        self, weighing: Weighing, coefficients: Tensor, change: LowRank, solution: Solution
+    ) -> tuple[float, float]:
         """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
         if not weighing.method.linear:
             return LowRank.sum(self.thetas, weighing.weights.tolist()).inner(change), change.norm() ** 2
         if self.updates.gram is not None:
             inner = self.updates.gram @ coefficients
             return float(weighing.weights @ inner), max(0.0, float(coefficients @ inner))
-        size = float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
+        if self.W is None and weighing.server_lr:  # T is alpha theta*
+            size = solution.energy / weighing.server_lr**2
+        else:
+            size = float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
         factor = float(
             weighing.method.coefficients(weighing.weights).sum()
         )  # theta* is so many times the weighted mean

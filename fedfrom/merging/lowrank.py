@@ -186,7 +186,9 @@ class LowRank:
         return gauge(*self.svd(), rank=rank, name=name)
 
 
-def norms_and_cosines(matrices: Sequence[LowRank], stack: Stack | None = None) -> tuple[list[float], Tensor]:
+def norms_and_cosines(
+    matrices: Sequence[LowRank], stack: Stack | None = None, pairs: bool = True
+) -> tuple[list[float], Tensor | None]:
     """Return the Frobenius norms of n matrices and the cosines between them, (n, n) float64 on the CPU.
 
     ||BA||_F^2 = <B^T B, A A^T>, and likewise for sums. Where the terms of a matrix cancel (two products that are nearly
@@ -200,19 +202,23 @@ def norms_and_cosines(matrices: Sequence[LowRank], stack: Stack | None = None) -
         Of one shape.
     stack : Stack | None (default: None)
         One that holds their factors, among others; None stacks them.
+    pairs : bool (default: True)
+        False leaves out the cosines: time is then linear in n.
 
     Returns
     -------
-    tuple[list[float], Tensor]
+    tuple[list[float], Tensor | None]
         ||M_i||_F, and cos(M_i, M_j): 1 on the diagonal, 0 where a norm is 0.
     """
     stack = stack or Stack([matrix.terms for matrix in matrices])
     mixtures = [stack.mixture(matrix.terms) for matrix in matrices]
     # in this unit no square leaves float64's range
     unit = power_of_two(torch.cat([mixture.values for mixture in mixtures]).abs().max(0, True).values.tolist())
-    inner, most = stack.inner([mixture.scaled(1 / unit) for mixture in mixtures])
+    mixtures = [mixture.scaled(1 / unit) for mixture in mixtures]
+    inner, most = stack.inner(mixtures) if pairs else stack.squares(mixtures)
+    squares = inner.diagonal() if pairs else inner
     norms = []
-    for matrix, square, bound in zip(matrices, inner.diagonal().tolist(), most.tolist(), strict=True):
+    for matrix, square, bound in zip(matrices, squares.tolist(), most.tolist(), strict=True):
         if not math.isfinite(bound):
             norms.append(bound)
             continue
@@ -220,6 +226,8 @@ def norms_and_cosines(matrices: Sequence[LowRank], stack: Stack | None = None) -
         if norm**2 <= _CANCELLED * bound**2 and bound > 0:
             norm = float(torch.linalg.matrix_norm((matrix * (1 / unit)).core().C))
         norms.append(norm if norm > _ROUNDING * bound else 0.0)
+    if not pairs:
+        return [norm * unit for norm in norms], None
     scale = torch.tensor([1 / norm if norm > 0 else 0.0 for norm in norms], dtype=torch.float64)
     cosines = scale[:, None] * inner.cpu() * scale
     return [norm * unit for norm in norms], cosines.diagonal_scatter((scale > 0).to(torch.float64))

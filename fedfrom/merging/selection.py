@@ -86,6 +86,7 @@ def gram_of_updates(
         if inputs.sent[0].layers[name].is_adapter:
             deltas = adapter_deltas(inputs, name)[2]
             norms, cosines = norms_and_cosines(deltas)
+            assert cosines is not None
             sizes = torch.tensor(check_norms(norms, inputs, name), dtype=torch.float64)
             total += sizes[:, None] * cosines * sizes
         else:
