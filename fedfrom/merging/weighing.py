@@ -194,9 +194,13 @@ def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
     for _ in range(min(_LANCZOS, *rows.shape)):
         for basis in found * 2:  # once is not orthogonal to rounding
             v = v - (basis @ v) * basis
-        found.append(v / torch.linalg.vector_norm(v))
+        length = float(torch.linalg.vector_norm(v))
+        if not length > 1e-300:  # zero updates, or no direction is left
+            break
+        found.append(v / length)
         v = (rows @ found[-1]) @ rows
-    return float((torch.linalg.matrix_norm(rows @ torch.stack(found, dim=1), ord=2) ** 2).clamp(0, 1))
+    images = rows @ torch.stack(found, dim=1)
+    return float((torch.linalg.matrix_norm(images, ord=2) ** 2).clamp(0, 1))
 
 
 def cosines(gram: Tensor) -> Tensor:
