@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.lowrank import Cores, LowRank, gram
+from fedfrom.merging.lowrank import LowRank, norms_and_cosines, random_normal
 from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.solve import Solution
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
-from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
+from fedfrom.merging.stack import Stack
+from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each
+
+_SKETCH = 32  # rows and columns of an update's sketch
 
 
 def merge_adapter(
@@ -48,22 +51,43 @@ class _Module:
     products: list[LowRank]
     thetas: list[LowRank]
     updates: Updates
-    cores: Cores = field(default_factory=dict)
+    stack: Stack
 
     @classmethod
     def read(cls, inputs: Inputs, name: str, survey: Survey, as_reference: bool, clip: float | None) -> _Module:
         W, products, deltas = adapter_deltas(inputs, name)
-        norms = check_norms([delta.norm() for delta in deltas], inputs, name)
+        order = summing_order(inputs, name, [_size(delta) for delta in deltas])
+        stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)])
+        few = len(order) <= MOST_COSINES  # pair by pair the time grows with the square of the clients
+        found, cosines = norms_and_cosines([deltas[i] for i in order], stack, pairs=few)
+        norms = check_norms([norm for _, norm in sorted(zip(order, found, strict=True))], inputs, name)
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
         clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-        order = summing_order(inputs, name, norms)
         unit = power_of_two([*clipped, 0.0 if W is None else W.norm()])
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
-        sizes = [clipped[i] / unit for i in order]
-        updates = Updates(norms, factors, order, unit, sizes, gram(thetas, sizes))
-        return cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates)
+        sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
+        inner = None if cosines is None else sizes[:, None] * cosines * sizes
+        updates = Updates(norms, factors, order, unit, sizes.tolist(), inner)
+        module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
+        return module if few else replace(module, updates=replace(updates, sketch=module.sketch()))
+
+    def sketch(self) -> Tensor:
+        """Return (n, at most 2^10) float64: P theta_i Q, P and Q of 32 random rows and columns.
+
+        Inner products of sketches are about 2^10 times those of the updates, to within some percent of their norms.
+        """
+        left, right = self.stack.left.columns, self.stack.right.columns
+        if len(left) > _SKETCH:
+            left = random_normal(_SKETCH, len(left), "sketch of rows").to(left.device) @ left
+        if len(right) > _SKETCH:
+            right = random_normal(_SKETCH, len(right), "sketch of columns").to(right.device) @ right
+        rows = []
+        for theta in self.thetas:
+            M = self.stack.mixture(theta.terms)
+            rows.append(((left[:, M.rows] * M.values) @ right[:, M.columns].T).flatten())
+        return torch.stack(rows).cpu()
 
     def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return the module's tensors and its report."""
@@ -71,23 +95,23 @@ class _Module:
         assert isinstance(method, ProductMethod)
         own = self.W.rank if self.W is not None else max(product.rank for product in self.products)
         rank = _rank(method.rank, own, self.products, self.thetas[0].shape, self.name, caps=self.as_reference)
-        squares = float(w @ updates.gram.diagonal())  # sum_i w_i ||theta_i||^2
+        sizes = torch.tensor(updates.sizes, dtype=torch.float64)
+        squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
         coefficients = method.coefficients(w)
         if method.linear:
-            coefficients = coefficients * (updates.gram.diagonal() > 0)  # a zero delta adds nothing but rounding
+            coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
         change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
         target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
         solution = _frozen(self.W, self.products, target, rank)
         if solution is None:
             rows = own if self.as_reference else None
-            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, cores=self.cores)
+            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, stack=self.stack)
             if self.inputs.template(self.name).layers[self.name].is_embedding:
                 # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
                 root = target.shape[1] ** 0.5
                 solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
-        size = change.norm()
-        inner = updates.gram @ coefficients if method.linear else self._inner(change, size)
-        spread = max(0.0, squares - 2 * float(w @ inner) + size**2)  # sum_i w_i ||theta_i - theta*||^2
+        inner, size = self._sizes(weighing, coefficients, change, solution)
+        spread = max(0.0, squares - 2 * inner + size)  # sum_i w_i ||theta_i - theta*||^2
         report = LayerReport(
             name=self.name,
             kind="adapter",
@@ -114,9 +138,23 @@ class _Module:
             server_lr=server_lr,
         )
 
-    def _inner(self, change: LowRank, size: float) -> Tensor:
-        """Return (n,) <theta_i, theta*>."""
-        return gram([*self.thetas, change], [*self.updates.sizes, size])[:-1, -1]
+    def _sizes(
+        self, weighing: Weighing, coefficients: Tensor, change: LowRank, solution: Solution
+    ) -> tuple[float, float]:
+        """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
+        if not weighing.method.linear:
+            return LowRank.sum(self.thetas, weighing.weights.tolist()).inner(change), change.norm() ** 2
+        if self.updates.gram is not None:
+            inner = self.updates.gram @ coefficients
+            return float(weighing.weights @ inner), max(0.0, float(coefficients @ inner))
+        if self.W is None and weighing.server_lr:  # T is alpha theta*
+            size = solution.energy / weighing.server_lr**2
+        else:
+            size = float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
+        factor = float(
+            weighing.method.coefficients(weighing.weights).sum()
+        )  # theta* is so many times the weighted mean
+        return size / factor if factor else 0.0, size
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
@@ -178,7 +216,7 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
                 L.check_same(
                     cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part)
                 )
-            received.append(read.setdefault(id(cut), cut.adapter(name)))
+            received.append(read.setdefault(id(cut), _part_of(W, cut.adapter(name))))
     for sent, product, ref in zip(inputs.sent, products, received, strict=True):
         rank = products[0].rank if ref is None else ref.rank
         if sent.config is None and product.rank != rank:
@@ -187,8 +225,43 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
                 f"{sent.who}, {name!r}: expected rank {rank} {why}, found {product.rank}: unequal ranks have unequal "
                 "scalings; give each client's adapter config (configs=)"
             )
-    deltas = [p if r is None else p - r for p, r in zip(products, received, strict=True)]
+    deltas = [p if r is None else _delta(p, r) for p, r in zip(products, received, strict=True)]
     return W, products, deltas
+
+
+def _part_of(W: LowRank | None, received: LowRank) -> LowRank:
+    """Return what a client was sent; where that is the leading part of W, in W's memory."""
+    assert W is not None
+    (_, B, A), (s, B_i, A_i) = W.terms[0], received.terms[0]
+    B, A = B[:, : received.rank], A[: received.rank]
+    return LowRank(B, A, s) if torch.equal(B, B_i) and torch.equal(A, A_i) else received
+
+
+def _delta(sent: LowRank, received: LowRank) -> LowRank:
+    """Return theta_i = W_i - ref_i, where it can be by way of what changed in the factors.
+
+    With B_i = B + dB_i, A_i = A + dA_i and one scaling it is s (dB_i A + dB_i dA_i + B dA_i): no digits cancel, and all
+    clients' factors, B, dB_1, ..., dB_n, are far from dependent, which B, B_1, ..., B_n are where updates are small.
+    """
+    (s, B_i, A_i), (given, B, A) = sent.terms[0], received.terms[0]
+    if s != given or A_i.shape != A.shape:
+        return sent - received
+    dB, dA = B_i.to(torch.float64) - B.to(torch.float64), A_i.to(torch.float64) - A.to(torch.float64)
+    parts = [(dB, A), (dB, dA), (B, dA)]
+    moved = {id(dB): bool(dB.any()), id(dA): bool(dA.any())}
+    terms = [
+        LowRank(left, right, s) for left, right in parts if moved.get(id(left), True) and moved.get(id(right), True)
+    ]
+    return LowRank.sum(terms) if terms else received * 0.0
+
+
+def _size(delta: LowRank) -> float:
+    """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
+    first, last = delta.terms[0], delta.terms[-1]
+    if first.coefficient == 0.0:
+        return 0.0
+    # those that tie are parted by a digest of all there is
+    return 1.0 + float(torch.linalg.vector_norm(first.B[0]) * torch.linalg.vector_norm(last.A[0]))
 
 
 def _rank(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.dare import DareTies
-from fedfrom.merging.lowrank import LowRank, lift
+from fedfrom.merging.lowrank import LowRank
 from fedfrom.merging.method import Context
 from fedfrom.merging.task_arithmetic import TaskArithmetic
 from fedfrom.merging.ties import Ties
@@ -58,7 +58,8 @@ def align(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
     Vh[Vh.abs() <= (64 * torch.finfo(S.dtype).eps * S[0] / S[:kept].clamp_min(torch.finfo(S.dtype).tiny))[:, None]] = 0
     # an SVD leaves the signs open, and where an election of signs is even they decide
     signs = torch.sign(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)))
-    return lift(Q, U[:, :kept]) * signs.T, S[:kept], list(Vh.mul_(signs).split(deltas[0].shape[1], dim=1))
+    left = U[:, :kept] if Q is None else Q @ U[:, :kept]
+    return left * signs.T, S[:kept], list(Vh.mul_(signs).split(deltas[0].shape[1], dim=1))
 
 
 class _Aligned:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank, lift, random_normal
+from fedfrom.merging.lowrank import LowRank, random_normal
 from fedfrom.merging.method import Context
 from fedfrom.merging.regmean import RegMean
 
@@ -40,8 +40,8 @@ class LoRM(RegMean):
         target = target * alpha if W is None else LowRank.sum([W, target], [1.0, alpha])
         rank = min(context.rank, *target.shape, target.rank)
         # every A but the first lies in the target's row space: all of it runs in the target's small core
-        Q_B, C, Q_A = target.core()
-        M = metric if Q_A is None else Q_A.T @ metric @ Q_A
+        left, C, right = target.core()
+        M = right.project(right.project(metric).T)
         A = random_normal(rank, C.shape[1], f"{self.seed}:{context.name}").to(C.device)
         result = torch.zeros_like(C)
         for _ in range(self.iterations):
@@ -51,5 +51,5 @@ class LoRM(RegMean):
             before, result = result, B @ A
             if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):
                 break
-        merged = LowRank(lift(Q_B, B), lift(Q_A, A.T).T)
+        merged = LowRank(left.lift(B), right.lift(A.T).T)
         return merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha])

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A difference this far below its terms (in squared norm) has lost too many digits in Gram products.
+from fedfrom.merging.report import power_of_two
+from fedfrom.merging.stack import Core, Stack, Term
+
+# A sum this far below its terms (in squared norm) has lost too many digits in Gram products.
 _CANCELLED = 1e-6
-# A difference below this many rounding errors of its terms is zero.
+# A sum below this many rounding errors of its terms is zero.
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
-
-
-class _Term(NamedTuple):
-    coefficient: float
-    B: Tensor
-    A: Tensor
-
-
-Cores = dict[tuple[tuple[int, int], ...], Any]
-"""What `LowRank.core` keeps of stacks of factors, for other sums of the same ones; lives no longer than they do."""
 
 
 class LowRank:
@@ -52,7 +45,7 @@ class LowRank:
             raise ValueError(
                 f"expected B (d_out, r) and A (r, d_in) with one r, found B {tuple(B.shape)} and A {tuple(A.shape)}"
             )
-        self.terms: tuple[_Term, ...] = (_Term(float(scaling), B, A),)
+        self.terms: tuple[Term, ...] = (Term(float(scaling), B, A),)
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> LowRank:
@@ -81,10 +74,10 @@ class LowRank:
                 entry = totals.setdefault((id(term.B), id(term.A)), [0.0, 0.0, term])
                 entry[0] += float(c) * term.coefficient
                 entry[1] += abs(float(c) * term.coefficient)
-        kept = [_Term(c, t.B, t.A) for c, size, t in totals.values() if abs(c) > 1e-15 * size]
+        kept = [Term(c, t.B, t.A) for c, size, t in totals.values() if abs(c) > 1e-15 * size]
         result = cls.__new__(cls)
         first = next(iter(totals.values()))[2]
-        result.terms = tuple(kept) or (_Term(0.0, first.B, first.A),)
+        result.terms = tuple(kept) or (Term(0.0, first.B, first.A),)
         return result
 
     def __add__(self, other: LowRank) -> LowRank:
@@ -113,7 +106,7 @@ class LowRank:
     def T(self) -> LowRank:
         """The transpose."""
         result = LowRank.__new__(LowRank)
-        result.terms = tuple(_Term(c, A.T, B.T) for c, B, A in self.terms)
+        result.terms = tuple(Term(c, A.T, B.T) for c, B, A in self.terms)
         return result
 
     @property
@@ -128,74 +121,40 @@ class LowRank:
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the (d_out, d_in) matrix, computed in float64; new memory."""
-        return (self.B @ self.A).to(dtype)
+        return Stack([self.terms]).dense(self.terms).to(dtype)
 
     def leading(self, rank: int) -> LowRank:
         """Return the product of the first `rank` columns of each B and rows of each A (views)."""
         result = LowRank.__new__(LowRank)
-        result.terms = tuple(_Term(c, B[:, :rank], A[:rank]) for c, B, A in self.terms)
+        result.terms = tuple(Term(c, B[:, :rank], A[:rank]) for c, B, A in self.terms)
         return result
 
     def inner(self, other: LowRank) -> float:
-        """Return the Frobenius inner product <self, other> from Gram products of the factors."""
-        return float(((self.B.T @ other.B) * (self.A @ other.A.T)).sum())
+        """Return the Frobenius inner product <self, other>, without forming a matrix while that costs more."""
+        stack = Stack([self.terms, other.terms])
+        return float(stack.inner([stack.mixture(self.terms), stack.mixture(other.terms)])[0][0, 1])
 
     def norm(self) -> float:
-        """Return the Frobenius norm, without forming the matrix.
+        """Return the Frobenius norm: see `norms_and_cosines`."""
+        return norms_and_cosines([self])[0][0]
 
-        ||BA||_F^2 = <B^T B, A A^T>. Where the terms cancel (a delta far smaller than the two products it is the
-        difference of) the digits are gone from that sum, and the norm is taken of R_B R_A^T, the R factors of thin
-        QR. A result within rounding of its terms is exactly 0, so a client that trained nothing has no norm.
-        Infinite or NaN factors give an infinite or NaN norm.
-        """
-        B, A = self.B, self.A
-        # Scaling by the largest entries keeps the squares (fourth powers of entries) in range.
-        b, a = float(B.abs().amax()), float(A.abs().amax())
-        if b == 0.0 or a == 0.0 or not (b * a < float("inf")):
-            return b * a
-        B, A = B / b, A / a
-        if self.rank > max(self.shape):  # the products of all columns would outgrow the matrix
-            size = float((torch.linalg.vector_norm(B, dim=0) * torch.linalg.vector_norm(A, dim=1)).sum())
-            norm = float(torch.linalg.matrix_norm(B @ A))
-            return b * a * norm if norm > _ROUNDING * size else 0.0
-        products = (B.T @ B) * (A @ A.T)
-        square, size = float(products.sum()), float(products.abs().sum())
-        if square > _CANCELLED * size:
-            return b * a * square**0.5
-        rows = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
-        norm = float(torch.linalg.matrix_norm(rows))
-        return b * a * norm if norm > _ROUNDING * size**0.5 else 0.0
-
-    def core(self, cores: Cores | None = None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return (Q_B, C, Q_A) with self = Q_B C Q_A^T, Q's with orthonormal columns, float64.
-
-        The thin QRs of the stacked factors cost O((d_out + d_in) R^2). Where the stack is at least as wide as the
-        matrix is narrow that costs more than forming the matrix: then C is the matrix and both Q's are None.
+    def core(self, stack: Stack | None = None) -> Core:
+        """Return (left, C, right): this matrix as a small one in two orthonormal bases; see `Stack.core`.
 
         Parameters
         ----------
-        cores : Cores | None (default: None)
-            Keeps the QRs, which do not depend on the terms' coefficients.
+        stack : Stack | None (default: None)
+            A stack that may hold this matrix's factors, among others: its Gram matrices and bases are used again.
         """
-        if self.rank >= min(self.shape):
-            return None, self.B @ self.A, None
-        key = tuple((id(term.B), id(term.A)) for term in self.terms)
-        if cores is None or key not in cores:
-            unscaled = torch.cat([term.B.to(torch.float64) for term in self.terms], dim=1)
-            found = (*torch.linalg.qr(unscaled), *torch.linalg.qr(self.A.T))
-            if cores is not None:
-                cores[key] = found
-        else:
-            found = cores[key]
-        Q_B, R_B, Q_A, R_A = found
-        coefficients = torch.tensor([t.coefficient for t in self.terms for _ in range(len(t.A))], dtype=torch.float64)
-        return Q_B, (R_B * coefficients.to(R_B.device)) @ R_A.T, Q_A
+        if stack is None or not stack.holds(self.terms):
+            stack = Stack([self.terms])
+        return stack.core(self.terms)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the thin (U, S, Vh) by thin QR of the factors and one small SVD, float64."""
-        Q_B, C, Q_A = self.core()
+        """Return the thin (U, S, Vh) by orthonormal bases of the factors and one small SVD, float64."""
+        left, C, right = self.core()
         U, S, Vh = torch.linalg.svd(C, full_matrices=False)
-        return lift(Q_B, U), S, lift(Q_A, Vh.T).T
+        return left.lift(U), S, right.lift(Vh.T).T
 
     def truncate(self, rank: int, name: str = "") -> LowRank:
         """Return the closest matrix of at most the given rank, in Frobenius norm, in the gauge.
@@ -227,40 +186,51 @@ class LowRank:
         return gauge(*self.svd(), rank=rank, name=name)
 
 
-def gram(matrices: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
-    """Return the (n, n) float64 inner products of n matrices of one shape.
+def norms_and_cosines(
+    matrices: Sequence[LowRank], stack: Stack | None = None, pairs: bool = True
+) -> tuple[list[float], Tensor | None]:
+    """Return the Frobenius norms of n matrices and the cosines between them, (n, n) float64 on the CPU.
 
-    One Gram product of all distinct factors: what the matrices share (the global model that each delta is taken from)
-    enters it once. The diagonal is from their norms, which are exact where terms cancel.
+    ||BA||_F^2 = <B^T B, A A^T>, and likewise for sums. Where the terms of a matrix cancel (two products that are nearly
+    the same, by other factors) the digits are gone from that sum, and the norm is taken of its core. A norm within
+    rounding of its terms is exactly 0, so a client that trained nothing has none. Infinite or NaN factors give an
+    infinite or NaN norm.
+
+    Parameters
+    ----------
+    matrices : Sequence[LowRank]
+        Of one shape.
+    stack : Stack | None (default: None)
+        One that holds their factors, among others; None stacks them.
+    pairs : bool (default: True)
+        False leaves out the cosines: time is then linear in n.
+
+    Returns
+    -------
+    tuple[list[float], Tensor | None]
+        ||M_i||_F, and cos(M_i, M_j): 1 on the diagonal, 0 where a norm is 0.
     """
-    squares = torch.tensor(norms, dtype=torch.float64).square()
-    place: dict[tuple[int, int], int] = {}
-    terms: list[_Term] = []
-    for term in (term for matrix in matrices for term in matrix.terms):
-        if place.setdefault((id(term.B), id(term.A)), len(terms)) == len(terms):
-            terms.append(term)
-    d_out, d_in = matrices[0].shape
-    if sum(term.A.shape[0] for term in terms) ** 2 > len(matrices) * d_out * d_in:  # larger than the matrices
-        rows = torch.stack([matrix.dense().reshape(-1) for matrix in matrices])
-        return (rows @ rows.T).cpu().diagonal_scatter(squares)
-    # scaling by the largest entries keeps the squares (fourth powers of entries) in range
-    sizes = [[float(factor.abs().amax()) or 1.0 for factor in (term.B, term.A)] for term in terms]
-    coefficients = torch.zeros(len(matrices), len(terms), dtype=torch.float64)
-    for i, matrix in enumerate(matrices):
-        for term in matrix.terms:
-            t = place[id(term.B), id(term.A)]
-            coefficients[i, t] += term.coefficient * sizes[t][0] * sizes[t][1]
-    ranks = torch.tensor([term.A.shape[0] for term in terms])
-    coefficients = coefficients.repeat_interleave(ranks, dim=1).to(terms[0].B.device)
-    B = torch.cat([term.B.to(torch.float64) / b for term, (b, _) in zip(terms, sizes, strict=True)], dim=1)
-    A = torch.cat([term.A.to(torch.float64) / a for term, (_, a) in zip(terms, sizes, strict=True)], dim=0)
-    products = coefficients @ ((B.T @ B) * (A @ A.T)) @ coefficients.T
-    return products.cpu().diagonal_scatter(squares)
-
-
-def lift(Q: Tensor | None, matrix: Tensor) -> Tensor:
-    """Return Q @ matrix: from the core's coordinates to the layer's (None: they are the same)."""
-    return matrix if Q is None else Q @ matrix
+    stack = stack or Stack([matrix.terms for matrix in matrices])
+    mixtures = [stack.mixture(matrix.terms) for matrix in matrices]
+    # in this unit no square leaves float64's range
+    unit = power_of_two(torch.cat([mixture.values for mixture in mixtures]).abs().max(0, True).values.tolist())
+    mixtures = [mixture.scaled(1 / unit) for mixture in mixtures]
+    inner, most = stack.inner(mixtures) if pairs else stack.squares(mixtures)
+    squares = inner.diagonal() if pairs else inner
+    norms = []
+    for matrix, square, bound in zip(matrices, squares.tolist(), most.tolist(), strict=True):
+        if not math.isfinite(bound):
+            norms.append(bound)
+            continue
+        norm = max(0.0, square) ** 0.5
+        if norm**2 <= _CANCELLED * bound**2 and bound > 0:
+            norm = float(torch.linalg.matrix_norm((matrix * (1 / unit)).core().C))
+        norms.append(norm if norm > _ROUNDING * bound else 0.0)
+    if not pairs:
+        return [norm * unit for norm in norms], None
+    scale = torch.tensor([1 / norm if norm > 0 else 0.0 for norm in norms], dtype=torch.float64)
+    cosines = scale[:, None] * inner.cpu() * scale
+    return [norm * unit for norm in norms], cosines.diagonal_scatter((scale > 0).to(torch.float64))
 
 
 def gauge(U: Tensor, S: Tensor, Vh: Tensor, rank: int, name: str = "") -> LowRank:

@@ -12,7 +12,7 @@ from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
 from fedfrom.merging.inputs import check_inputs
 from fedfrom.merging.layers import State
-from fedfrom.merging.lowrank import gram
+from fedfrom.merging.lowrank import norms_and_cosines
 from fedfrom.merging.sources import check_norms
 from fedfrom.merging.survey import updated
 from fedfrom.merging.tensors import plain_tensors
@@ -85,7 +85,10 @@ def gram_of_updates(
     for name in updated(inputs):
         if inputs.sent[0].layers[name].is_adapter:
             deltas = adapter_deltas(inputs, name)[2]
-            total += gram(deltas, check_norms([delta.norm() for delta in deltas], inputs, name))
+            norms, cosines = norms_and_cosines(deltas)
+            assert cosines is not None
+            sizes = torch.tensor(check_norms(norms, inputs, name), dtype=torch.float64)
+            total += sizes[:, None] * cosines * sizes
         else:
             _, values, references = plain_tensors(inputs, name)
             total += blocks.gram(values, references)

@@ -1,0 +1,317 @@
+"""The factors of many products side by side, each held once: their Gram matrices, inner products and small core.
+
+Every matrix of one layer (W, the updates, what they merge to) is a sum of products of the same few factors: X M Y^T, X
+(d_out, p) and Y (d_in, q) the factors side by side, M (p, q) sparse. The two Gram matrices X^T X and Y^T Y then give
+every norm and inner product, and their Cholesky factors the small core that has the singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedfrom.merging.report import power_of_two
+
+# Columns that lie this near (squared, relative) to the span of those before them are too near for Gram matrices, which
+# square the condition: their digits come from Householder QR.
+_DEPENDENT = 1e-2
+# Columns of one piece of a Gram matrix: only pieces on and above the diagonal are multiplied.
+_PIECE = 128
+# Rows that are summed in float32.
+_SUM = 1 << 10
+# Entries of the matrices that are formed at a time where Gram matrices would cost more.
+_ENTRIES = 1 << 21
+
+
+class Term(NamedTuple):
+    """coefficient * B @ A, B (d_out, r), A (r, d_in)."""
+
+    coefficient: float
+    B: Tensor
+    A: Tensor
+
+
+class Mixture(NamedTuple):
+    """M (p, q), sparse: entries by row and column; equal places add up."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def T(self) -> Mixture:
+        """M^T."""
+        return Mixture(self.columns, self.rows, self.values)
+
+    def scaled(self, factor: float) -> Mixture:
+        """Return factor * M."""
+        return self._replace(values=self.values * factor)
+
+    def times(self, right: Tensor, rows: int) -> Tensor:
+        """Return M @ right, (rows, any); new memory."""
+        result = right.new_zeros(rows, right.shape[1])
+        return result.index_add_(0, self.rows, self.values[:, None] * right[self.columns])
+
+
+class Side:
+    """Distinct factors (d, r_j) side by side: F (d, p), p = sum_j r_j.
+
+    A factor that is the leading columns of another in the same memory (what a client of smaller rank was sent) is held
+    with it. Factors are scaled by powers of two where a square of an entry may leave the range that it is summed in.
+
+    Parameters
+    ----------
+    factors : Iterable[Tensor]
+        At least one, of one d and device, floating point.
+    """
+
+    def __init__(self, factors: Iterable[Tensor]) -> None:
+        widest: dict[tuple, Tensor] = {}
+        for factor in factors:
+            key = _place(factor)
+            if key not in widest or widest[key].shape[1] < factor.shape[1]:
+                widest[key] = factor
+        self._held = widest
+        self.width = sum(factor.shape[1] for factor in widest.values())
+        self.height = next(iter(widest.values())).shape[0]
+        narrow = all(factor.dtype != torch.float64 for factor in widest.values())
+        self._in_single = narrow and self.width > _PIECE
+        self._found: dict[tuple, tuple[int, float]] = {}
+        start = 0
+        for key, factor in widest.items():
+            wide = self._in_single or factor.dtype == torch.float64
+            self._found[key] = start, power_of_two([float(factor.abs().amax())]) if wide else 1.0
+            start += factor.shape[1]
+        self._columns: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._basis: Basis | None = None
+
+    def place(self, factor: Tensor) -> tuple[int, float] | None:
+        """Return where a factor's columns start in F, and what they are to be multiplied by; None: it is not in F."""
+        key = _place(factor)
+        return self._found[key] if key in self._found and self._held[key].shape[1] >= factor.shape[1] else None
+
+    @property
+    def columns(self) -> Tensor:
+        """F, float64."""
+        if self._columns is None:
+            self._columns = self._side_by_side().to(torch.float64)
+        return self._columns
+
+    def _side_by_side(self) -> Tensor:
+        scales = [scale for _, scale in self._found.values()]
+        held = [f if s == 1.0 else f / s for f, s in zip(self._held.values(), scales, strict=True)]
+        # an A^T goes by rows, as A lies in memory
+        return torch.cat([f.T for f in held]).T if held[0].stride(0) == 1 else torch.cat(held, dim=1)
+
+    @property
+    def gram(self) -> Tensor:
+        """F^T F, (p, p) float64: of many factors in float32 or less by float32 sums of at most 2^10, 1e-8 off."""
+        if self._gram is None:
+            F = self._side_by_side().to(torch.float32) if self._in_single else self.columns
+            gram = self.columns.new_zeros(self.width, self.width)
+            for rows in F.split(_SUM if self._in_single else len(F)):
+                for start in range(0, self.width, _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    gram[piece, start:] += rows[:, piece].T @ rows[:, start:]
+            for start in range(0, self.width, _PIECE):
+                piece = slice(start, start + _PIECE)
+                gram[piece.stop :, piece] = gram[piece, piece.stop :].T
+            self._gram = gram
+        return self._gram
+
+    @property
+    def lengths(self) -> Tensor:
+        """(p,) float64 norms of F's columns."""
+        if self._gram is None:
+            return torch.linalg.vector_norm(self.columns, dim=0)
+        return self._gram.diagonal().sqrt()
+
+    @property
+    def basis(self) -> Basis:
+        """Orthonormal columns that span F's: see `Basis`."""
+        if self._basis is None:
+            self._basis = Basis.of(self)
+        return self._basis
+
+
+class Basis(NamedTuple):
+    """Q (d, m) with orthonormal columns, F = Q R, Q itself kept as columns @ inverse(triangle) where that is cheaper.
+
+    Attributes
+    ----------
+    R : Tensor
+        (m, p); empty where Q is the identity.
+    columns : Tensor | None
+        (d, m); None is the identity.
+    triangle : Tensor | None
+        (m, m), upper; None is the identity.
+    """
+
+    R: Tensor = torch.empty(0)
+    columns: Tensor | None = None
+    triangle: Tensor | None = None
+
+    @classmethod
+    def of(cls, side: Side) -> Basis:
+        """Return the basis of F's columns, float64.
+
+        By Cholesky of the Gram matrix, of columns scaled to length 1 with zeros left out: O(d p) beyond that matrix.
+        Where columns are so nearly dependent that this would lose digits, by Householder QR, O(d p^2).
+        """
+        F, squares = side.columns, side.gram.diagonal()
+        kept = squares > 0
+        if not kept.all():
+            F, squares = F[:, kept], squares[kept]
+        if len(squares):
+            lengths = squares.sqrt()
+            small = side.gram if kept.all() else side.gram[kept][:, kept]
+            factor, failed = torch.linalg.cholesky_ex(small / lengths / lengths[:, None])
+            if not failed and bool((factor.diagonal().square() > _DEPENDENT).all()):
+                triangle = (factor * lengths[:, None]).T.contiguous()
+                R = triangle
+                if not kept.all():
+                    R = triangle.new_zeros(len(triangle), side.width)
+                    R[:, kept] = triangle
+                return cls(R, F, triangle)
+        Q, R = torch.linalg.qr(side.columns)
+        return cls(R, Q)
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        """Return Q @ matrix: from the core's coordinates to the layer's."""
+        if self.columns is None:
+            return matrix
+        if self.triangle is not None:
+            matrix = torch.linalg.solve_triangular(self.triangle, matrix, upper=True)
+        return self.columns @ matrix
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """Return Q^T @ matrix, (m, any): from the layer's coordinates to the core's."""
+        if self.columns is None:
+            return matrix
+        found = self.columns.T @ matrix
+        if self.triangle is not None:
+            found = torch.linalg.solve_triangular(self.triangle.T, found, upper=False)
+        return found
+
+
+class Core(NamedTuple):
+    """left.lift(C) right.lift(.)^T is the matrix: C (m_out, m_in) in two orthonormal bases."""
+
+    left: Basis
+    C: Tensor
+    right: Basis
+
+
+class Stack:
+    """The factors of matrices of one layer, as two sides; what is computed of them is kept.
+
+    Parameters
+    ----------
+    matrices : Iterable[Sequence[Term]]
+        At least one term in all.
+    """
+
+    def __init__(self, matrices: Iterable[Sequence[Term]]) -> None:
+        terms = [term for matrix in matrices for term in matrix]
+        self.left, self.right = Side(term.B for term in terms), Side(term.A.T for term in terms)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the factors have so many columns that forming a matrix costs less than their Gram matrices."""
+        return is_wide(self.left.height, self.right.height, max(self.left.width, self.right.width))
+
+    def holds(self, terms: Sequence[Term]) -> bool:
+        """Whether all factors of a matrix are in the stack."""
+        return all(self.left.place(B) is not None and self.right.place(A.T) is not None for _, B, A in terms)
+
+    def mixture(self, terms: Sequence[Term]) -> Mixture:
+        """Return M of a matrix that the stack holds, X M Y^T."""
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[float] = []
+        for c, B, A in terms:
+            left, right = self.left.place(B), self.right.place(A.T)
+            assert left is not None and right is not None
+            width = A.shape[0]
+            rows += range(left[0], left[0] + width)
+            columns += range(right[0], right[0] + width)
+            values += [c * left[1] * right[1]] * width
+        device = terms[0].B.device
+        return Mixture(
+            torch.tensor(rows, device=device),
+            torch.tensor(columns, device=device),
+            torch.tensor(values, dtype=torch.float64, device=device),
+        )
+
+    def dense(self, terms: Sequence[Term]) -> Tensor:
+        """Return a matrix that the stack holds, (d_out, d_in) float64."""
+        return self.left.columns @ self.mixture(terms).times(self.right.columns.T, self.left.width)
+
+    def core(self, terms: Sequence[Term]) -> Core:
+        """Return a matrix's core, R_X M R_Y^T; of a wide stack the matrix itself."""
+        if self.is_wide:
+            C = self.dense(terms)
+            return Core(Basis(), C, Basis())
+        left, right = self.left.basis, self.right.basis
+        return Core(left, left.R @ self.mixture(terms).times(right.R.T, self.left.width), right)
+
+    def inner(self, mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor]:
+        """Return the inner products of n matrices, (n, n) float64, and what their norms are at most, (n,).
+
+        <X M_i Y^T, X M_j Y^T> is the sum over the entries (s, t) of M_i and (u, v) of M_j of their product times
+        (X^T X)_su (Y^T Y)_tv. Where it is far below the squares of those bounds, its digits have cancelled.
+        """
+        n, left, right = len(mixtures), self.left, self.right
+        owner = torch.cat([torch.full_like(m.rows, i) for i, m in enumerate(mixtures)])
+        rows, columns, values = (torch.cat(parts) for parts in zip(*mixtures, strict=True))
+        lengths = values.abs() * left.lengths[rows] * right.lengths[columns]
+        most = values.new_zeros(n).index_add_(0, owner, lengths)
+        if self.is_wide:
+            return self._inner_of_rows(mixtures), most
+        products = _taken(left.gram, rows).mul_(_taken(right.gram, columns)).mul_(values).mul_(values[:, None])
+        half = products.new_zeros(n, len(owner)).index_add_(0, owner, products)
+        inner = products.new_zeros(n, n).index_add_(0, owner, half.T.contiguous())
+        return (inner + inner.T) / 2, most
+
+    def squares(self, mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor]:
+        """Return n matrices' squared norms, (n,) float64, and what their norms are at most: time linear in n."""
+        found = []
+        for rows, columns, values in mixtures:
+            left, right = self.left.columns[:, rows], self.right.columns.T[columns]
+            grams = left.T @ left, right @ right.T
+            most = (values.abs() * (grams[0].diagonal() * grams[1].diagonal()).sqrt()).sum()
+            found.append(torch.stack([values @ (grams[0] * grams[1]) @ values, most]))
+        squares, most = torch.stack(found).T
+        return squares, most
+
+    def _inner_of_rows(self, mixtures: Sequence[Mixture]) -> Tensor:
+        """Return the inner products by forming the n matrices, some rows of each at a time."""
+        X, Y = self.left.columns, self.right.columns.T
+        rights = [Y[m.columns] * m.values[:, None] for m in mixtures]
+        height = max(1, _ENTRIES // (len(mixtures) * Y.shape[1]))
+        inner = X.new_zeros(len(mixtures), len(mixtures))
+        for start in range(0, len(X), height):
+            some = X[start : start + height]
+            formed = torch.stack([(some[:, m.rows] @ Z).flatten() for m, Z in zip(mixtures, rights, strict=True)])
+            inner += formed @ formed.T
+        return inner
+
+
+def is_wide(d_out: int, d_in: int, columns: int) -> bool:
+    """Return whether factors of so many columns cost more as Gram matrices than the (d_out, d_in) matrix itself."""
+    return columns * (d_out + d_in) > d_out * d_in
+
+
+def _taken(gram: Tensor, places: Tensor) -> Tensor:
+    if len(places) == len(gram) and bool((places == torch.arange(len(gram), device=places.device)).all()):
+        return gram.clone()
+    return gram[places][:, places]
+
+
+def _place(factor: Tensor) -> tuple:
+    """Return what a factor shares with its leading columns in the same memory."""
+    return factor.data_ptr(), factor.stride(), factor.shape[0], factor.dtype
