@@ -27,6 +27,7 @@ from fedfrom.files.folders import (
 )
 from fedfrom.files.output import Output
 from fedfrom.files.tensors import Spec, Tensors, Writer
+from fedfrom.merging import blocks
 from fedfrom.merging.average import Average
 from fedfrom.merging.frobenius import AUTO, FroM
 from fedfrom.merging.merge import LayerByLayer, layer_by_layer
@@ -224,13 +225,14 @@ class _Watch:
         }
 
     def layers(self, layers: LayerByLayer, reports: list[LayerReport]) -> Iterator[dict[str, Tensor]]:
-        """Yield each merged layer's tensors by key; gathers the reports."""
+        """Yield each merged layer's tensors by key, which are gone at the next; gathers the reports."""
         total = sum(self._sizes.values())
         if self._progress:
             self._progress(0, total)
         for ((part, report),) in layers:
             reports.append(report)
             yield part
+            part.clear()  # before the next layer is read
             self._done += self._sizes[report.name]
             if self._progress:
                 self._progress(self._done, total)
@@ -268,8 +270,8 @@ def _write_checkpoint(
         for file, own in specs.items():
             writers[file] = Writer(folder / file, own)
         for merged in watch.layers(layers, reports):
-            for key, tensor in merged.items():
-                writers[file_of[key]].write(key, _cast(key, tensor, dtype))
+            for key in merged:
+                writers[file_of[key]].write(key, _cast(key, merged[key], dtype))
         complete = True
     finally:
         for writer in writers.values():
@@ -299,7 +301,7 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
-    if not torch.isfinite(cast).all():
+    if not blocks.is_finite(cast):
         raise BadInput(f"{key!r}: expected a result in {dtype}'s range, found infinity: use a wider --dtype")
     return cast
 

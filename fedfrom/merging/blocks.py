@@ -51,6 +51,11 @@ def _block_norm(block: Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(block / largest))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry of a floating-point tensor is NaN or infinite."""
+    return all(bool(torch.isfinite(block).all()) for (block,) in _blocks([tensor], arithmetic(tensor.dtype)))
+
+
 def gram(values: Sequence[Tensor], references: Sequence[Tensor | None]) -> Tensor:
     """Return the (n, n) float64 inner products of the deltas value - reference (None: zero), on the CPU."""
     total = torch.zeros(len(values), len(values), dtype=torch.float64)

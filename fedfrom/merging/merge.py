@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedfrom.merging import blocks
 from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.configs import output_config
 from fedfrom.merging.frobenius import AUTO, FroM
@@ -265,7 +266,7 @@ def _merge_layer(
         found = merge_tensor(inputs, name, methods, server_lr, whole, clip)
     for part, _ in found:
         for key, tensor in part.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not blocks.is_finite(tensor):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.merging.layers import Layer, State
@@ -162,7 +163,7 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
     for source in sources:
         for part in parts if source is not None else []:
             assert source is not None
-            if not torch.isfinite(source.tensor(name, part)).all():
+            if not blocks.is_finite(source.tensor(name, part)):
                 key = source.layers[name].keys[part]
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 
