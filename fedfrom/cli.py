@@ -40,8 +40,6 @@ def run(arguments: Sequence[str]) -> int:
     arguments : Sequence[str]
         What follows `fedfrom`. Every error is one line on stderr.
     """
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _terminated)
     try:
         code: Any = app(list(arguments), prog_name="fedfrom", standalone_mode=False)
         sys.stdout.flush()
@@ -72,6 +70,12 @@ def _ended(reason: object, code: int) -> int:
         text = text.replace(argument, option)
     print(f"error: {text}", file=sys.stderr)
     return code
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
