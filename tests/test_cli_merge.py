@@ -206,9 +206,7 @@ def test_transformers_load_a_merged_checkpoint(tmp_path, capsys):
     """Sharded, with a tokenizer and a base: the model that AutoModel gives is the merge."""
     from transformers import AutoModel, BertConfig, BertModel
 
-    config = BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30
-    )
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30)
     names, states = [], []
     for i in range(3):
         torch.manual_seed(i)
