@@ -374,7 +374,8 @@ def test_help_loads_no_torch_and_a_merge_no_peft():
         "import sys; from fedfrom import cli\n"
         "for arguments in (['--help'], ['merge', '--help'], ['inspect', '--help'], ['--version']):\n"
         "    assert cli.run(arguments) == 0\n"
-        "print(*(name for name in ('torch', 'numpy', 'safetensors', 'flwr', 'yaml', 'matplotlib') if name in sys.modules))"
+        "heavy = ('torch', 'numpy', 'safetensors', 'flwr', 'yaml', 'matplotlib')\n"
+        "print(*(name for name in heavy if name in sys.modules))"
     )
     ended = command(code=code)
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "", ended.stderr
