@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one line on stderr with what to do, exit code 2, and nothing written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from tests import folders
 from tests.conftest import ROOT
 from tests.folders import PREFIX, adapters, done, load, refused
+from tests.hub import hub
 
 
 def change(folder, **config):
@@ -255,67 +257,45 @@ def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path, capsys):
 # --- The Hub ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A stand-in that keeps repositories as folders, and fetches what the patterns allow."""
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    room, asked = tmp_path / "hub", []
-
-    def snapshot_download(repo_id, *, revision=None, allow_patterns=None, ignore_patterns=None):
-        asked.append((repo_id, revision))
-        source = room / repo_id / (revision or "main")
-        if not source.is_dir():
-            raise FileNotFoundError(f"404 Client Error.\n\nRepository Not Found for {repo_id}")
-        files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
-        cache = tmp_path / "cache" / repo_id / (revision or "main")
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (cache / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, cache / name)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    return room, asked
-
-
-def test_names_on_the_hub_are_fetched_without_pickles(tmp_path, capsys, hub):
-    room, asked = hub
-    config = folders.adapter_config()
-    for name in ("owner/a/main", "owner/b/v2"):
+def test_names_on_the_hub_are_fetched_without_pickles(tmp_path):
+    """The real client, against a stand-in for the Hub's server."""
+    room, config = tmp_path / "hub", folders.adapter_config()
+    for name in ("owner/a", "owner/b"):
         folder = Path(folders.write_adapter(room / name, folders.adapter_state(len(name)), config))
         (folder / "tokenizer.json").write_text("{}")
         (folder / "training_args.bin").write_bytes(b"\x80\x04.")
         (folder / "evil.py").write_text("raise SystemExit")
         (folder / "checkpoint-1").mkdir()
         (folder / "checkpoint-1" / "adapter_config.json").write_text("{}")
-    done(capsys, "merge", str(tmp_path / "out"), "owner/a", "owner/b@v2")
-    assert asked == [("owner/a", None), ("owner/b", "v2")]
-    fetched = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert fetched == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
-    assert "| owner/b@v2 |" in (tmp_path / "out" / "README.md").read_text()
+    with hub(room) as (address, asked):
+        settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        settings |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        ended = process("merge", str(tmp_path / "out"), "owner/a", "owner/b@main", settings=settings)
+        assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+        fetched = {request.split("/", 4)[-1] for request in asked if request.startswith("GET owner")}
+        assert fetched == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+        ended = process("inspect", "owner/a", "owner/nothing", settings=settings)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "owner/nothing: no such folder, and the Hub gave none" in ended.stderr and "404" in ended.stderr
+    assert "| owner/b@main |" in (tmp_path / "out" / "README.md").read_text()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"}
 
 
-def test_a_name_that_the_hub_does_not_know(tmp_path, capsys, hub):
-    line = refused(capsys, "merge", str(tmp_path / "out"), "owner/nothing", "owner/other")
-    assert "owner/nothing: no such folder, and the Hub gave none" in line and "404" in line
-    asked = len(hub[1])
-    assert "no such folder" in refused(capsys, "inspect", "./owner/a", "/owner/a")
-    assert len(hub[1]) == asked, "a path is no name"
-
-
-def test_the_real_client_offline_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert "owner/a" in refused(capsys, "inspect", "owner/a")
+@pytest.mark.parametrize("name", ["owner/a", "./owner/a", "/owner/a", "a/b/c", "..", "owner/a@", "-", "", "a b"])
+def test_what_is_neither_a_folder_nor_on_the_hub(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
+    refused(capsys, "inspect", name)
 
 
 # --- The process -----------------------------------------------------------------------------------------------------
 
 
-def process(*arguments, program=("-m", "fedfrom")):
-    return subprocess.run([sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def process(*arguments, program=("-m", "fedfrom"), settings=None):
+    run = [sys.executable, *program, *arguments]
+    environment = {**os.environ, **(settings or {})}
+    return subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_entry_point(tmp_path):

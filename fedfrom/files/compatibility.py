@@ -90,30 +90,37 @@ def _check_tensors(model: Model, first: Model) -> None:
 
 
 def _check_base(models: Sequence[Model], base: Model) -> None:
-    prefix = prefix_of(models[0])
-    shared = 0
-    for name, layer in _layers(models[0]).items():
-        if layer.is_adapter or name.removeprefix(prefix) not in base.tensors:
-            continue
-        shared += 1
-        key = layer.keys["tensor"]
-        ours, theirs = models[0].tensors.spec(key), base.tensors.spec(name.removeprefix(prefix))
+    plain = {name: layer.keys["tensor"] for name, layer in _layers(models[0]).items() if not layer.is_adapter}
+    if not plain:
+        raise BadInput(f"--base {base.name}: not needed: these adapters hold nothing but LoRA factors; leave it out")
+    shared = names_in_base(models[0], base)
+    for name, key in shared.items():
+        ours, theirs = models[0].tensors.spec(plain[name]), base.tensors.spec(key)
         if ours != theirs:
-            raise BadInput(_other(models[0], key, ours, base, theirs))
+            raise BadInput(_other(models[0], plain[name], ours, base, theirs))
     if not shared:
-        if models[0].is_adapter and not any(not layer.is_adapter for layer in _layers(models[0]).values()):
-            raise BadInput(
-                f"--base {base.name}: not needed: these adapters hold nothing but LoRA factors; leave it out"
-            )
         raise BadInput(
-            f"--base {base.name}: expected tensors such as {next(iter(models[0].tensors), None)!r}, found "
+            f"--base {base.name}: expected tensors such as {next(iter(plain.values()))!r}, found "
             f"{next(iter(base.tensors), None)!r}: give the model that the inputs were fine-tuned from"
         )
 
 
-def prefix_of(model: Model) -> str:
-    """Return what PEFT puts before the base model's own names."""
-    return "base_model.model." if model.is_adapter else ""
+def names_in_base(model: Model, base: Model) -> dict[str, str]:
+    """Return each layer of a model that the base has too, and its key there; adapters' modules are left out.
+
+    PEFT puts base_model.model. before a base model's names, and transformers a prefix such as bert. before those of the
+    body of a model with a head. Of one such prefix more or less, the base has what fits the most layers.
+    """
+    outer = "base_model.model." if model.is_adapter else ""
+    names = [name for name, layer in _layers(model).items() if not layer.is_adapter]
+    inner = [name.removeprefix(outer) for name in names]
+    added = [f"{first}." for first in sorted({key.partition(".")[0] for key in base.tensors})]
+    removed = [f"{first}." for first in sorted({name.partition(".")[0] for name in inner})]
+    found: list[dict[str, str]] = []
+    for more, less in [("", ""), *((prefix, "") for prefix in added), *(("", prefix) for prefix in removed)]:
+        keys = [more + name.removeprefix(less) for name in inner]
+        found.append({name: key for name, key in zip(names, keys, strict=True) if key in base.tensors})
+    return max(found, key=len)  # the first of equals: names as they are
 
 
 def _layers(model: Model) -> dict[str, L.Layer]:

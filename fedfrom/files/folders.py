@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,11 @@ def _download(name: str) -> Path:
         raise BadInput(f"{name}: no such folder")
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
     except ModuleNotFoundError:
         raise BadInput(f"{name}: no such folder; to load it from the Hub: pip install 'fedfrom[cli]'") from None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     repository, _, revision = name.partition("@")
     try:
         folder = snapshot_download(

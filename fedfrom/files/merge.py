@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedfrom.files.card import model_card
-from fedfrom.files.compatibility import check_alike, prefix_of
+from fedfrom.files.compatibility import check_alike, names_in_base
 from fedfrom.files.errors import BadInput
 from fedfrom.files.folders import (
     ADAPTER,
@@ -109,7 +109,7 @@ def prepare(
         )
     return layer_by_layer(
         [model.tensors for model in models],
-        None if base is None else _Reference(base.tensors, models[0], prefix_of(models[0])),
+        None if base is None else _Reference(base.tensors, names_in_base(models[0], base)),
         method,
         configs=None if checkpoints else [model.config for model in models],
         examples=examples,
@@ -194,14 +194,13 @@ def merge_folders(
 
 
 class _Reference(Mapping[str, Tensor]):
-    """The base model's tensors that the inputs have too, under the names that they have there."""
+    """The base model's tensors that the inputs have too, under the names that their layers have there."""
 
-    def __init__(self, tensors: Tensors, like: Model, prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
-        self._keys = [prefix + key for key in tensors] if like.is_adapter else list(tensors)
+    def __init__(self, tensors: Tensors, keys: Mapping[str, str]) -> None:
+        self._tensors, self._keys = tensors, keys
 
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key.removeprefix(self._prefix)]
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._keys[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -180,7 +180,7 @@ class Writer:
         found = Spec(tensor.dtype, tuple(tensor.shape))
         if found != self.specs[key]:
             raise ValueError(f"{key!r}: expected {self.specs[key]}, found {found}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
+        data = tensor.detach().cpu().reshape(-1).view(torch.uint8) if tensor.numel() else None
         if data is not None:
             self._write(self._start[key], memoryview(data.numpy().data))
         self._missing.discard(key)
