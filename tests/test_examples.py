@@ -24,3 +24,22 @@ def test_task_adapters(tmp_path, capsys):
     assert config_of(tmp_path / "by-command") == config_of(tmp_path / "from")
     seen = json.loads(done(capsys, "inspect", *names, "--json"))
     assert [layer["ranks"] for layer in seen["layers"]] == [list(task_adapters.RANKS)] * 2
+
+
+@pytest.mark.slow
+def test_unequal_ranks(task_identity):
+    from examples import unequal_ranks
+    from fedfrom.merging.layers import find_layers, ranks
+    from tests.inprocess import InProcessGrid
+
+    grid = InProcessGrid(unequal_ranks.client_app, len(unequal_ranks.RANKS), record=True)
+    result = unequal_ranks.run(grid)
+    assert not grid.errors
+    before, after = (dict(result.evaluate_metrics_serverapp[number]) for number in (0, 4))
+    assert min(after.values()) > 0.8 > max(before.values())
+    sent = set()
+    for traffic in grid.traffic:
+        if traffic.direction == "up":
+            state = traffic.message.content["arrays"].to_torch_state_dict()
+            sent |= set(ranks(find_layers(state, "a reply"), state).values())
+    assert sent == set(unequal_ranks.RANKS), "each client trained at its own rank"
