@@ -83,6 +83,16 @@ def test_a_tensor_that_is_held_is_read_once(tmp_path):
     assert where == tensors["a"].data_ptr()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_a_checkpoint_of_many_shards_holds_one_file_open(tmp_path):
+    state = {f"{i}": folders.normal(3, seed=i) for i in range(60)}
+    name = folders.write_checkpoint(tmp_path / "model", state, 30)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    model = F.open_model(name)
+    assert all(torch.equal(model.tensors[key], value) for key, value in state.items())
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
 HEADERS = {
     "a tensor beyond the file": {"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}},
     "a shape that is not its bytes": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}},

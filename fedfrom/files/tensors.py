@@ -79,7 +79,7 @@ class Tensors(Mapping[str, Tensor]):
         self.file_of: dict[str, Path] = {}
         self.device = device
         self.wide: torch.dtype | None = None  # what floating-point tensors are widened to when read
-        self._open: dict[Path, Any] = {}
+        self._file: tuple[Path, Any] | None = None  # one at a time: a few large models have a thousand shards
         self._last: Tensor | None = None
         self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         for path, keys in files.items():
@@ -87,8 +87,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def _add(self, path: Path, keys: Sequence[str] | None) -> None:
         try:
-            # reads each tensor into memory of its own: a mapped file would count as memory as a whole
-            file = safe_open(path, framework="pt", backend="pread")
+            file = self._opened(path)
         except (SafetensorError, OSError) as error:
             raise BadInput(
                 f"{path}: expected a safetensors file, found one that is damaged or cut off ({error}): copy or "
@@ -106,7 +105,12 @@ class Tensors(Mapping[str, Tensor]):
                 raise BadInput(f"{path}, {key!r}: expected a tensor of real numbers, found {view.get_dtype()}")
             self.specs[key] = Spec(DTYPES[view.get_dtype()], tuple(view.get_shape()))
             self.file_of[key] = path
-        self._open[path] = file
+
+    def _opened(self, path: Path) -> Any:
+        if self._file is None or self._file[0] != path:
+            # reads each tensor into memory of its own: a mapped file would count as memory as a whole
+            self._file = (path, safe_open(path, framework="pt", backend="pread"))
+        return self._file[1]
 
     def spec(self, key: str) -> Spec:
         """Return the dtype that a tensor is read in, and its shape; nothing is read."""
@@ -119,7 +123,7 @@ class Tensors(Mapping[str, Tensor]):
         tensor = self._held.get(key)
         if tensor is None:
             self._last = None  # before the next is read
-            tensor = self._open[self.file_of[key]].get_tensor(key).to(self.device, self.spec(key).dtype)
+            tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
             self._held[key] = tensor
         self._last = tensor
         return tensor
