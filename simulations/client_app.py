@@ -5,6 +5,7 @@ clients' data get them beside the weights.
 """
 
 import dataclasses
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +50,8 @@ def train(message: Message, context: Context) -> Message:
     speed = done.examples / max(done.seconds, 1e-9)
     metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
     reply = client.reply(model, message, metrics, statistics=found)
-    reply.content[ABOUT] = _about(partition_id, loss=done.loss, seconds=done.seconds, speed=speed)
+    numbers = {"loss": done.loss, "seconds": done.seconds, "speed": speed, "process": os.getpid()}
+    reply.content[ABOUT] = _about(partition_id, **numbers)
     return reply
 
 

@@ -18,11 +18,19 @@ class Round:
     seconds: float = 0.0
     server_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-    clients: dict[int, dict[str, float]] = field(default_factory=dict)  # partition id -> loss, seconds, speed
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)  # partition id -> loss, seconds, speed, process
     weights: dict[int, float] = field(default_factory=dict)  # partition id -> mean weight over the layers
     distance_from_mean: float | None = None  # see simulations.aggregation
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of training in the client process that trained longest: the others had to wait for it."""
+        by_process: dict[float, float] = {}
+        for client in self.clients.values():
+            by_process[client["process"]] = by_process.get(client["process"], 0.0) + client["seconds"]
+        return max(by_process.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the round as plain JSON types."""
@@ -38,6 +46,13 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     reports: dict[int, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time in which neither the busiest client process trained nor the server evaluated."""
+        busy = self.total("training_seconds") + self.total("evaluation_seconds")
+        return 1 - busy / self.wall_seconds if self.wall_seconds else 0.0
 
     @property
     def curve(self) -> list[float]:
@@ -72,6 +87,10 @@ class History:
             "bytes-down": self.total("bytes_down"),
             "seconds": self.total("seconds"),
             "server-seconds": self.total("server_seconds"),
+            "training-seconds": self.total("training_seconds"),
+            "evaluation-seconds": self.total("evaluation_seconds"),
+            "wall-seconds": self.wall_seconds,
+            "overhead": self.overhead,
             "rounds": [entry.to_dict() for entry in self.rounds],
             "reports": _text_keys(self.reports),
         }

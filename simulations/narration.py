@@ -113,7 +113,7 @@ class Narrator:
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
         reaching = f"rounds to {experiment.target:.3f}"
-        for column in ("final", "best", reaching, "bytes up", "bytes down", "server s", "s"):
+        for column in ("final", "best", reaching, "bytes up", "bytes down", "server s", "s", "overhead"):
             table.add_column(column, justify="right")
         for history in histories:
             reached = history.rounds_to(experiment.target)
@@ -125,6 +125,7 @@ class Narrator:
                 size(history.total("bytes_up")),
                 size(history.total("bytes_down")),
                 f"{history.total('server_seconds'):.2f}",
-                f"{history.total('seconds'):.0f}",
+                f"{history.wall_seconds:.0f}",
+                f"{history.overhead:.0%}",
             )
         self.console.print(table)

@@ -100,7 +100,7 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
 
 def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to_come: int = 0) -> History:
     """Run one strategy over all rounds and return its history; how many come after it tells the time left."""
-    options = experiment.options
+    options, start = experiment.options, time.perf_counter()
     narrator.strategy(spec)
     recorder = Recorder(spec, experiment, narrator, still_to_come)
     strategy = experiment.strategy(spec)
@@ -115,7 +115,9 @@ def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to
         evaluate_config=_config(options, spec),
         evaluate_fn=recorder.evaluate,
     )
-    return recorder.finish(result)
+    history = recorder.finish(result)
+    history.wall_seconds = time.perf_counter() - start
+    return history
 
 
 def _config(options: Options, spec: str) -> ConfigRecord:

@@ -575,6 +575,7 @@ def assert_is_the_merge(
     p: float = 0.0,
     scope: str = "layer",
     server_lr: float = 1.0,
+    clip: float | None = None,
     scaling: Scaling = lambda module: 1.0,
     scalings: Sequence[Scaling] | None = None,
     merged_scaling: Scaling | None = None,
@@ -590,8 +591,8 @@ def assert_is_the_merge(
         W; None is zero, and then plain tensors are averaged.
     replies : Sequence[Arrays]
         W_i.
-    examples, k, p, scope, server_lr
-        As for FroM.
+    examples, k, p, scope, server_lr, clip
+        As for FroM and `merge`.
     scaling, scalings, merged_scaling : Scaling
         s of W, of the W_i and of what was merged.
     precision : tuple[float, float] | None (default: None)
@@ -614,6 +615,13 @@ def assert_is_the_merge(
         kept = plain and (replies[0][name].dtype.kind != "f" or (sent is None and ".lora_" not in name))
         return not (kept or name.endswith(("running_mean", "running_var")))
 
+    for name in W:
+        if clip is None or (sent is None and name in replies[0]):  # a value alone is no update
+            continue
+        shortened = _clipped(norms[name], clip)
+        for delta, factor in zip(deltas, shortened, strict=True):
+            delta[name] = delta[name] * factor
+        norms[name] = norms[name] * shortened
     whole = np.sqrt(sum(norms[name] ** 2 for name in W if is_update(name) and ".lora_B.bias" not in name))
     for name, value in W.items():
         if name in replies[0] and replies[0][name].dtype.kind != "f":
@@ -640,6 +648,13 @@ def _precision(state: Arrays, name: str) -> tuple[float, float]:
     """Return the spacing at 1, and the smallest number, of a tensor's or a module's dtype."""
     dtype = next(np.finfo(v.dtype) for k, v in state.items() if k == name or k.startswith(f"{name}.lora_"))
     return float(dtype.eps), float(dtype.smallest_subnormal)
+
+
+def _clipped(norms: np.ndarray, clip: float) -> np.ndarray:
+    """Return the factors that shorten norms to `clip` times the median of those above 0."""
+    heard = norms[norms > 0]
+    most = clip * np.median(heard) if len(heard) else 0.0
+    return np.array([min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms])
 
 
 def _weights(norms: np.ndarray, k: float, examples: Sequence[float], p: float) -> np.ndarray:

@@ -152,7 +152,7 @@ def test_tables_and_the_picture_are_written(tmp_path: Path) -> None:
     one = adapters()
     attacks = {name: ATTACKS[name] for name in ("NaN", "sign-flip ×10", "label-flip")}
     outcomes = [o for f in (1, 2, 3) for o in compare(one, f, attacks=attacks)]
-    report.write_outcomes(outcomes, {one.name: one.cosine}, tmp_path)
+    report.write_outcomes(outcomes, {one.name: one.cosine}, tmp_path, tmp_path / "work")
     table = (tmp_path / "attackers-1.md").read_text()
     header, nan = (
         next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in ("attack", "NaN")
@@ -160,7 +160,7 @@ def test_tables_and_the_picture_are_written(tmp_path: Path) -> None:
     cells = dict(zip(header.split(" | "), nan.split(" | "), strict=True))
     assert (cells["FedFroM"], cells["FedAvg"]) == ("1.00", "0.00") and "adapters: 0." in table
     assert "n/a" in (tmp_path / "attackers-2.md").read_text()  # Bulyan
-    assert len((tmp_path / "outcomes.csv").read_text().splitlines()) == len(outcomes) + 1
+    assert len((tmp_path / "work" / "outcomes.csv").read_text().splitlines()) == len(outcomes) + 1
     means = (tmp_path / "means.md").read_text()
     assert all(name in means for name in CONTENDERS)
     report.draw_scales({"one": {"FedFroM": [(1.0, 0.9), (10.0, 0.8)]}}, tmp_path / "scales.png")

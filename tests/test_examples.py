@@ -1,45 +1,50 @@
-"""The examples run, and show what they say."""
+"""The examples: each runs as it stands, in this process, and learns."""
 
+import importlib.util
 import json
+import re
+from pathlib import Path
+from types import ModuleType
 
 import pytest
+from flwr.app import Context, RecordDict
 
+from tests.conftest import ROOT
 from tests.folders import config_of, done, load, same_bits
+from tests.inprocess import InProcessGrid
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "clients", "learns"), [("lora_classifier", 4, 0.2), ("causal_lm", 3, -1.0)])
+def test_an_example_learns(name: str, clients: int, learns: float, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example(name)
+    grid = InProcessGrid(module.client_app, clients)
+    module.server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}))
+    assert not grid.errors
+    printed = re.findall(r"^round \d+: \w+ ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    first, last = float(printed[0]), float(printed[-1])
+    assert len(printed) == 6 and (last - first) * (1 if learns > 0 else -1) > abs(learns), printed
 
 
 @pytest.mark.slow
-def test_task_adapters(tmp_path, capsys):
-    from examples import task_adapters
-
-    found = task_adapters.main(tmp_path)
-    tasks = range(task_adapters.TASKS)
-    for task in tasks:
+def test_merged_task_adapters_do_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("task_adapters")
+    found = module.main(tmp_path)
+    for task in range(module.TASKS):
         assert found[f"task-{task}"][task] > 0.9
-    worst_of_one = max(min(found[f"task-{task}"]) for task in tasks)
+    worst_of_one = max(min(found[f"task-{task}"]) for task in range(module.TASKS))
     for method in ("average", "from", "task-arithmetic"):
         assert min(found[method]) > 0.8 > worst_of_one, "the merged adapter does all tasks, none of its parts does"
-    names = [str(tmp_path / f"task-{task}") for task in tasks]
+    names = [str(tmp_path / f"task-{task}") for task in range(module.TASKS)]
     done(capsys, "merge", str(tmp_path / "by-command"), *names, "--rank", "0.999")
     assert same_bits(load(tmp_path / "by-command"), load(tmp_path / "from"))
     assert config_of(tmp_path / "by-command") == config_of(tmp_path / "from")
     seen = json.loads(done(capsys, "inspect", *names, "--json"))
-    assert [layer["ranks"] for layer in seen["layers"]] == [list(task_adapters.RANKS)] * 2
-
-
-@pytest.mark.slow
-def test_unequal_ranks(task_identity):
-    from examples import unequal_ranks
-    from fedfrom.merging.layers import find_layers, ranks
-    from tests.inprocess import InProcessGrid
-
-    grid = InProcessGrid(unequal_ranks.client_app, len(unequal_ranks.RANKS), record=True)
-    result = unequal_ranks.run(grid)
-    assert not grid.errors
-    before, after = (dict(result.evaluate_metrics_serverapp[number]) for number in (0, 4))
-    assert min(after.values()) > 0.8 > max(before.values())
-    sent = set()
-    for traffic in grid.traffic:
-        if traffic.direction == "up":
-            state = traffic.message.content["arrays"].to_torch_state_dict()
-            sent |= set(ranks(find_layers(state, "a reply"), state).values())
-    assert sent == set(unequal_ranks.RANKS), "each client trained at its own rank"
+    assert [layer["ranks"] for layer in seen["layers"]] == [list(module.RANKS)] * 2

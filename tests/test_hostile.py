@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ from tests.conftest import ROOT
 from tests.hostile import CONFIG, cases, harmless
 from tests.inprocess import InProcessGrid
 from tests.merging.test_memory import LargestResult
-from tests.models import Arrays, Scaling, arrays_of, record_of
+from tests.models import FEDFROM, Arrays, Scaling, arrays_of, record_of
 
 pytestmark = pytest.mark.timeout(6 * 3600)  # thousands of cases, on a machine that has other work
 
@@ -53,12 +54,12 @@ def score(state: dict[str, torch.Tensor]) -> float:
 
 # The strategy, and the settings that the oracle needs; None where it does not know the method.
 STRATEGIES: dict[str, tuple[Any, dict[str, Any] | None]] = {
-    "from": (lambda: FedFroM(), {"k": 0.5, "p": 0.5}),
-    "from, with configs": (lambda: FedFroM(lora_config=CONFIG), {"k": 0.5, "p": 0.5}),
-    "the paper's": (lambda: FedFroM(lora_config=CONFIG, k=1.0, examples_power=0.0), {"k": 1.0, "p": 0.0}),
-    "the largest": (lambda: FedFroM(lora_config=CONFIG, k=math.inf), {"k": math.inf, "p": 0.5}),
-    "whole updates": (lambda: FedFroM(lora_config=CONFIG, scope="model"), {"k": 0.5, "p": 0.5, "scope": "model"}),
-    "half a step": (lambda: FedFroM(server_lr=0.5), {"k": 0.5, "p": 0.5, "server_lr": 0.5}),
+    "from": (lambda: FedFroM(), FEDFROM),
+    "from, with configs": (lambda: FedFroM(lora_config=CONFIG), FEDFROM),
+    "the paper's": (lambda: FedFroM(lora_config=CONFIG, k=1.0, examples_power=0.0), {**FEDFROM, "k": 1.0, "p": 0.0}),
+    "the largest": (lambda: FedFroM(lora_config=CONFIG, clip=None, k=math.inf), {"k": math.inf, "p": 0.5}),
+    "whole updates": (lambda: FedFroM(lora_config=CONFIG, scope="model"), {**FEDFROM, "scope": "model"}),
+    "half a step": (lambda: FedFroM(server_lr=0.5), {**FEDFROM, "server_lr": 0.5}),
     "average": (lambda: FedMerge("average", examples_power=1.0), {"k": 0.0, "p": 1.0}),
     "alternating": (lambda: FedFroM(lora_config=CONFIG, solver="alternating"), None),
     "k=auto": (lambda: FedFroM(k="auto", validate=score), None),
@@ -143,11 +144,11 @@ def test_a_reply_is_rejected_with_a_reason_or_merged(given_round: Any) -> None:
         assert honest_nodes <= set(report.nodes)
     if oracle is not None:
         accepted = honest if report.rejected else [*honest, bad]
-        assert_round(merged, state, accepted, oracle, strategy.lora_config)
+        assert_round(merged, state, accepted, oracle, strategy.lora_config, strategy.examples_cap)
 
 
 def assert_round(
-    merged: Arrays, state: Arrays, accepted: list[Message], oracle: dict[str, Any], lora_config: Any
+    merged: Arrays, state: Arrays, accepted: list[Message], oracle: dict[str, Any], lora_config: Any, cap: float | None
 ) -> None:
     """Assert that a round's result is the merge of these replies, read anew."""
 
@@ -158,7 +159,9 @@ def assert_round(
         return hostile.scaling_of(lora_config if record is None else hostile.config_of(record))
 
     replies = [arrays_of(model_of(message.content)) for message in accepted]
-    examples = [next(iter(message.content.metric_records.values()))["num-examples"] for message in accepted]
+    said = [next(iter(message.content.metric_records.values()))["num-examples"] for message in accepted]
+    most = math.inf if cap is None else cap * statistics.median(said)
+    examples = [min(count, most) for count in said]
     own = [scaling(message) for message in accepted]
     base = hostile.scaling_of(lora_config) if lora_config else lambda module: 1.0
     hostile.assert_is_the_merge(merged, state, replies, examples, scaling=base, scalings=own, **oracle)

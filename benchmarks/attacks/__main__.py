@@ -52,7 +52,7 @@ def main() -> None:
     if "table" in parts:
         rounds = [*made, (real, 0), (encoder(work), 0)]
         found = outcomes(rounds, (1, 2, 3))
-        report.write_outcomes(found, {one.name: one.cosine for one, _ in rounds}, out)
+        report.write_outcomes(found, {one.name: one.cosine for one, _ in rounds}, out, work)
         bar = min(o.cosine for o in found if o.strategy == "FedFroM" and report.counts_for_bar(o))
         print(f"Lowest cosine of FedFroM that the bar counts: {bar:.3f} (bar: {report.BAR})")
     if "scales" in parts:

@@ -18,7 +18,7 @@ from simulations.tables import write_table
 
 BAR = 0.95
 LEAST = 1e-4  # what is closer to the honest merge is drawn here
-MORE_COLOURS = ("#999999", "#7A3E9D")
+NINTH = ("#7A3E9D", "h")
 HONEST = (
     "The honest merge is the same strategy's, of the honest clients' replies alone (told that there are no attackers)."
 )
@@ -34,12 +34,11 @@ def counts_for_bar(outcome: Outcome) -> bool:
     return outcome.attackers == 1 and untargeted and outcome.round not in ("cosine 0.1", SKEWED)
 
 
-def write_outcomes(outcomes: Sequence[Outcome], cosines: Mapping[str, float], folder: Path) -> None:
-    """Write every outcome, the table by attack, and the means over all of it."""
+def write_outcomes(outcomes: Sequence[Outcome], cosines: Mapping[str, float], folder: Path, work: Path) -> None:
+    """Write every outcome into `work`, and into `folder` the tables by attack and the means over all of it."""
     rows = [list(outcome.to_dict().values()) for outcome in outcomes]
     header = list(outcomes[0].to_dict())
-    write_table(folder, "outcomes", header, rows, "Every outcome: see `benchmarks/attacks/bench.py`.")
-    (folder / "outcomes.md").unlink()  # thousands of rows: for programs
+    write_table(work, "outcomes", header, rows, "Every outcome: see `benchmarks/attacks/bench.py`.")
     strategies = [name for name in CONTENDERS if any(o.strategy == name for o in outcomes)]
     said = ", ".join(f"{name}: {value:.2f}" for name, value in cosines.items())
     for attackers in sorted({o.attackers for o in outcomes}):
@@ -121,8 +120,8 @@ def _draw_lines(plot: Axes, title: str, lines: Mapping[str, Sequence[tuple[float
         plot.plot(
             [x for x, _ in points],
             [max(1 - y, LEAST) for _, y in points],
-            color=(*COLOURS, *MORE_COLOURS)[position],
-            marker=(*MARKERS, "*", "h")[position],
+            color=(*COLOURS, NINTH[0])[position],
+            marker=(*MARKERS, NINTH[1])[position],
             linestyle="-" if own else "--",
             linewidth=2.4 if own else 1.3,
             markersize=5,
@@ -230,8 +229,8 @@ def write_about(folder: Path, seeds: int, paired_seeds: int) -> None:
         "",
         "Means over everything: [means](means.md). By attack, with [1](attackers-1.md), [2](attackers-2.md) and "
         "[3](attackers-3.md) attackers. Accuracy of federations under attack: [accuracy](accuracy.md). What FedFroM's "
-        "defaults were chosen by: [tradeoff](tradeoff.md). Pictures: scales.png, tradeoff.png. Every number: "
-        "outcomes.csv.",
+        "defaults were chosen by: [tradeoff](tradeoff.md). Pictures: scales.png, tradeoff.png. A run leaves every "
+        "number in work/outcomes.csv.",
         "",
         "![Cosine to the honest merge against the scale of a sign-flip](scales.png)",
         "",

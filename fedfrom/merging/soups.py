@@ -23,7 +23,7 @@ class GreedySoup(Average):
     Parameters
     ----------
     validate : Callable[[Mapping[str, Tensor]], float]
-        The score of a merged state, higher is better.
+        The score of a merged state, higher is better; NaN is worse than any number.
     examples_power, rank, solver, iterations, tolerance, seed
         See `Average`.
     """
@@ -46,6 +46,8 @@ class GreedySoup(Average):
             The merged state of some of them.
         """
         alone = [self._score(mean_of([i])) for i in range(n)]
+        if max(alone) == -math.inf:
+            raise ValueError("validate: expected a number for at least one client's state alone, found none")
         first, *others = sorted(range(n), key=lambda i: -alone[i])
         chosen, best = [first], alone[first]
         for i in others:
@@ -57,9 +59,7 @@ class GreedySoup(Average):
     def _score(self, state: Mapping[str, Tensor]) -> float:
         assert self.validate is not None
         score = float(self.validate(state))
-        if math.isnan(score):
-            raise ValueError("validate: expected a number for every state, found NaN")
-        return score
+        return -math.inf if math.isnan(score) else score  # one bad client costs its own place alone
 
     def average(self) -> Average:
         """Return the method that merges the clients that were chosen."""

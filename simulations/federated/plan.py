@@ -18,23 +18,21 @@ LAST = 3  # the accuracy that strategies are compared by is the mean of so many 
 
 
 def from_spec(k: float | str, examples_power: float) -> str:
-    """Return FedFroM with these powers as `--strategies` takes it."""
-    return (
-        f"from:k={k:g}:examples_power={examples_power:g}"
-        if k != "auto"
-        else f"from:k=auto:examples_power={examples_power:g}"
-    )
+    """Return FedFroM with these powers alone, no update clipped and no count capped, as `--strategies` takes it."""
+    power = k if isinstance(k, str) else f"{k:g}"
+    return f"from:k={power}:examples_power={examples_power:g}:clip=none:examples_cap=none"
 
 
 GRID = {setting: [(k, p) for p in (POWERS if setting == "dirichlet" else (0,)) for k in POWERS] for setting in SETTINGS}
 BEST = "best of the grid"
-DEFAULT = "default"
+DEFAULT = "FedFroM's defaults"
 ROWS: Mapping[str, str] = {
     "FedAvg on factors": "fedavg",
     "average of products": from_spec(0, 1),
     "√n average of products": from_spec(0, 0.5),
     "the paper's FroM": from_spec(1, 0),
-    DEFAULT: from_spec(0.5, 0.5),
+    "p = k = ½": from_spec(0.5, 0.5),
+    DEFAULT: "from",  # p = k = ½ with clip and examples_cap
     BEST: "",  # known when the grid is done
     "k=auto": from_spec("auto", 0.5),
 }

@@ -31,7 +31,7 @@ def spec_of(piece: Piece, plan: Plan, study: Study) -> str:
 
 def without_idle_powers(setting: str, spec: str) -> str:
     """Return the spec with p = 0 where all clients hold equally much: rows that differ in p alone are run once."""
-    return re.sub(r":examples_power=[0-9.]+$", ":examples_power=0", spec) if setting == "equal" else spec
+    return re.sub(r":examples_power=[0-9.]+", ":examples_power=0", spec) if setting == "equal" else spec
 
 
 def best(plan: Plan, study: Study) -> str:

@@ -776,9 +776,16 @@ def test_options_out_of_range(option, values, names):
                 merge(**case.arguments(), method=name, **{option: value})
 
 
-def test_greedy_soup_refuses_a_score_that_is_no_number():
-    with pytest.raises(ValueError, match=r"validate.*NaN"):
-        merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], method="greedy-soup", validate=lambda state: math.nan)
+def test_greedy_soup_leaves_out_who_scores_nan_and_refuses_where_all_do():
+    states = [{"w": torch.full((2,), float(i))} for i in (1, 2, 3)]
+
+    def validate(state):
+        return math.nan if float(state["w"][0]) in (2.0, 1.5, 2.5) else 0.0
+
+    merged, report = merge(states, method="greedy-soup", validate=validate)
+    assert report.clients == ["client 0"] and torch.equal(merged["w"], states[0]["w"])  # with client 2 the mean is 2
+    with pytest.raises(ValueError, match=r"validate: expected a number .*, found none"):
+        merge(states, method="greedy-soup", validate=lambda state: math.nan)
 
 
 def test_greedy_soup_without_a_validation_function():

@@ -273,6 +273,17 @@ def test_history_counts_rounds_and_bytes() -> None:
     assert history.total("bytes_up") == 9
 
 
+def test_overhead_is_what_the_busiest_process_and_the_evaluation_leave() -> None:
+    clients = {i: {"process": process, "seconds": 1.0 + i} for i, process in enumerate((7.0, 7.0, 8.0))}
+    rounds = [
+        Round(0, {"score": 0.5}, evaluation_seconds=1.0),
+        Round(1, {"score": 0.5}, evaluation_seconds=2.0, clients=clients),
+    ]
+    assert rounds[1].training_seconds == 3.0 and rounds[0].training_seconds == 0.0
+    history = History("x", rounds, wall_seconds=8.0)
+    assert history.overhead == pytest.approx(1 - (3 + 2 + 1) / 8) == history.to_dict(0.6)["overhead"]
+
+
 def test_client_weights_are_means_over_the_layers_that_weigh() -> None:
     layers = [{"weights": [0.2, 0.8]}, {"weights": [0.4, 0.6]}, {"weights": []}]
     found = client_weights({"nodes": [70, 50], "merge": {"layers": layers}}, {50: 0, 70: 1})

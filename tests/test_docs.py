@@ -1,0 +1,82 @@
+"""The documentation: every link leads somewhere, every Python block runs, every command named is there."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.conftest import ROOT
+
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/*.md", "deployment/*.md", "results/*/README.md") for path in ROOT.glob(pattern)
+)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def page(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"[*`]", "", heading)).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8"))):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists() and found.is_relative_to(ROOT), f"{target}: no such file"
+        if anchor:
+            assert anchor in anchors(found.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.parent.name == "docs"], ids=page)
+def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
+    """In the page's order, in one process that starts in an empty folder."""
+    code = "\n".join(blocks(path, "python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readmes_merge_of_folders_runs(tmp_path: Path) -> None:
+    for seed, name in enumerate(("adapter-a", "adapter-b", "adapter-c")):
+        torch.manual_seed(seed)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), LoraConfig(r=2 + seed, target_modules=["0"]))
+        torch.nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+        model.save_pretrained(str(tmp_path / name))
+    (code,) = [code for code in blocks(ROOT / "README.md", "python") if "adapter-a" in code]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_commands_are_there(path: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) | {"test", "test-all"}
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, f"make {target}: no such target"
+    for module in re.findall(r"python -m ((?:simulations|benchmarks)[\w.]*)", text):
+        place = ROOT / Path(*module.split("."))
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"python -m {module}"
