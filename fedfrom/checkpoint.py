@@ -365,7 +365,7 @@ def _as_json(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, Enum):
         return value.value
-    return value.item() if isinstance(value, np.generic) else repr(value)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else repr(value)
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def _flatten(name: str, value: Any, flat: dict[str, Any]) -> None:
         for key, entry in value.items():
             _flatten(f"{name}.{key}", entry, flat)
         return
-    if isinstance(value, set | frozenset | Enum | np.generic):
+    if isinstance(value, set | frozenset | Enum | np.generic | np.ndarray):
         value = _as_json(value)
     elif isinstance(value, bytes | Path):
         value = repr(value)

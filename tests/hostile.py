@@ -326,7 +326,7 @@ def odd_tensors(draw: st.DrawFn, value: Tensor) -> Any:
             lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
             lambda t: torch.nn.Parameter(t.clone(), requires_grad=t.is_floating_point()),
             lambda t: t.expand(2, *t.shape),
-            lambda t: torch.zeros(1).expand(t.shape),
+            lambda t: torch.zeros(()).expand(t.shape),
             lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
             lambda t: torch.empty(0),
             lambda t: torch.empty(0, 10**12),

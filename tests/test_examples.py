@@ -1,13 +1,16 @@
 """The examples: each runs as it stands, in this process, and learns."""
 
 import importlib.util
+import json
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from flwr.app import Context, RecordDict
 
 from tests.conftest import ROOT
+from tests.folders import config_of, done, load, same_bits
 from tests.inprocess import InProcessGrid
 
 
@@ -28,3 +31,20 @@ def test_an_example_learns(name: str, clients: int, learns: float, capsys: pytes
     printed = re.findall(r"^round \d+: \w+ ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     first, last = float(printed[0]), float(printed[-1])
     assert len(printed) == 6 and (last - first) * (1 if learns > 0 else -1) > abs(learns), printed
+
+
+@pytest.mark.slow
+def test_merged_task_adapters_do_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("task_adapters")
+    found = module.main(tmp_path)
+    for task in range(module.TASKS):
+        assert found[f"task-{task}"][task] > 0.9
+    worst_of_one = max(min(found[f"task-{task}"]) for task in range(module.TASKS))
+    for method in ("average", "from", "task-arithmetic"):
+        assert min(found[method]) > 0.8 > worst_of_one, "the merged adapter does all tasks, none of its parts does"
+    names = [str(tmp_path / f"task-{task}") for task in range(module.TASKS)]
+    done(capsys, "merge", str(tmp_path / "by-command"), *names, "--rank", "0.999")
+    assert same_bits(load(tmp_path / "by-command"), load(tmp_path / "from"))
+    assert config_of(tmp_path / "by-command") == config_of(tmp_path / "from")
+    seen = json.loads(done(capsys, "inspect", *names, "--json"))
+    assert [layer["ranks"] for layer in seen["layers"]] == [list(module.RANKS)] * 2

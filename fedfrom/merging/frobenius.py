@@ -54,6 +54,7 @@ class FroM(ProductMethod):
                 raise ValueError("grid: expected at least one k, found none")
             for k in self.grid:
                 check_weighting(k, self.examples_power, self.scope)
+            object.__setattr__(self, "grid", tuple(float(k) for k in self.grid))  # lists and arrays alike
         super().__post_init__()
 
     def candidates(self) -> list[FroM]:

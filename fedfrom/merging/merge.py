@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,9 @@ from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensor
 from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
+
+# entries of the tensors that are merged before the first of them is handed on, and what a module counts for there
+_BATCH, _MODULE = 1 << 23, 1 << 17
 
 
 def merge(
@@ -116,8 +120,6 @@ def merge(
             raise ValueError(
                 f"client {i}: expected a state dict (key -> tensor), found {type(state).__name__}: load it"
             )
-    check_server_lr(server_lr)
-    check_clip(clip)
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
         each["norms"] = norms
@@ -132,6 +134,125 @@ def merge(
             return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
 
         return mean_of(chosen.choose(len(states), lambda clients: mean_of(clients)[0]))
+    layers = layer_by_layer(
+        states,
+        reference,
+        chosen,
+        received=received,
+        configs=configs,
+        reference_config=reference_config,
+        examples=examples,
+        server_lr=server_lr,
+        clip=clip,
+        as_reference=as_reference,
+        names=names,
+        statistics=statistics,
+        norms=norms,
+        dora=dora,
+        same_base=same_base,
+    )
+    merged: list[dict[str, Tensor]] = [{} for _ in layers.candidates]
+    reports: list[list[LayerReport]] = [[] for _ in layers.candidates]
+    for found in layers:
+        for i, (part, report) in enumerate(found):
+            merged[i].update(part)
+            reports[i].append(report)
+    best, validation = 0, []
+    if isinstance(chosen, FroM) and chosen.k == AUTO:
+        scores = [chosen.score(state) for state in merged]
+        best = scores.index(max(scores))
+        validation = list(zip([float(candidate.k) for candidate in layers.candidates], scores, strict=True))
+        if scores[best] == -math.inf:
+            raise ValueError("validate: expected a number for the merge with at least one k, found none")
+    return merged[best], layers.report(reports[best], best, validation)
+
+
+@dataclass(frozen=True)
+class LayerByLayer:
+    """A merge whose inputs are checked, one layer after the other: what `merge` gathers, and others write as it comes.
+
+    Attributes
+    ----------
+    inputs : Inputs
+        What the clients sent; its `sent[0].layers` are the layers, in order.
+    candidates : Sequence[Method]
+        The method; with k="auto" one for each k.
+    server_lr, clip, as_reference
+        See `merge`.
+    """
+
+    inputs: Inputs
+    candidates: Sequence[Method]
+    server_lr: float | str
+    clip: float | None
+    as_reference: bool
+
+    def __iter__(self) -> Iterator[list[tuple[dict[str, Tensor], LayerReport]]]:
+        """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
+        with one_thread_each(), torch.no_grad():
+            whole = survey(self.inputs, self.candidates[0], self.clip)
+        for names in self._batches():
+            with one_thread_each(), torch.no_grad():  # not across the yield: it is the caller's thread
+                waiting = [begin(self._entries(name), partial(_merge_layer, self, name, whole)) for name in names]
+                found = [wait() for wait in waiting]
+            del waiting
+            while found:
+                yield found.pop(0)  # whoever has it is the only one that does
+
+    def _entries(self, name: str) -> int:
+        """Return the entries of a plain tensor, 0 of an adapter's module."""
+        source = self.inputs.sent[0]
+        return 0 if source.layers[name].is_adapter else source.values(name).numel()
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Yield the layers' names, as many at once as threads can share and memory will not notice."""
+        batch: list[str] = []
+        entries = 0
+        for name in self.inputs.sent[0].layers:
+            own = max(self._entries(name), _MODULE)
+            if batch and entries + own > _BATCH:
+                yield batch
+                batch, entries = [], 0
+            batch.append(name)
+            entries += own
+        if batch:
+            yield batch
+
+    def report(
+        self, layers: list[LayerReport], candidate: int = 0, validation: Sequence[tuple[float, float]] = ()
+    ) -> MergeReport:
+        """Return the report of the whole merge from one candidate's reports of all layers."""
+        chosen = self.candidates[candidate]
+        settings = {**chosen.settings(), "server_lr": self.server_lr, "clip": self.clip}
+        config = _config(self.inputs, layers, keep=self.as_reference or chosen.on_factors)
+        clients = [source.who for source in self.inputs.sent]
+        return MergeReport(settings, clients, layers, config, list(validation))
+
+
+def layer_by_layer(
+    states: Sequence[State],
+    reference: State | None,
+    method: Method,
+    *,
+    received: Sequence[State | None] | None = None,
+    configs: Sequence[Any] | None = None,
+    reference_config: Any = None,
+    examples: Sequence[float] | None = None,
+    server_lr: float | str = 1.0,
+    clip: float | None = None,
+    as_reference: bool = False,
+    names: Sequence[str] | None = None,
+    statistics: Sequence[State | None] | None = None,
+    norms: Sequence[Mapping[str, float]] | None = None,
+    dora: bool = False,
+    same_base: bool = False,
+) -> LayerByLayer:
+    """Return the merge that `merge` does with these arguments, to be run a layer at a time; raises as `merge` does.
+
+    `GreedySoup` merges many times and can't be run so; with FroM's k="auto" each layer comes once for each k.
+    """
+    check_server_lr(server_lr)
+    check_clip(clip)
     inputs = check_inputs(
         states,
         reference,
@@ -141,65 +262,33 @@ def merge(
         examples,
         names,
         statistics,
-        chosen.needs,
-        not chosen.on_factors,
+        method.needs,
+        not method.on_factors,
         dora,
         same_base,
         norms,
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
-    candidates: Sequence[Method] = chosen.candidates() if isinstance(chosen, FroM) else [chosen]
+    candidates: Sequence[Method] = method.candidates() if isinstance(method, FroM) else [method]
     if server_lr == SAFE and math.isinf(candidates[-1].k):
         raise ValueError(
             "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
         )
-    merged: list[dict[str, Tensor]] = [{} for _ in candidates]
-    reports: list[list[LayerReport]] = [[] for _ in candidates]
-    with one_thread_each(), torch.no_grad():
-        whole = survey(inputs, chosen, clip)
-        waiting = [
-            begin(
-                0 if layer.is_adapter else inputs.sent[0].values(name).numel(),
-                partial(_merge_layer, inputs, name, candidates, server_lr, whole, as_reference, clip),
-            )
-            for name, layer in inputs.sent[0].layers.items()
-        ]
-        for wait in waiting:
-            for i, (part, report) in enumerate(wait()):
-                merged[i].update(part)
-                reports[i].append(report)
-    best, validation = 0, []
-    if isinstance(chosen, FroM) and chosen.k == AUTO:
-        scores = [chosen.score(state) for state in merged]
-        best = scores.index(max(scores))
-        validation = list(zip([float(candidate.k) for candidate in candidates], scores, strict=True))
-        if scores[best] == -math.inf:
-            raise ValueError("validate: expected a number for the merge with at least one k, found none")
-    settings = {**candidates[best].settings(), "server_lr": server_lr, "clip": clip}
-    config = _config(inputs, reports[best], keep=as_reference or chosen.on_factors)
-    clients = [source.who for source in inputs.sent]
-    return merged[best], MergeReport(settings, clients, reports[best], config, validation)
+    return LayerByLayer(inputs, candidates, server_lr, clip, as_reference)
 
 
-def _merge_layer(
-    inputs: Inputs,
-    name: str,
-    methods: Sequence[Method],
-    server_lr: float | str,
-    whole: Survey,
-    as_reference: bool,
-    clip: float | None,
-) -> list[tuple[dict[str, Tensor], LayerReport]]:
+def _merge_layer(asked: LayerByLayer, name: str, whole: Survey) -> list[tuple[dict[str, Tensor], LayerReport]]:
     """Return one layer merged by each method, by key, and what was done."""
+    inputs, methods = asked.inputs, asked.candidates
     if inputs.sent[0].layers[name].is_adapter:
         # methods on factors see no adapters
         products = [method for method in methods if isinstance(method, ProductMethod)]
-        found = merge_adapter(inputs, name, products, server_lr, whole, as_reference, clip)
+        found = merge_adapter(inputs, name, products, asked.server_lr, whole, asked.as_reference, asked.clip)
     elif not inputs.sent[0].values(name).dtype.is_floating_point:
         found = [keep(inputs, name)] * len(methods)
     else:
-        found = merge_tensor(inputs, name, methods, server_lr, whole, clip)
+        found = merge_tensor(inputs, name, methods, asked.server_lr, whole, asked.clip)
     for part, _ in found:
         for key, tensor in part.items():
             if tensor.is_floating_point() and not blocks.is_finite(tensor):

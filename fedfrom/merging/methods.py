@@ -42,6 +42,11 @@ def methods() -> list[str]:
     return list(_METHODS)
 
 
+def method_class(name: str) -> type[Method]:
+    """Return the class of the method of this name."""
+    return _METHODS[name]
+
+
 def method_options(name: str) -> set[str]:
     """Return the options that the method of this name takes."""
     return {field.name for field in fields(_METHODS[name])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from fedfrom.merging.layers import Layer, State
 from fedfrom.merging.lowrank import LowRank
 
 # torch has no arithmetic of these
-_UNSUPPORTED = {torch.uint16, torch.uint32, torch.uint64}
+_UNSUPPORTED = {getattr(torch, name) for name in dir(torch) if re.match(r"uint(16|32|64)$|float[48]_", name)}
 
 
 class Readable(Mapping[str, Tensor]):

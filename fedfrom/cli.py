@@ -1,0 +1,479 @@
+"""`fedfrom …`: merging and looking at adapters and checkpoints on disk. Loads torch only when there is work."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect as inspection_of
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from fedfrom import __version__
+from fedfrom.files.errors import BadInput
+
+app = typer.Typer(
+    name="fedfrom",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# where a refusal of `merge` names its own argument, the option that is meant
+_REMEDIES = {"dora=True": "--dora", "same_base=True": "--same-base"}
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code: 0, 2 for bad input, 1 for what else went wrong.
+
+    Parameters
+    ----------
+    arguments : Sequence[str]
+        What follows `fedfrom`. Every error is one line on stderr.
+    """
+    try:
+        code: Any = app(list(arguments), prog_name="fedfrom", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _ended(f"{error.format_message()} (see fedfrom --help)", error.exit_code)
+    except ValueError as error:
+        return _ended(error, 2)
+    except BrokenPipeError:  # `fedfrom inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return _ended(f"{where}{error.strerror or error}{full}", 2)
+    except (MemoryError, RuntimeError) as error:  # torch's: out of memory, a device that fails
+        return _ended(str(error).partition("\n")[0] or "out of memory", 1)
+    except click.Abort:
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _ended(reason: object, code: int) -> int:
+    text = " ".join(str(reason).split())
+    for argument, option in _REMEDIES.items():
+        text = text.replace(argument, option)
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End as an exception, so that what was begun is removed."""
+    sys.exit(128 + number)
+
+
+# --- Options ---------------------------------------------------------------------------------------------------------
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedfrom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Merge LoRA adapters and fine-tuned models with FroM, by the norms of their updates.
+
+    \b
+    fedfrom merge merged adapter-a adapter-b adapter-c
+    fedfrom inspect adapter-a adapter-b adapter-c --plot inputs.png
+    fedfrom methods
+    """
+
+
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """Take options from a YAML file; those of the command line come first."""
+    if path is None:
+        return None
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise BadInput("--config needs PyYAML: pip install 'fedfrom[cli]'") from None
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"--config {path}: expected YAML, found: {reason}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"--config {path}: expected option: value, found {type(found).__name__}")
+    known = {
+        option.removeprefix("--"): parameter
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+        if parameter.name not in ("config", "help")
+    }
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        parameter = known.get(str(name).replace("_", "-"))
+        if parameter is None or parameter.name is None:
+            raise BadInput(f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}")
+        if name == "option":
+            if not isinstance(value, dict):
+                raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
+            value = [f"{key}={entry}" for key, entry in value.items()]
+        elif isinstance(value, list):
+            value = ",".join(map(str, value))
+        elif isinstance(value, dict):
+            raise BadInput(f"--config {path}, {name}: expected a value, found a mapping")
+        elif not parameter.is_flag and value is not None:
+            value = str(value)
+        values[parameter.name] = value
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="IN...", hidden=True),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The pretrained model: full checkpoints' updates, and adapters' saved modules, are taken from it.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="Where layers are merged: cpu, cuda, … [default: cpu]", show_default=False)
+]
+ForceBase = Annotated[
+    bool, typer.Option("--force-base", help="The adapters' base models go by different names, but are the same.")
+]
+Dora = Annotated[bool, typer.Option("--dora", help="Accept DoRA: its magnitudes are averaged, 6 to 17 % off.")]
+SameBase = Annotated[
+    bool,
+    typer.Option("--same-base", help="Accept PiSSA and its kin: all adapters share one base model altered by it."),
+]
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def merge(
+    context: typer.Context,
+    out: Annotated[str, typer.Argument(metavar="OUT", hidden=True)],
+    inputs: Inputs,
+    method: Annotated[
+        str, typer.Option("--method", help="See fedfrom methods. [default: from]", show_default=False)
+    ] = "from",
+    k: Annotated[
+        str | None, typer.Option("--k", help="Power of the norm in FroM's weights, 0 to inf. [default: 1, the paper's]")
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            "--rank", help="Of the merged adapter: 16, or a share of the energy, 0.99. [default: the largest input's]"
+        ),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option("--solver", help="svd, exact, or alternating, the paper's Algorithm 1. [default: svd]")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Numbers of examples, one an input: 1000,200,50.")
+    ] = None,
+    examples_power: Annotated[
+        float | None,
+        typer.Option("--examples-power", help="p: an input weighs examples^p. [default: 1 with --weights, else 0]"),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option("--scope", help="layer: weights from each layer's norms; model: one an input. [default: layer]"),
+    ] = None,
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the result: float32, bfloat16, … [default: the inputs']")
+    ] = None,
+    device: Device = "cpu",
+    server_lr: Annotated[
+        str,
+        typer.Option(
+            "--server-lr",
+            help="What the merged update is multiplied by, or safe: see fedfrom.merge. [default: 1]",
+            show_default=False,
+        ),
+    ] = "1.0",
+    clip: Annotated[
+        float | None,
+        typer.Option("--clip", help="No update of a layer counts for more than so many times the median norm there."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="A method's own: --option density=0.3. Repeat for more.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT, an earlier result.")] = False,
+    force_base: ForceBase = False,
+    dora: Dora = False,
+    same_base: SameBase = False,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", help="A YAML file with any of these options.", callback=_read_config, is_eager=True),
+    ] = None,
+) -> None:
+    """Merge adapters or checkpoints IN … into the new folder OUT.
+
+    IN is the folder of a PEFT adapter or of a Hugging Face checkpoint, or the name of one on the Hub, owner/name or
+    owner/name@revision; only safetensors are read, never pickles. OUT appears when it is complete, or not at all.
+    Adapters are merged as products BA, whatever their ranks, alphas and patterns; PEFT loads the result. Checkpoints
+    are read and written a tensor at a time, so that models larger than memory can be merged.
+
+    \b
+    fedfrom merge merged adapter-a adapter-b adapter-c
+    fedfrom merge merged adapter-a adapter-b --k 0.5 --rank 0.99
+    fedfrom merge merged adapter-a adapter-b --weights 1000,250
+    fedfrom merge merged model-a model-b --base pretrained --method ties --option density=0.3
+    fedfrom merge merged owner/adapter-a owner/adapter-b@v2 --config merge.yaml
+    """
+    examples = None if weights is None else _numbers("--weights", weights)
+    if examples is not None and len(examples) != len(inputs):
+        raise BadInput(f"--weights: expected one number an input, {len(inputs)}, found {len(examples)}")
+    options = {
+        "k": None if k is None else _power(k),
+        "rank": None if rank is None else _rank(rank),
+        "solver": solver,
+        "scope": scope,
+        "examples_power": 1.0 if examples is not None and examples_power is None else examples_power,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    own = _own_options(option or [], given)
+    rate: float | str = server_lr if server_lr == "safe" else _number("--server-lr", server_lr)
+    if dtype is not None and dtype not in _DTYPES:
+        raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+
+    import torch
+
+    from fedfrom.files.merge import merge_folders
+
+    with _progress("Merging", in_bytes=True) as progress:
+        report = merge_folders(
+            out,
+            inputs,
+            _method(method, {**given, **own}),
+            base=base,
+            examples=examples,
+            server_lr=rate,
+            clip=clip,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            device=device,
+            force=force,
+            force_base=force_base,
+            dora=dora,
+            same_base=same_base,
+            command=_command(context),
+            progress=progress,
+        )
+    without = sum(layer.kind == "tensor" and not layer.has_reference for layer in report.layers)
+    averaged = f", {without} of them without a base and so averaged" if without else ""
+    dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
+    cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
+    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}")
+
+
+@app.command()
+def inspect(
+    inputs: Inputs,
+    k: Annotated[
+        str,
+        typer.Option(
+            "--k", help="Power of the norm in the weights that are predicted. [default: 1]", show_default=False
+        ),
+    ] = "1.0",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: Annotated[
+        str | None, typer.Option("--plot", help="Draw norms, weights, interference and cosines into FILE.png.")
+    ] = None,
+    every_layer: Annotated[bool, typer.Option("--all", help="Show all layers, not the 10 that disagree most.")] = False,
+    base: Base = None,
+    device: Device = "cpu",
+    force_base: ForceBase = False,
+    dora: Dora = False,
+    same_base: SameBase = False,
+) -> None:
+    """Show how adapters or checkpoints IN … compare, layer by layer, before they are merged.
+
+    IN is a folder or a name on the Hub, as in fedfrom merge. Shown are
+    ranks, norms, effective ranks (the stable rank: the sum of an update's squared singular values divided by the
+    largest of them), pairwise cosines, FroM's weights, and the share of the updates' energy that their merge loses.
+
+    \b
+    fedfrom inspect adapter-a adapter-b
+    fedfrom inspect adapter-a adapter-b --k 0.5 --all
+    fedfrom inspect model-a model-b --base pretrained --json > found.json
+    fedfrom inspect adapter-a adapter-b --plot inputs.png
+    """
+    power = _power(k)
+    from fedfrom.files.inspection import inspect_folders
+
+    if plot is not None:
+        from fedfrom.files.figure import check_plot
+
+        check_plot(Path(plot))
+    with _progress("Reading") as progress:
+        found = inspect_folders(inputs, power, base, device, force_base, dora, same_base, progress)
+    if plot is not None:
+        from fedfrom.files.figure import draw
+
+        draw(found, Path(plot))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from fedfrom.files.tables import tables
+
+    # a pipe has no width to fit into
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for table in tables(found, every_layer):
+        console.print(table)
+
+
+@app.command()
+def methods() -> None:
+    """List the merging methods, what each does, and its options with their defaults."""
+    from dataclasses import MISSING, fields
+
+    from fedfrom.merging.method import Method
+    from fedfrom.merging.methods import method_class
+    from fedfrom.merging.methods import methods as names
+
+    for name in names():
+        kind: type[Method] = method_class(name)
+        first = (inspection_of.getdoc(kind) or "").partition("\n")[0]
+        print(f"{name}: {first}")
+        options = [
+            f"{field.name}={field.default}"
+            for field in fields(kind)
+            if field.default is not MISSING and field.name not in ("validate", "grid")
+        ]
+        python_only = kind.needs or name == "greedy-soup"
+        print(f"    {' '.join(options)}" + ("  [from Python alone: needs data]" if python_only else ""))
+
+
+# --- What is given as text -------------------------------------------------------------------------------------------
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f"{name}: expected a number, found {text!r}") from None
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    return [_number(name, part) for part in text.split(",")]
+
+
+def _power(text: str) -> float:
+    if text == "auto":
+        raise BadInput(
+            "--k auto: needs validation data, which a command line has none of: give a number, or call "
+            "fedfrom.merge(..., k='auto', validate=...) in Python"
+        )
+    k = _number("--k", text)
+    if not k >= 0:
+        raise BadInput(f"--k: expected a number >= 0 (inf included), found {text}")
+    return k
+
+
+def _rank(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return _number("--rank", text)
+
+
+def _own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
+    """Return --option name=value as a dict, numbers as numbers."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise BadInput(f"--option: expected name=value, found {text!r}")
+        if name in ("validate", "grid"):
+            raise BadInput(f"--option {name}: needs validation data: call fedfrom.merge in Python")
+        if name in options or name in taken:
+            raise BadInput(f"--option {name}: given twice")
+        options[name] = _plain(value.strip())
+    if isinstance(options.get("k"), str):
+        options["k"] = _power(options["k"])
+    return options
+
+
+def _plain(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _method(name: str, options: dict[str, Any]) -> Any:
+    from fedfrom.merging.methods import make_method
+
+    try:
+        return make_method(name, **options)
+    except TypeError:  # an option of text that is compared with a number
+        text = ", ".join(f"{option}={value}" for option, value in options.items() if isinstance(value, str))
+        raise BadInput(f"--option: expected a number, found {text}") from None
+    except ValueError as error:
+        raise BadInput(f"{error} (see fedfrom methods)") from None
+
+
+def _command(context: typer.Context) -> str:
+    """Return the command that does the same again, with the options that a file gave spelled out."""
+    words, options = [], []
+    for parameter in context.command.params:
+        assert parameter.name is not None
+        value = context.params.get(parameter.name)
+        source = context.get_parameter_source(parameter.name)
+        if isinstance(parameter, click.Argument):
+            words += [value] if isinstance(value, str) else list(value or [])
+        elif source is not None and source.name != "DEFAULT" and parameter.name not in ("config", "force"):
+            if isinstance(value, bool):
+                options += [parameter.opts[0]] if value else []
+            else:
+                for entry in value if isinstance(value, list | tuple) else [value]:
+                    options += [parameter.opts[0], str(entry)]
+    return shlex.join(["fedfrom", context.command.name or "", *words, *options])
+
+
+@contextlib.contextmanager
+def _progress(title: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar with rate and time left on stderr; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    rate = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if in_bytes else [bars.MofNCompleteColumn()]
+    columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *rate, bars.TimeRemainingColumn()]
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,84 @@
+"""The model card that goes with a merged model: the README.md that the Hub shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fedfrom.files.folders import Model
+from fedfrom.merging.report import MergeReport
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
+
+
+def model_card(
+    report: MergeReport, models: Sequence[Model], base: Model | None, examples: Sequence[float] | None, command: str
+) -> str:
+    """Return the card: what was merged, how, with which weights, and the command that does it again."""
+    adapter = models[0].is_adapter
+    name = models[0].config.get("base_model_name_or_path") if adapter else (None if base is None else base.name)
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name):  # the Hub takes names alone, no folders
+        front["base_model"] = name
+    front["tags"] = ["fedfrom", "merge", *(["lora"] if adapter else [])]
+    # JSON is YAML, so that no name can break out of its field
+    head = "\n".join(f"{field}: {json.dumps(value)}" for field, value in front.items())
+    what = "LoRA adapter" if adapter else "model"
+    idle = () if report.method.get("solver") == "alternating" else ("iterations", "tolerance")
+    shown = {field: value for field, value in report.method.items() if value is not None and field not in idle}
+    settings = ", ".join(f"{field} = {_number(value)}" for field, value in shown.items())
+    lines = [
+        "---",
+        head,
+        "---",
+        "",
+        f"# Merged {what}",
+        "",
+        f"{len(models)} {what}{'s' if len(models) > 1 else ''}, merged with [fedfrom](https://arxiv.org/abs/2506.02478).",
+        "",
+        f"- base model: {_cell(str(name)) if name else 'not named by the inputs'}",
+        f"- method: {_cell(settings)}",
+        *([f"- rank: {_ranks(report)}"] if adapter else []),
+        f"- interference (share of the updates' energy that the merge loses): {report.interference:.3f}",
+        "",
+        "| input | examples | norm of the update | weight, mean over layers | smallest | largest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i, row in enumerate(input_rows(report)):
+        count = "" if examples is None else f"{examples[i]:g}"
+        cells = [_cell(row["name"]), count, f"{row['norm']:.4g}", *(f"{row[c]:.4f}" for c in ("mean", "least", "most"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    if command:
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
+        lines += ["", f"{fence}sh", command, fence]
+    return "\n".join(lines) + "\n"
+
+
+def input_rows(report: MergeReport) -> list[dict[str, Any]]:
+    """Return each input's name, the norm of its whole update, and the mean, least and largest of its weights."""
+    rows = []
+    layers = [layer for layer in report.layers if layer.is_update]
+    weighed = layers or [layer for layer in report.layers if layer.weights]
+    for i, name in enumerate(report.clients):
+        weights = [layer.weights[i] for layer in weighed] or [1 / len(report.clients)]
+        row: dict[str, Any] = {"name": name, "norm": math.hypot(*(layer.norms[i] for layer in layers))}
+        rows.append({**row, "mean": sum(weights) / len(weights), "least": min(weights), "most": max(weights)})
+    return rows
+
+
+def _ranks(report: MergeReport) -> str:
+    ranks = [layer.rank_out for layer in report.layers if layer.kind == "adapter"] or [0]
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}, by layer"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """Return text that can't leave its place in a table or a list."""
+    flat = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:300]

@@ -1,0 +1,211 @@
+"""Tensors in safetensors files: read when asked for, written as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedfrom.files.errors import BadInput
+
+# the names that safetensors gives dtypes; what is not here can't be merged
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 1 << 24  # bytes written at once
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor's dtype and shape, known from a file's header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        numel = 1
+        for length in self.shape:
+            numel *= length
+        return numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files by key, read when asked for.
+
+    Nothing is kept but the tensor read last; one that its reader still holds is handed out again instead of read.
+
+    Parameters
+    ----------
+    files : Mapping[Path, Sequence[str] | None]
+        Each file and the keys to take from it; None is all it has.
+    device : str (default: "cpu")
+        Where tensors are read to.
+
+    Raises
+    ------
+    BadInput
+        A file can't be read, its header and its length don't agree, it lacks a key, or a tensor is of a dtype that
+        can't be merged.
+    """
+
+    def __init__(self, files: Mapping[Path, Sequence[str] | None], device: str = "cpu") -> None:
+        self.specs: dict[str, Spec] = {}
+        self.file_of: dict[str, Path] = {}
+        self.device = device
+        self.wide: torch.dtype | None = None  # what floating-point tensors are widened to when read
+        self._file: tuple[Path, Any] | None = None  # one at a time: a few large models have a thousand shards
+        self._last: Tensor | None = None
+        self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        for path, keys in files.items():
+            self._add(path, keys)
+
+    def _add(self, path: Path, keys: Sequence[str] | None) -> None:
+        try:
+            file = self._opened(path)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(
+                f"{path}: expected a safetensors file, found one that is damaged or cut off ({error}): copy or "
+                "download it again"
+            ) from None
+        there = file.offset_keys()
+        if keys is not None and (missing := sorted(set(keys) - set(there))):
+            raise BadInput(f"{path}: expected the tensors that the index lists, found {missing[:3]} missing")
+        wanted = set(there if keys is None else keys)
+        for key in there:
+            if key not in wanted:
+                continue
+            view = file.get_slice(key)
+            if view.get_dtype() not in DTYPES:
+                raise BadInput(f"{path}, {key!r}: expected a tensor of real numbers, found {view.get_dtype()}")
+            self.specs[key] = Spec(DTYPES[view.get_dtype()], tuple(view.get_shape()))
+            self.file_of[key] = path
+
+    def _opened(self, path: Path) -> Any:
+        if self._file is None or self._file[0] != path:
+            # reads each tensor into memory of its own: a mapped file would count as memory as a whole
+            self._file = (path, safe_open(path, framework="pt", backend="pread"))
+        return self._file[1]
+
+    def spec(self, key: str) -> Spec:
+        """Return the dtype that a tensor is read in, and its shape; nothing is read."""
+        spec = self.specs[key]
+        wider = self.wide is not None and spec.dtype.is_floating_point
+        return Spec(self.wide, spec.shape) if wider and self.wide is not None else spec
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a tensor; raises SafetensorError or OSError where the file was changed meanwhile."""
+        tensor = self._held.get(key)
+        if tensor is None:
+            self._last = None  # before the next is read
+            tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
+            self._held[key] = tensor
+        self._last = tensor
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+
+class Writer:
+    """One safetensors file, written a tensor at a time in any order.
+
+    safetensors' own `save_file` wants all tensors in memory. The layout (8 bytes of length, a JSON header, the bytes of
+    the tensors without gaps) follows from shapes and dtypes, so each tensor has its place before any is there; the wide
+    dtypes come first, so that every tensor lies aligned.
+
+    Parameters
+    ----------
+    path : Path
+        A new file. Its whole length is claimed at once: a disk that is too small says so before the work.
+    specs : Mapping[str, Spec]
+        What it will hold.
+
+    Raises
+    ------
+    OSError
+        The file can't be written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path, self.specs = path, dict(specs)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        for key, spec in sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+            offsets[key], end = end, end + spec.size
+            place = [offsets[key], end]
+            header[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = {key: 8 + len(text) + offset for key, offset in offsets.items()}
+        self._missing = set(specs)
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, 8 + len(text) + end)
+            self._write(0, memoryview(struct.pack("<Q", len(text)) + text))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor, which has to be as its spec says."""
+        found = Spec(tensor.dtype, tuple(tensor.shape))
+        if found != self.specs[key]:
+            raise ValueError(f"{key!r}: expected {self.specs[key]}, found {found}")
+        data = tensor.detach().cpu().reshape(-1).view(torch.uint8) if tensor.numel() else None
+        if data is not None:
+            self._write(self._start[key], memoryview(data.numpy().data))
+        self._missing.discard(key)
+
+    def _write(self, position: int, data: memoryview) -> None:
+        self._file.seek(position)
+        while data:  # a write may take less than it is given
+            data = data[self._file.write(data[:_CHUNK]) :]
+
+    def close(self, complete: bool = True) -> None:
+        """Close the file, once it is on the disk.
+
+        Parameters
+        ----------
+        complete : bool (default: True)
+            False: the file is given up, and need not hold all its tensors.
+        """
+        with self._file:
+            if complete:
+                if self._missing:
+                    raise ValueError(
+                        f"{self.path.name}: expected all its tensors, found none for {min(self._missing)!r}"
+                    )
+                os.fsync(self._file.fileno())
