@@ -54,8 +54,8 @@ test: $(STAMP)  ## The fast tests and one real simulation
 test-all: $(STAMP)  ## Every test, the slow ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP)  ## One adapter layer against dense Algorithm 1; writes benchmarks/adapters.txt
-	@$(BIN)/python benchmarks/adapters.py $(ARGS) | tee benchmarks/adapters.txt
+bench: $(STAMP)  ## Adapters against dense Algorithm 1, PEFT, others; writes results/speed (ARGS="--quick": a minute)
+	@$(BIN)/python -m benchmarks.adapters $(ARGS)
 
 lint: $(STAMP)  ## Style, formatting, types
 	@$(BIN)/ruff check --quiet .

@@ -21,7 +21,7 @@ _DEPENDENT = 1e-2
 # Columns of one piece of a Gram matrix: only pieces on and above the diagonal are multiplied.
 _PIECE = 128
 # Rows that are summed in float32.
-_SUM = 1 << 10
+_SUM = 1 << 11
 # Entries of the matrices that are formed at a time where Gram matrices would cost more.
 _ENTRIES = 1 << 21
 
@@ -52,6 +52,8 @@ class Mixture(NamedTuple):
 
     def times(self, right: Tensor, rows: int) -> Tensor:
         """Return M @ right, (rows, any); new memory."""
+        if rows == len(right) and _are_all(self.rows, rows) and _are_all(self.columns, rows):
+            return self.values[:, None] * right
         result = right.new_zeros(rows, right.shape[1])
         return result.index_add_(0, self.rows, self.values[:, None] * right[self.columns])
 
@@ -86,6 +88,7 @@ class Side:
             self._found[key] = start, power_of_two([float(factor.abs().amax())]) if wide else 1.0
             start += factor.shape[1]
         self._columns: Tensor | None = None
+        self._single: Tensor | None = None
         self._gram: Tensor | None = None
         self._basis: Basis | None = None
 
@@ -101,6 +104,15 @@ class Side:
             self._columns = self._side_by_side().to(torch.float64)
         return self._columns
 
+    @property
+    def single(self) -> Tensor:
+        """F, float32 where its Gram matrix is summed so: what goes with that matrix."""
+        if not self._in_single:
+            return self.columns
+        if self._single is None:
+            self._single = self._side_by_side().to(torch.float32)
+        return self._single
+
     def _side_by_side(self) -> Tensor:
         scales = [scale for _, scale in self._found.values()]
         held = [f if s == 1.0 else f / s for f, s in zip(self._held.values(), scales, strict=True)]
@@ -109,10 +121,10 @@ class Side:
 
     @property
     def gram(self) -> Tensor:
-        """F^T F, (p, p) float64: of many factors in float32 or less by float32 sums of at most 2^10, 1e-8 off."""
+        """F^T F, (p, p) float64: of many factors in float32 or less by float32 sums of at most 2^11, 1e-8 off."""
         if self._gram is None:
-            F = self._side_by_side().to(torch.float32) if self._in_single else self.columns
-            gram = self.columns.new_zeros(self.width, self.width)
+            F = self.single
+            gram = F.new_zeros(self.width, self.width, dtype=torch.float64)
             for rows in F.split(_SUM if self._in_single else len(F)):
                 for start in range(0, self.width, _PIECE):
                     piece = slice(start, start + _PIECE)
@@ -162,7 +174,7 @@ class Basis(NamedTuple):
         By Cholesky of the Gram matrix, of columns scaled to length 1 with zeros left out: O(d p) beyond that matrix.
         Where columns are so nearly dependent that this would lose digits, by Householder QR, O(d p^2).
         """
-        F, squares = side.columns, side.gram.diagonal()
+        F, squares = side.single, side.gram.diagonal()
         kept = squares > 0
         if not kept.all():
             F, squares = F[:, kept], squares[kept]
@@ -186,13 +198,13 @@ class Basis(NamedTuple):
             return matrix
         if self.triangle is not None:
             matrix = torch.linalg.solve_triangular(self.triangle, matrix, upper=True)
-        return self.columns @ matrix
+        return (self.columns @ matrix.to(self.columns.dtype)).to(torch.float64)
 
     def project(self, matrix: Tensor) -> Tensor:
         """Return Q^T @ matrix, (m, any): from the layer's coordinates to the core's."""
         if self.columns is None:
             return matrix
-        found = self.columns.T @ matrix
+        found = (self.columns.T @ matrix.to(self.columns.dtype)).to(torch.float64)
         if self.triangle is not None:
             found = torch.linalg.solve_triangular(self.triangle.T, found, upper=False)
         return found
@@ -268,11 +280,12 @@ class Stack:
         n, left, right = len(mixtures), self.left, self.right
         owner = torch.cat([torch.full_like(m.rows, i) for i, m in enumerate(mixtures)])
         rows, columns, values = (torch.cat(parts) for parts in zip(*mixtures, strict=True))
+        if not self.is_wide:
+            products = _taken(left.gram, rows).mul_(_taken(right.gram, columns)).mul_(values).mul_(values[:, None])
         lengths = values.abs() * left.lengths[rows] * right.lengths[columns]
         most = values.new_zeros(n).index_add_(0, owner, lengths)
         if self.is_wide:
             return self._inner_of_rows(mixtures), most
-        products = _taken(left.gram, rows).mul_(_taken(right.gram, columns)).mul_(values).mul_(values[:, None])
         half = products.new_zeros(n, len(owner)).index_add_(0, owner, products)
         inner = products.new_zeros(n, n).index_add_(0, owner, half.T.contiguous())
         return (inner + inner.T) / 2, most
@@ -307,9 +320,12 @@ def is_wide(d_out: int, d_in: int, columns: int) -> bool:
 
 
 def _taken(gram: Tensor, places: Tensor) -> Tensor:
-    if len(places) == len(gram) and bool((places == torch.arange(len(gram), device=places.device)).all()):
-        return gram.clone()
-    return gram[places][:, places]
+    return gram.clone() if _are_all(places, len(gram)) else gram[places][:, places]
+
+
+def _are_all(places: Tensor, count: int) -> bool:
+    """Return whether these are 0, 1, ..., count - 1."""
+    return len(places) == count and bool((places == torch.arange(count, device=places.device)).all())
 
 
 def _place(factor: Tensor) -> tuple:

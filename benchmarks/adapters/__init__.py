@@ -1,0 +1,1 @@
+"""The speed of merging adapters, against dense Algorithm 1 and peers, in one run: `python -m benchmarks.adapters`."""

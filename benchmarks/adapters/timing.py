@@ -1,0 +1,65 @@
+"""Times of contenders that take turns, and the peak memory of each in a process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adapters.contenders import contender, sample
+
+Shape = tuple[int, int]
+
+
+def medians(names: Mapping[str, int], shape: Shape, rank: int, clients: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return median seconds and a result by contender; `names` says how often each runs.
+
+    They take turns, so that a busy machine slows all of them; who runs more than once is warmed up first.
+    """
+    states = sample(shape, rank, clients)
+    runs = {name: contender(name, states) for name in names}
+    results = {name: run() for name, run in runs.items() if names[name] > 1}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(max(names.values())):
+        for name, run in runs.items():
+            if turn < names[name]:
+                start = time.perf_counter()
+                results[name] = run()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def peak() -> int:
+    """Return the peak resident memory of this process so far, KiB; Linux."""
+    # getrusage would count what the parent had before exec
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def extra_memory(name: str, shape: Shape, rank: int, clients: int) -> float:
+    """Return what one contender's peak memory is above its inputs', MiB, in a process of its own."""
+    arguments = [name, *shape, rank, clients]
+    command = [sys.executable, "-m", "benchmarks.adapters.timing", *map(str, arguments)]
+    root = Path(__file__).resolve().parents[2]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    return int(found.stdout.split()[-1]) / 1024
+
+
+def _measure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    name, (d_out, d_in, rank, clients) = sys.argv[1], map(int, sys.argv[2:])
+    contender(name, sample((64, 64), min(rank, 8), 3))()  # loads all that is loaded once
+    run = contender(name, sample((d_out, d_in), rank, clients))
+    before = peak()
+    run()
+    print(peak() - before)
+
+
+if __name__ == "__main__":
+    _measure()
