@@ -37,7 +37,7 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], timeout: float | N
 
 
 def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -> Iterator[Message]:
-    heard, left = clock.monotonic(), float("inf") if timeout is None else timeout
+    heard, left, last = clock.monotonic(), float("inf") if timeout is None else timeout, False
     while waiting:
         start = clock.monotonic()
         for message_id in list(waiting):
@@ -50,11 +50,12 @@ def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -
                 yield replies.pop()  # whoever has it is the only one that does
             heard = clock.monotonic()
             start += heard - asked
-        left -= (now := clock.monotonic()) - start
-        if left <= 0:
+        now = clock.monotonic()
+        left -= now - start
+        if last or left <= 0 or not waiting:
             break
-        if waiting:
-            # where looking takes long itself, of many nodes, it is done half of the time at most
-            pause = min(max(SHORTEST, _SHARE * (now - heard), now - start), LONGEST)
-            clock.sleep(min(pause, left))
-            left -= clock.monotonic() - now
+        # where looking takes long itself, of many nodes, it is done half of the time at most
+        pause = min(max(SHORTEST, _SHARE * (now - heard), now - start), LONGEST)
+        last = pause >= left  # a last look is at the very end
+        clock.sleep(min(pause, left))
+        left -= clock.monotonic() - now

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ BF16 = "fedfrom.bf16"
 """Kind of the arrays that carry bfloat16: their data are the numbers' own bytes, in C order and without a header."""
 
 _NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
+_R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _MODULE = re.compile(r"[\w.-]+")
@@ -208,9 +209,19 @@ def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -
     return kind(value)
 
 
+def records_of(content: RecordDict, kind: type[_R]) -> dict[str, _R]:
+    """Return a content's records of one kind, by name.
+
+    Flower's own views of them refer to the content and to themselves: a reply that was looked at so would stay in
+    memory until Python next looks for such cycles.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
 def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
     """Return the ArrayRecord that holds the model: the one of that name, or the only one beside statistics."""
-    records = {name: record for name, record in content.array_records.items() if name != STATISTICS_KEY}
+    records = records_of(content, ArrayRecord)
+    records.pop(STATISTICS_KEY, None)
     if arrayrecord_key in records:
         return records[arrayrecord_key]
     if len(records) == 1:
@@ -226,7 +237,7 @@ def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
     ValueError
         There is none or more than one, or the key is missing, not a number, not finite or not above 0.
     """
-    records = content.metric_records
+    records = records_of(content, MetricRecord)
     if len(records) != 1:
         raise ValueError(f"expected one MetricRecord, found {sorted(records)}")
     metrics = next(iter(records.values()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging import blocks
@@ -23,7 +23,15 @@ from fedfrom.merging.configs import check_config, rank_and_scaling
 from fedfrom.merging.layers import Layer
 from fedfrom.merging.method import Method
 from fedfrom.merging.threads import one_thread_each
-from fedfrom.records import ADAPTER_KEY, STATISTICS_KEY, metric_record, model_record, record_to_config, to_state
+from fedfrom.records import (
+    ADAPTER_KEY,
+    STATISTICS_KEY,
+    metric_record,
+    model_record,
+    record_to_config,
+    records_of,
+    to_state,
+)
 from fedfrom.spool import SpooledState, SpoolError
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
@@ -261,15 +269,16 @@ def screen(
     valid: list[Reply] = []
     rejected: dict[int, Rejection] = {}
     arriving = iter(messages)
-    while (message := next(arriving, None)) is not None:
-        try:
-            with one_thread_each():
-                reply = read_reply(message, sent, arrayrecord_key, weighted_by, needs)
-            valid.append(reply if room is None else room.keep(reply))
-            del reply
-        except RejectedReply as error:
-            rejected[message.metadata.src_node_id] = Rejection(error.kind, _one_line(str(error)))
-        del message  # before the next one comes
+    try:
+        while (message := next(arriving, None)) is not None:
+            try:
+                valid.append(_kept(message, sent, arrayrecord_key, weighted_by, needs, room))
+            except RejectedReply as error:
+                rejected[message.metadata.src_node_id] = Rejection(error.kind, _one_line(str(error)))
+            del message  # before the next one comes
+    except BaseException:
+        discard(valid)
+        raise
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
         rejected |= {node_id: Rejection("config", _one_line(reason)) for node_id, reason in others.items()}
@@ -277,6 +286,15 @@ def screen(
         valid, others = _of_one_kind(valid, needs)
         rejected |= {node_id: Rejection("statistics", _one_line(reason)) for node_id, reason in others.items()}
     return sorted(valid, key=lambda reply: _content_key(reply, weighted_by)), rejected
+
+
+def _kept(
+    message: Message, sent: Sent, arrayrecord_key: str, weighted_by: str, needs: str | None, room: Room | None
+) -> Reply:
+    """Return a reply, its state where there is room for it; in a function, so that nothing of it stays behind."""
+    with one_thread_each():
+        reply = read_reply(message, sent, arrayrecord_key, weighted_by, needs)
+    return reply if room is None else room.keep(reply)
 
 
 def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
@@ -379,9 +397,10 @@ def read_reply(
     with _as("unreadable"):
         state = to_state(record, "reply")
     config = None
-    if ADAPTER_KEY in content.config_records:
+    configs = records_of(content, ConfigRecord)
+    if ADAPTER_KEY in configs:
         with _as("config"):
-            config = check_config(record_to_config(content.config_records[ADAPTER_KEY]), "reply")
+            config = check_config(record_to_config(configs[ADAPTER_KEY]), "reply")
             for field in ("rank_pattern", "alpha_pattern"):  # each is tried on each layer
                 if len(config[field]) > len(sent.layers):
                     sizes = f"expected at most {len(sent.layers)} modules, found {len(config[field])}"
@@ -395,7 +414,7 @@ def read_reply(
     with _as("examples"):
         examples: Any = metric_record(content, weighted_by)[weighted_by]
     rest = RecordDict({name: part for name, part in content.items() if not isinstance(part, ArrayRecord)})
-    digest = _digest(record, content.array_records[STATISTICS_KEY] if statistics else None)
+    digest = _digest(record, records_of(content, ArrayRecord)[STATISTICS_KEY] if statistics else None)
     node_id = message.metadata.src_node_id
     return Reply(node_id, rest, state, float(examples), config, statistics, norms, digest)
 
@@ -439,7 +458,7 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
 
 def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:
     """Return a reply's Gram matrices by layer or Fisher diagonals by key, or raise ValueError with what is wrong."""
-    record = content.array_records.get(STATISTICS_KEY)
+    record = records_of(content, ArrayRecord).get(STATISTICS_KEY)
     if not record:
         raise ValueError(
             f"expected {needs} statistics beside the arrays, in a record {STATISTICS_KEY!r}, found none: the client "
@@ -531,7 +550,7 @@ def cap_examples(counts: Sequence[float], cap: float | None) -> list[float]:
 
 def with_examples(content: RecordDict, weighted_by: str, count: float) -> RecordDict:
     """Return a content whose only MetricRecord has this number of examples; it is not changed."""
-    name, metrics = next(iter(content.metric_records.items()))
+    name, metrics = next(iter(records_of(content, MetricRecord).items()))
     if metrics[weighted_by] == count:
         return content
     return RecordDict({**content, name: MetricRecord({**metrics, weighted_by: count})})
@@ -549,7 +568,7 @@ def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict]
     def kind(value: Any) -> int:
         return len(value) if isinstance(value, list) else -1
 
-    records = [next(iter(content.metric_records.values())) for content in contents]
+    records = [next(iter(records_of(content, MetricRecord).values())) for content in contents]
     kinds = [{key: kind(value) for key, value in record.items()} for record in records]
     shared = {key for key in kinds[0] if all(key in k and k[key] == kinds[0][key] for k in kinds)}
     dropped = sorted({key for k in kinds for key in k} - shared)
@@ -557,7 +576,7 @@ def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict]
         return list(contents), []
     kept = []
     for content, record in zip(contents, records, strict=True):
-        name = next(iter(content.metric_records))
+        name = next(iter(records_of(content, MetricRecord)))
         metrics = MetricRecord({key: value for key, value in record.items() if key in shared})
         kept.append(RecordDict({**content, name: metrics}))
     return kept, dropped
