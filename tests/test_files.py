@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_a_tensor_that_is_held_is_read_once(tmp_path):
     assert tensors["b"] is not held and tensors["a"] is held
     where = held.data_ptr()
     assert where == tensors["a"].data_ptr()
+
+
+def test_threads_read_what_one_reads(tmp_path):
+    state = {f"{i}": folders.normal(300, seed=i) for i in range(40)}
+    name = folders.write_checkpoint(tmp_path / "model", state, 5)
+    tensors = F.open_model(name).tensors
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda key: tensors[key].clone(), list(state) * 5))
+    assert all(torch.equal(value, state[key]) for key, value in zip(list(state) * 5, found, strict=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
