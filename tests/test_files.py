@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,33 @@ def test_a_tensor_that_is_held_is_read_once(tmp_path):
     assert tensors["b"] is not held and tensors["a"] is held
     where = held.data_ptr()
     assert where == tensors["a"].data_ptr()
+
+
+def test_threads_read_one_after_the_other(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    class Slow:
+        """A file that notes how many read from it at once."""
+
+        def __init__(self, *arguments, **options):
+            self._file = safe_open(*arguments, **options)
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def get_tensor(self, key):
+            inside.append(key)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.remove(key)
+            return self._file.get_tensor(key)
+
+    monkeypatch.setattr("fedfrom.files.tensors.safe_open", Slow)
+    state = {f"{i}": folders.normal(3, seed=i) for i in range(20)}
+    tensors = F.open_model(folders.write_checkpoint(tmp_path / "model", state, 5)).tensors
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda key: tensors[key].clone(), state))
+    assert all(torch.equal(value, state[key]) for key, value in zip(state, found, strict=True)) and max(most) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")

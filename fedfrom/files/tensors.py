@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class Spec:
 class Tensors(Mapping[str, Tensor]):
     """The tensors of safetensors files by key, read when asked for.
 
-    Nothing is kept but the tensor read last; one that its reader still holds is handed out again instead of read.
+    Nothing is kept but the tensor read last; one that its reader still holds is handed out again, not read again.
+    Several threads may ask at once.
 
     Parameters
     ----------
@@ -81,6 +83,7 @@ class Tensors(Mapping[str, Tensor]):
         self.wide: torch.dtype | None = None  # what floating-point tensors are widened to when read
         self._file: tuple[Path, Any] | None = None  # one at a time: a few large models have a thousand shards
         self._last: Tensor | None = None
+        self._lock = threading.Lock()
         self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         for path, keys in files.items():
             self._add(path, keys)
@@ -120,13 +123,14 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         """Return a tensor; raises SafetensorError or OSError where the file was changed meanwhile."""
-        tensor = self._held.get(key)
-        if tensor is None:
-            self._last = None  # before the next is read
-            tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
-            self._held[key] = tensor
-        self._last = tensor
-        return tensor
+        with self._lock:
+            tensor = self._held.get(key)
+            if tensor is None:
+                self._last = None  # before the next is read
+                tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
+                self._held[key] = tensor
+            self._last = tensor
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
