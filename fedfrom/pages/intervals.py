@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 LEVEL = 0.95
 
 
@@ -30,11 +28,12 @@ def mean(values: Sequence[float]) -> Interval:
     values : Sequence[float]
         At least one, a value a seed.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    if len(numbers) < 2:
-        return Interval(float(numbers.mean()), float("nan"), len(numbers))
-    error = float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
-    return Interval(float(numbers.mean()), student(len(numbers) - 1) * error, len(numbers))
+    count = len(values)
+    centre = math.fsum(values) / count
+    if count < 2:
+        return Interval(centre, float("nan"), count)
+    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (count - 1))
+    return Interval(centre, student(count - 1) * spread / math.sqrt(count), count)
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Interval:

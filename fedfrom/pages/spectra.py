@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,9 @@ def singular_values(folder: Path) -> dict[str, list[float]]:
     ValueError
         There is no adapter, or none that can be read: a sentence that says why.
     """
-    if not (folder / WEIGHTS).is_file():
-        if (folder / "model.safetensors").is_file():
+    # os.path: a label may make a path that no file can have, which pathlib raises at
+    if not os.path.isfile(folder / WEIGHTS):
+        if os.path.isfile(folder / "model.safetensors"):
             raise ValueError("The full model was fine-tuned: there is no adapter whose products could be taken apart.")
         raise ValueError(f"The final adapter is not beside the results ({clean(folder.name)}/{WEIGHTS}).")
     try:

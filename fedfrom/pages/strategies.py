@@ -122,10 +122,11 @@ def _last(merges: Mapping[int, Mapping[str, Any]], reports: Mapping[int, Mapping
     report, merge = reports[last], merges[last]
     clients = entries(report.get("clients")) or entries(merge.get("clients"))
     cosines = _matrix(merge.get("cosines"))
-    if len(cosines) == len(clients):
-        order = sorted(range(len(clients)), key=lambda i: _order(str(clients[i])))
-        cosines = [[cosines[i][j] for j in order] for i in order]
-        clients = [clients[i] for i in order]
+    if len(cosines) != len(clients):  # whose they are is not known
+        cosines = []
+    order = sorted(range(len(clients)), key=lambda i: _order(str(clients[i])))
+    cosines = [[cosines[i][j] for j in order] for i in order] if cosines else []
+    clients = [clients[i] for i in order]
     return {"round": last, "clients": list(map(clean, clients)), "cosines": cosines, "layers": _layers(merge)}
 
 
