@@ -13,30 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-# Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE, display_name
+
 MOST_LAYER_NAMES = 32
 MANY_CLIENTS = 7  # above this, lines become a heat map
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-
-
-def display_name(label: str) -> str:
-    """Return a strategy's label as people write it."""
-    name, *settings = label.split(":")
-    proper = {"from": "FedFroM", "fedavg": "FedAvg"}.get(name, f"FedMerge {name}")
-    return f"{proper} ({', '.join(settings)})" if settings else proper
 
 
 def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> None:

@@ -7,18 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from fedfrom.pages.look import size
+
 if TYPE_CHECKING:  # they import torch, which a run needs only once its folder is known to be good
     from simulations.experiment import Experiment
     from simulations.history import History, Round
-
-
-def size(count: float) -> str:
-    """Return a number of bytes with a unit that suits it."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 class Narrator:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedfrom.pages.report import PAGE, write_report
+from fedfrom.pages.runs import FILE, FORMAT, BadRuns, folder_name
 from simulations.errors import BadInput
 
-FORMAT = 1
-FILE = "results.json"
 PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers", "datasets", "ray")
 
 
@@ -73,9 +72,15 @@ class Folder:
         shutil.rmtree(previous, ignore_errors=True)
 
 
-def folder_name(label: str) -> str:
-    """Return a strategy's label as a folder name: "from:k=1" is in from-k-1."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+def write_page(folder: Path) -> str:
+    """Write the page on results that are in place, and return the line that says where it is or why there is none.
+
+    Whatever a page may fail of, the results of a long run are kept.
+    """
+    try:
+        return f"Report in {write_report([folder], folder / PAGE)}"
+    except BadRuns as error:
+        return f"No report: {error}"
 
 
 def save_model(experiment: Any, history: Any, folder: Path) -> None:

@@ -45,7 +45,7 @@ def run(options: Options) -> Path:
     start = time.perf_counter()
     environment.prepare(options.needs_hub)
     from simulations.narration import Narrator
-    from simulations.results import Folder
+    from simulations.results import Folder, write_page
 
     if options.partition == OWN:
         raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
@@ -63,6 +63,7 @@ def run(options: Options) -> Path:
         f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
         f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"
     )
+    narrator.say(write_page(folder.path))
     return folder.path
 
 

@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     environment.prepare(options.needs_hub)
     from simulations.experiment import Experiment
     from simulations.narration import Narrator
-    from simulations.results import Folder
+    from simulations.results import Folder, write_page
 
     if options.partition != "tasks":
         options = dataclasses.replace(options, clients=_number_of_nodes(grid, options.clients))
@@ -44,6 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         folder.publish(experiment, histories)
     narrator.table(experiment, histories)
     narrator.say(f"Results in {folder.path}")
+    narrator.say(write_page(folder.path))
 
 
 def app_for(experiment: Any, narrator: Any, finished: Callable[[History], None]) -> ServerApp:

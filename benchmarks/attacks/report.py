@@ -12,8 +12,8 @@ from benchmarks.attacks.attacks import MALFORMED, UNTARGETED
 from benchmarks.attacks.bench import Outcome
 from benchmarks.attacks.contenders import CONTENDERS, FEDFROM
 from benchmarks.attacks.rounds import SKEWED
-from simulations import intervals
-from simulations.figures import COLOURS, MARKERS, STYLE
+from fedfrom.pages import intervals
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.tables import write_table
 
 BAR = 0.95

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedfrom.pages.runs import folder_name
 from simulations.options import Options
-from simulations.results import folder_name
 
 # p changes nothing where all clients hold equally much, so that the grid is k alone there.
 SETTINGS: Mapping[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from simulations import intervals
+from fedfrom.pages import intervals
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.environment import machine
 from simulations.federated.plan import BASELINE, BEST, GRID, POWERS, SETTINGS, Piece, Plan, accuracy, from_spec, rows
 from simulations.federated.running import best
-from simulations.figures import COLOURS, MARKERS, STYLE
 from simulations.study import Study
 from simulations.tables import write_table
 

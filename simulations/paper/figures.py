@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from simulations import intervals
-from simulations.figures import COLOURS, MARKERS, STYLE
+from fedfrom.pages import intervals
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.paper.arena import Scores
 from simulations.paper.findings import COLUMNS, MEAN, Findings, points, values
 from simulations.paper.grids import ALPHAS, KS_FIGURE, KS_PAIRS, rows

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from simulations import intervals
+from fedfrom.pages import intervals
 from simulations.paper.arena import Scores, accuracy, mean_accuracy
 from simulations.paper.grids import KS_PAIRS, Row, rows
 from simulations.paper.options import TASKS, PaperOptions

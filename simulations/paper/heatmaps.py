@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from simulations.figures import STYLE
+from fedfrom.pages.look import STYLE
 from simulations.paper.findings import Findings
 from simulations.paper.options import TASKS
 from simulations.paper.tables import KIND_NAMES

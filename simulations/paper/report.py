@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from simulations import intervals, training
+from fedfrom.pages import intervals
+from simulations import training
 from simulations.errors import BadInput
 from simulations.paper import figures, heatmaps, tables
 from simulations.paper.findings import MEAN, Correlation, Findings, chances, values

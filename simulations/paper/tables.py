@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from simulations import intervals
+from fedfrom.pages import intervals
 from simulations.paper.arena import Scores
 from simulations.paper.findings import COLUMNS, MEAN, Correlation, Findings, correlate, points, values
 from simulations.paper.grids import KS_FIGURE, KS_PAIRS, KS_TABLE, Row, Setting, rows

@@ -70,5 +70,6 @@ def test_a_real_simulation(tiny_model: str, tiny_glue: str, tmp_path: Path) -> N
         assert [entry["number"] for entry in strategy["rounds"]] == [0, 1, 2]
         assert set(strategy["rounds"][2]["clients"]) == {"0", "1"}
         assert (out / strategy["folder"] / "adapter_model.safetensors").is_file()
+    assert f"Report in {out / 'report.html'}" in done.stdout and (out / "report.html").is_file()
     assert done.stderr.strip() == "", "a quiet run says nothing on stderr"
     assert "DeprecationWarning" not in done.stdout

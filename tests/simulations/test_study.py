@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from simulations import intervals, study
+from fedfrom.pages import intervals
+from simulations import study
 from simulations.errors import BadInput
 from simulations.study import Study
 from simulations.tables import write_table
@@ -126,3 +127,8 @@ def test_a_table_says_the_same_as_csv_and_as_markdown(tmp_path: Path) -> None:
 def test_settings_file_is_readable(tmp_path: Path) -> None:
     Study(tmp_path, {"steps": 3}, PIECES)
     assert json.loads((tmp_path / "settings.json").read_text()) == {"steps": 3}
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 501])
+def test_students_t_is_scipys(freedom: int) -> None:
+    assert intervals.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-12)
