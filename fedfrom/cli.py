@@ -19,6 +19,7 @@ import typer
 
 from fedfrom import __version__
 from fedfrom.files.errors import BadInput
+from fedfrom.pages.command import report
 
 app = typer.Typer(
     name="fedfrom",
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(report)
 # where a refusal of `merge` names its own argument, the option that is meant
 _REMEDIES = {"dora=True": "--dora", "same_base=True": "--same-base"}
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
