@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from peft import LoraConfig, get_peft_model
 
+from fedfrom import cli
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -80,3 +83,13 @@ def test_commands_are_there(path: Path) -> None:
     for module in re.findall(r"python -m ((?:simulations|benchmarks)[\w.]*)", text):
         place = ROOT / Path(*module.split("."))
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"python -m {module}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_options_of_fedfrom_are_there(path: Path) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    for line in "\n".join(blocks(path, "sh")).splitlines():
+        words = line.partition("#")[0].split()
+        if words[:1] == ["fedfrom"]:
+            options = {option for parameter in group.commands[words[1]].params for option in parameter.opts}
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
