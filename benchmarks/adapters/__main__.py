@@ -103,8 +103,8 @@ def models(folder: Path, quick: bool, about: str) -> None:
     text = (
         f"Whole adapters of 3 clients, all linear layers, float32. {about}\n\nFedFroM merges the whole adapter. Of its "
         "peers one module of each shape is timed, once, and counted as often as the model has it. `scaled`: shapes "
-        "above 1024 x 4096 were not run; their time is that of 1024 x 4096 times min(d)^2 max(d), the growth of an SVD's "
-        "operations. 0: not run."
+        "above 1024 x 4096 were not run; their time is that of 1024 x 4096 times min(d)^2 max(d), as an SVD's "
+        "operations grow. 0: not run."
     )
     write_table(folder, "adapters-models", header, rows, text)
 
