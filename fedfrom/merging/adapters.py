@@ -78,16 +78,10 @@ class _Module:
 
         Inner products of sketches are about 2^10 times those of the updates, to within some percent of their norms.
         """
-        left, right = self.stack.left.columns, self.stack.right.columns
-        if len(left) > _SKETCH:
-            left = random_normal(_SKETCH, len(left), "sketch of rows").to(left.device) @ left
-        if len(right) > _SKETCH:
-            right = random_normal(_SKETCH, len(right), "sketch of columns").to(right.device) @ right
-        rows = []
-        for theta in self.thetas:
-            M = self.stack.mixture(theta.terms)
-            rows.append(((left[:, M.rows] * M.values) @ right[:, M.columns].T).flatten())
-        return torch.stack(rows).cpu()
+        (d_out, d_in), device = self.thetas[0].shape, self.thetas[0].terms[0].B.device
+        left = random_normal(min(_SKETCH, d_out), d_out, "sketch of rows").to(device)
+        right = random_normal(d_in, min(_SKETCH, d_in), "sketch of columns").to(device)
+        return self.stack.sketch([self.stack.mixture(theta.terms) for theta in self.thetas], left, right).cpu()
 
     def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return the module's tensors and its report."""

@@ -7,7 +7,7 @@ every norm and inner product, and their Cholesky factors the small core that has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -293,13 +293,21 @@ class Stack:
     def squares(self, mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor]:
         """Return n matrices' squared norms, (n,) float64, and what their norms are at most: time linear in n."""
         found = []
-        for rows, columns, values in mixtures:
-            left, right = self.left.columns[:, rows], self.right.columns.T[columns]
-            grams = left.T @ left, right @ right.T
-            most = (values.abs() * (grams[0].diagonal() * grams[1].diagonal()).sqrt()).sum()
-            found.append(torch.stack([values @ (grams[0] * grams[1]) @ values, most]))
-        squares, most = torch.stack(found).T
+        for some in _batches(mixtures):
+            left, right = self.left.columns.T[some.rows], self.right.columns.T[some.columns]
+            grams = [factors @ factors.mT for factors in (left, right)]
+            lengths = [gram.diagonal(dim1=1, dim2=2).sqrt() for gram in grams]
+            values = some.values[:, None]
+            squares = (values @ (grams[0] * grams[1]) @ values.mT).flatten()
+            found.append((squares, (some.values.abs() * lengths[0] * lengths[1]).sum(dim=1)))
+        squares, most = (torch.cat(parts) for parts in zip(*found, strict=True))
         return squares, most
+
+    def sketch(self, mixtures: Sequence[Mixture], left: Tensor, right: Tensor) -> Tensor:
+        """Return (n, a b) float64: P M_i Q of n matrices, P (a, d_out) and Q (d_in, b); time linear in n."""
+        left, right = left @ self.left.columns, right.T @ self.right.columns
+        found = [(left.T[some.rows].mT * some.values[:, None]) @ right.T[some.columns] for some in _batches(mixtures)]
+        return torch.cat(found).flatten(1)
 
     def _inner_of_rows(self, mixtures: Sequence[Mixture]) -> Tensor:
         """Return the inner products by forming the n matrices, some rows of each at a time."""
@@ -317,6 +325,13 @@ class Stack:
 def is_wide(d_out: int, d_in: int, columns: int) -> bool:
     """Return whether factors of so many columns cost more as Gram matrices than the (d_out, d_in) matrix itself."""
     return columns * (d_out + d_in) > d_out * d_in
+
+
+def _batches(mixtures: Sequence[Mixture], size: int = 64) -> Iterator[Mixture]:
+    """Yield some mixtures at a time as one, (some, entries), shorter ones filled up with zeros."""
+    for start in range(0, len(mixtures), size):
+        parts = zip(*mixtures[start : start + size], strict=True)
+        yield Mixture(*(torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in parts))
 
 
 def _taken(gram: Tensor, places: Tensor) -> Tensor:

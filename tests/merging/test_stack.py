@@ -17,6 +17,7 @@ from fedfrom.merging.stack import Stack
 from tests.merging import oracle, properties
 from tests.merging.samples import A_KEY, B_KEY, Case, adapter_case, generator, merged_product, normal
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target
+from tests.merging.test_gauge import assert_gauge
 
 # columns of all factors: more than the matrix has; few; so many that float32 inputs are summed in float32, and that the
 # leading triplets are iterated for
@@ -50,8 +51,10 @@ def test_factors_that_nearly_depend_on_each_other(n: int, moved: float) -> None:
     """Fresh adapters that all started from one A_0 and one B_0, merged without a reference."""
     trained = adapter_case(5, 100, 90, n, 3, start="trained", moved=moved)
     zeros = [torch.zeros_like(trained.layer.W)] * n
-    case = replace(trained, reference=None, layer=oracle.Layer(trained.layer.sent, zeros, zeros[0]))
+    case = replace(trained, reference=None, rank=6, layer=oracle.Layer(trained.layer.sent, zeros, zeros[0]))
     assert_optimal(case, 1.0, 1e-13, 1e-10)
+    merged, _ = properties.run(case)
+    assert_gauge(merged[B_KEY], merged[A_KEY])
 
 
 def test_one_product_by_other_factors_is_no_update() -> None:
@@ -66,7 +69,7 @@ def test_one_product_by_other_factors_is_no_update() -> None:
     assert oracle.relative_error(merged[B_KEY] @ merged[A_KEY], other[B_KEY] @ other[A_KEY]) <= 1e-10
 
 
-@SHAPES
+@pytest.mark.parametrize("shape", [WIDE, NARROW, MANY, (330, 320, 30, 5)], ids=["wide", "narrow", "many", "pairs"])
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_forty_large_and_small_adapters_float32(shape: tuple, size: float) -> None:
     case = adapter_case(6, *shape, dtype=torch.float32)
