@@ -17,6 +17,7 @@ from fedfrom.pages.look import shown
 Chart = dict[str, Any]
 MOST_LINES = 8  # in one picture; more go into one picture a group
 MOST_GROUPS = 6  # drawn; the tables have all
+MOST_FIRST_RUNS = 3  # whose strategies get pictures of their own
 MOST_STRATEGIES = 6  # of one group, where each has a picture of its own
 CORRELATIONS = ("matthews", "pearson", "spearman", "correlation")
 
@@ -59,7 +60,11 @@ def by_round(lines: Sequence[Line], name: str, title: str, table: str, quantity:
 
 
 def _by_round(name: str, title: str, lines: Sequence[Line], table: str, quantity: str) -> Chart | None:
-    series = [{"label": line.name, "place": i, **line.curve(table, quantity)} for i, line in enumerate(lines)]
+    alone = len({id(line.group) for line in lines}) == 1  # the title says which group it is
+    series = [
+        {"label": line.strategy if alone else line.name, "place": i, **line.curve(table, quantity)}
+        for i, line in enumerate(lines)
+    ]
     series = [found for found in series if found["x"]]
     if not series:
         return None
@@ -121,7 +126,7 @@ def chosen(groups: Sequence[Group]) -> Iterator[tuple[str, str, dict[str, Any], 
 
     With each: what ends its file names, what ends its titles, and the run.
     """
-    for position, group in enumerate(groups[:MOST_GROUPS], 1):
+    for position, group in enumerate(groups[:MOST_FIRST_RUNS], 1):
         run = group.runs[0]
         several = len(groups) > 1 or len(group.runs) > 1
         for i, entry in enumerate(run["strategies"][:MOST_STRATEGIES], 1):

@@ -20,10 +20,10 @@ INK, GRID = "#1b1f24", "#e2e5e9"
 DARK = {INK: "#e6e9ed", GRID: "#3a4048", "#0072b2": "#4aa8e8", "#000000": "#f4f4f4"}
 LINE_STYLES = ("-", "--", ":", "-.")
 MOST_IN_LEGEND = 8
-MOST_TICKS = 24
 MOST_CELLS = 144  # with a number in each
 MOST_COLUMNS = 48
 LONGEST_TICK = 32
+LONGEST_ENTRY = 64  # of a legend
 WIDTH = 5.2  # inches: small, so that the letters are still read where a telephone shrinks it
 
 
@@ -126,13 +126,13 @@ def _stack(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
 
 def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     rows = len(chart["rows"])
-    figure.set_size_inches(WIDTH, min(7.0, max(3.2, 1.4 + 0.4 * min(rows, 14))))
-    values = np.array([[np.nan if value is None else value for value in row] for row in chart["values"]], dtype=float)
     diverging = chart["low"] < 0
+    figure.set_size_inches(WIDTH, min(4.6, max(3.0, 1.4 + 0.36 * rows)))
+    values = np.array([[np.nan if value is None else value for value in row] for row in chart["values"]], dtype=float)
     colours = plt.get_cmap("RdBu" if diverging else "viridis")
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        aspect="auto",
+        aspect="equal" if diverging else "auto",
         cmap=colours,
         vmin=chart["low"],
         vmax=max(chart["high"], chart["low"] + 1e-12),
@@ -148,10 +148,10 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
                 text = f"{value:.0%}".replace("%", " %") if chart["unit"] == "percent" else f"{value:.2f}"
                 # not black itself, which the dark picture turns
                 axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color="#010101" if bright else "#ffffff")
-    form = PercentFormatter(1.0, decimals=0) if chart["unit"] == "percent" else None
+    form = PercentFormatter(1.0) if chart["unit"] == "percent" else None
     figure.colorbar(image, ax=axes, format=form, shrink=0.9).outline.set_visible(False)
-    for ticks, labels in ((axes.set_yticks, chart["rows"]), (axes.set_xticks, chart["columns"])):
-        step = -(-len(labels) // MOST_TICKS)
+    for ticks, labels, most in ((axes.set_yticks, chart["rows"], 24), (axes.set_xticks, chart["columns"], 14)):
+        step = -(-len(labels) // most)
         ticks(range(0, len(labels), step), [clean(label, LONGEST_TICK) for label in labels[::step]])
     axes.set_xlabel(chart["x-label"])
     axes.set_ylabel(chart["y-label"])
@@ -180,6 +180,7 @@ def _legend(figure: Figure, axes: Axes, many: bool | None, columns: int = 2) -> 
     handles, labels = axes.get_legend_handles_labels()
     if many or len(labels) < 1:
         return
+    labels = [clean(label, LONGEST_ENTRY) for label in labels]
     longest = max(map(len, labels))
     columns = 1 if longest > 36 else columns
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

@@ -130,6 +130,11 @@ class Line:
     name: str
 
     @property
+    def strategy(self) -> str:
+        """The strategy's name without the group's."""
+        return self.entries[0]["name"]
+
+    @property
     def entries(self) -> list[dict[str, Any]]:
         """The strategy in each run."""
         return [entry for _, entry in self.group.of(self.label)]
@@ -188,7 +193,7 @@ def lines(groups: Sequence[Group]) -> Iterator[Line]:
     for found in groups:
         for label in found.labels():
             name = found.of(label)[0][1]["name"] + (f": {found.label}" if found.label else "")
-            name = clean(name, LONGEST_LABEL)
+            name = clean(name, 2 * LONGEST_LABEL)
             taken[name] = taken.get(name, 0) + 1
             yield Line(found, label, name if taken[name] == 1 else f"{name} ({taken[name]})")
 

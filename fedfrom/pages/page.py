@@ -8,7 +8,7 @@ from typing import Any
 
 from fedfrom.pages.charts import Chart, alternative
 from fedfrom.pages.look import MISSING, clean, shown
-from fedfrom.pages.sections import Section, Table
+from fedfrom.pages.parts import Section, Table
 
 # Even if something were to slip through the escaping, the browser would neither run nor fetch it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -36,7 +36,8 @@ figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .4rem; overflow
 figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   min-width: 0; }
 figure img { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; margin: .6rem 0; }
+.scroll { overflow-x: auto; margin: .6rem 0; }
+details .scroll { max-height: 32rem; overflow-y: auto; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }

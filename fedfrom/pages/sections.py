@@ -1,41 +1,13 @@
 """The parts of a page, in order: what stands in each, as sentences, charts and tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from fedfrom.pages import charts
-from fedfrom.pages.charts import Chart
 from fedfrom.pages.groups import Group, Line, against, differing
-from fedfrom.pages.intervals import Interval
 from fedfrom.pages.look import MISSING, shown
-from fedfrom.pages.spectra import rank_holding, stable_rank
-
-OLD = "was not recorded by the version that wrote these results"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: its caption, the columns' names, and rows of texts, whose first cell names the row.
-
-    `folded` tables show when asked for.
-    """
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a page."""
-
-    name: str
-    title: str
-    notes: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+from fedfrom.pages.merges import agreement, truncation, weights
+from fedfrom.pages.parts import OLD, Section, Table, reference, with_interval
 
 
 def sections(runs: Sequence[dict[str, Any]], groups: Sequence[Group], lines: Sequence[Line]) -> list[Section]:
@@ -56,25 +28,6 @@ def sections(runs: Sequence[dict[str, Any]], groups: Sequence[Group], lines: Seq
 
 def _empty(section: Section) -> Section:
     return Section(section.name, section.title, ["These results say nothing of this."])
-
-
-def with_interval(found: Interval | None, unit: str, sign: bool = False) -> str:
-    """Return a mean in its unit, with the half-width of its interval where it has one."""
-    if found is None:
-        return MISSING
-    plus = "+" if sign and found.mean >= 0 else ""
-    half = "" if found.count < 2 else f" ± {shown(found.half_width, unit)}"
-    text = f"{plus}{shown(found.mean, unit)}{half}"
-    if unit == "percent":
-        text = text.replace(" %", "", text.count(" %") - 1)
-        return text.replace(" %", " points") if sign else text
-    return text
-
-
-def reference(group: Group) -> str:
-    """Return the label that a group's strategies are compared with: FedAvg, or what stands first."""
-    labels = group.labels()
-    return "fedavg" if "fedavg" in labels else labels[0]
 
 
 def comparison(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
@@ -137,127 +90,6 @@ def scores(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
     if len({id(line.group) for line in lines}) > charts.MOST_GROUPS and len(lines) > charts.MOST_LINES:
         notes.append(f"The first {charts.MOST_GROUPS} of {len(groups)} settings are drawn; the table above has all.")
     return Section("scores", "Score by round", notes, drawn)
-
-
-def weights(groups: Sequence[Group]) -> Section:
-    """Show who weighed what by round."""
-    drawn = charts.weights(groups)
-    if not drawn:
-        return Section(
-            "weights",
-            "Weights of the clients",
-            ["No strategy here reports its weights (FedAvg's are the shares of the examples)."],
-        )
-    note = (
-        "A client's weight in the merge, mean over layers. FedAvg's would be the shares of the examples, in brackets."
-    )
-    return Section("weights", "Weights of the clients", [note, *_first_runs(groups)], drawn)
-
-
-def _first_runs(groups: Sequence[Group]) -> list[str]:
-    if all(len(group.runs) == 1 for group in groups) and len(groups) <= charts.MOST_GROUPS:
-        return []
-    return ["Drawn for the first run of each settings; the data block at the end of the page has every run."]
-
-
-def agreement(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Show how far updates agree, and what share of their energy merging loses."""
-    interference = charts.by_round(
-        lines,
-        "interference",
-        "Energy of the updates that the merge loses, by round",
-        "merges",
-        "interference",
-        **{"unit": "percent", "y-label": "interference", "from-zero": True},
-    )
-    pairs = charts.by_round(
-        lines,
-        "cosine",
-        "Mean cosine of the clients' updates, by round",
-        "merges",
-        "cosine-mean",
-        **{"y-label": "mean pairwise cosine"},
-    )
-    matrices = charts.cosines(groups)
-    title = "Do the clients pull the same way?"
-    merged = any(line.entries and entry["merges"]["rounds"] for line in lines for entry in line.entries)
-    if not merged:
-        return Section("agreement", title, ["No strategy here reports its merges, so nothing is known of this."])
-    notes = []
-    if interference:
-        notes.append("Interference is Σ w‖θ* − θ‖² / Σ w‖θ‖²: 0 where all updates are alike.")
-    else:
-        notes.append(f"The interference of the whole updates {OLD}.")
-    if pairs:
-        notes.append("A cosine of 1 is the same direction, 0 none in common, −1 the opposite.")
-    else:
-        notes.append(f"What the cosines between clients' whole updates were {OLD}, or there were too many clients.")
-    return Section(
-        "agreement", title, [*notes, *(_first_runs(groups) if matrices else [])], [*interference, *pairs, *matrices]
-    )
-
-
-def truncation(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Show ranks, what truncation drops, and the spectra of the final adapters."""
-    dropped = charts.by_round(
-        lines,
-        "energy-dropped",
-        "Energy that the truncation drops, by round",
-        "merges",
-        "energy-dropped",
-        **{"unit": "percent", "y-label": "mean over modules", "from-zero": True},
-    )
-    notes, tables = [], []
-    if dropped:
-        notes.append("Truncating the merged product to the adapter's rank drops this share of its squared norm.")
-    else:
-        notes.append("No merge of adapters was reported, so nothing is known of what truncation dropped.")
-    drawn = charts.spectra(groups)
-    for _, title, _, entry in charts.chosen(groups):
-        if entry["spectra"]:
-            rows = [
-                [
-                    name,
-                    str(len(values)),
-                    shown(values[0]),
-                    shown(values[-1]),
-                    str(rank_holding(values, 0.9)),
-                    str(rank_holding(values, 0.99)),
-                    f"{stable_rank(values):.2f}",
-                ]
-                for name, values in entry["spectra"].items()
-                if values
-            ]
-            header = ["module", "rank", "largest", "smallest", "rank for 90 %", "rank for 99 %", "stable rank"]
-            tables.append(Table(f"Final adapter of {title}: singular values", header, rows, folded=True))
-        if entry["last-merge"]:
-            tables.append(_layers(title, entry["last-merge"]))
-    missing: dict[str, list[str]] = {}
-    for _, title, _, entry in charts.chosen(groups):
-        if entry["no-spectra"]:
-            missing.setdefault(entry["no-spectra"], []).append(title)
-    notes += [f"No spectrum of {', '.join(titles)}: {why}" for why, titles in missing.items()]
-    if any(len(chart["series"]) > charts.MOST_LINES for chart in drawn):
-        notes.append("Each line is a module of the final adapter, from the first (blue) to the last (yellow).")
-    return Section("truncation", "Ranks and spectra", [*notes, *_first_runs(groups)], [*dropped, *drawn], tables)
-
-
-def _layers(title: str, last: dict[str, Any]) -> Table:
-    rows = [
-        [
-            layer["name"],
-            layer["kind"],
-            ", ".join(shown(rank, "count") for rank in dict.fromkeys(layer["ranks-in"])) or MISSING,
-            shown(layer["rank-out"] or None, "count"),
-            shown(layer["energy-dropped"], "percent"),
-            shown(layer["interference"], "percent"),
-            shown(layer["lambda-max"]),
-            shown(layer["clients-effective"]),
-        ]
-        for layer in last["layers"]
-    ]
-    header = ["layer", "kind", "ranks in", "rank out", "energy dropped", "interference", "λ max", "effective clients"]
-    return Table(f"Layers of the last merge (round {last['round']}) of {title}", header, rows, folded=True)
 
 
 def traffic(lines: Sequence[Line]) -> Section:

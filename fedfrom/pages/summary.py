@@ -6,7 +6,7 @@ from fedfrom.pages import charts
 from fedfrom.pages.groups import Group, Line, against
 from fedfrom.pages.intervals import Interval, proportion
 from fedfrom.pages.look import shown
-from fedfrom.pages.sections import reference, with_interval
+from fedfrom.pages.parts import reference, with_interval
 
 
 def summary(groups: Sequence[Group], lines: Sequence[Line]) -> str:

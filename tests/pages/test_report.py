@@ -197,7 +197,7 @@ def test_what_files_say_is_text_and_nothing_else(edited: Edited, tmp_path: Path)
         found["partition"][0]["client"] = first
 
     folder = edited(attack, "<script>alert(3)<")
-    page = page_of(folder, edited(attack, "other"), out=tmp_path / "report.html")
+    page = page_of(folder, out=tmp_path / "report.html")
     assert [script["id"] for script in page.all("script")] == ["data"]
     assert all(address.startswith(("data:", "#")) for address in addresses(page))
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
