@@ -442,6 +442,7 @@ class FedMerge(FedAvg):
             "configs": configs,
             "reference_config": sent.lora_config,
             "names": [reply.who for reply in replies],
+            "deltas": [reply.deltas for reply in replies],
             "dora": self.dora,
             "same_base": self.same_base,
         }
