@@ -237,6 +237,11 @@ def records_of(content: RecordDict, kind: type[_R]) -> dict[str, _R]:
     return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
+def array_bytes(content: RecordDict) -> int:
+    """Return how many bytes of arrays, their headers among them, a content carries."""
+    return sum(len(array.data) for record in records_of(content, ArrayRecord).values() for array in record.values())
+
+
 def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:
     """Return the ArrayRecord that holds the model: the one of that name, or the only one beside statistics."""
     records = records_of(content, ArrayRecord)
