@@ -32,9 +32,10 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from fedfrom import __version__
+from fedfrom.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -215,7 +216,7 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> Path:
         """Return the hidden folder of a checkpoint that is on the disk but for its name."""
         hidden = self.path / f".{self._folder(checkpoint.server_round).name}.partial"
-        arrays, layout = _to_numpy(checkpoint.result.arrays)
+        arrays, layout = _to_tensors(checkpoint.result.arrays)
         state = {
             "format": FORMAT,
             "round": checkpoint.server_round,
@@ -333,11 +334,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _to_numpy(record: ArrayRecord) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+def _to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
     """Return a record's arrays, and [key, order in memory] in its order, which safetensors keeps neither of."""
-    arrays, layout = {}, []
+    arrays: dict[str, torch.Tensor] = {}
+    layout = []
     for key, array in record.items():
         try:
+            if array.stype == BF16:
+                arrays |= to_state_dict(ArrayRecord({key: array}))
+                layout.append([key, "C"])
+                continue
             value = array.numpy()
         except Exception as error:  # malformed bytes fail in numpy in many ways
             raise ValueError(f"checkpoint, {key!r}: expected a readable array, found {_what(error)}") from error
@@ -350,13 +356,21 @@ def _to_numpy(record: ArrayRecord) -> tuple[dict[str, np.ndarray], list[list[str
             raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
         is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
         layout.append([key, "F" if is_fortran else "C"])
-        arrays[key] = np.asarray(value, order="C")  # ascontiguousarray would give a number a dimension
+        # ascontiguousarray would give a number a dimension
+        arrays[key] = torch.from_numpy(np.asarray(value, order="C"))
     return arrays, layout
 
 
 def _read_arrays(path: Path, layout: list[list[str]]) -> ArrayRecord:
     arrays = load_file(path)
-    return ArrayRecord({key: Array(np.asarray(arrays[key], order=order)) for key, order in layout})  # type: ignore[call-overload]
+    record = ArrayRecord()
+    for key, order in layout:
+        tensor = arrays.pop(key)
+        if tensor.dtype == torch.bfloat16:
+            record.update(to_record({key: tensor}))
+        else:
+            record[key] = Array(np.asarray(tensor.numpy(), order=order))  # type: ignore[call-overload]
+    return record
 
 
 def _as_json(value: Any) -> Any:

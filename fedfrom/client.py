@@ -19,6 +19,7 @@ from fedfrom.records import (
     ADAPTER_KEY,
     STATISTICS_KEY,
     config_to_record,
+    delta_array,
     model_record,
     record_to_config,
     to_record,
@@ -113,6 +114,7 @@ def reply(
     metrics: Mapping[str, Any],
     *,
     statistics: Mapping[str, Tensor] | None = None,
+    as_delta: bool | torch.dtype = False,
     arrayrecord_key: str = "arrays",
     adapter_name: str = "default",
 ) -> Message:
@@ -129,6 +131,11 @@ def reply(
     statistics : Mapping[str, Tensor] | None (default: None)
         What `gram` or `fisher` returned, for strategies whose method needs it: sent as a second ArrayRecord, which
         Flower's FedAvg would refuse.
+    as_delta : bool | torch.dtype (default: False)
+        Send what the client changed of each plain floating-point tensor, its value less the message's, formed in
+        float32 and sent in this dtype: bfloat16 (True), float16 or float32. A change keeps its own digits where the
+        value would lose them: at |theta| / |W| = 1e-3 bfloat16 rounds W_i by more than theta_i, and the norms with it.
+        Adapters, running statistics and integers go as they are. For fedfrom's strategies; others fail on it.
     arrayrecord_key : str (default: "arrays")
         Name of the record with the arrays.
     adapter_name : str (default: "default")
@@ -142,9 +149,26 @@ def reply(
         content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
     else:
         content[arrayrecord_key] = to_record(model.state_dict())
+    if as_delta:
+        _to_deltas(content, message, torch.bfloat16 if as_delta is True else as_delta, arrayrecord_key)
     if statistics is not None:
         content[STATISTICS_KEY] = to_record(statistics)
     return Message(content=content, reply_to=message)
+
+
+def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayrecord_key: str) -> None:
+    """Put in place of the plain tensors of a reply what was changed of them."""
+    record = model_record(content, arrayrecord_key)
+    sent, own = to_state(model_record(message.content, arrayrecord_key), "global arrays"), to_state(record)
+    for layer in L.find_layers(own, "this model").values():
+        if layer.is_adapter or layer.is_running_statistic:
+            continue
+        key = layer.keys["tensor"]
+        if not own[key].is_floating_point():
+            continue
+        if key not in sent or sent[key].shape != own[key].shape:
+            raise ValueError(f"this model, {key!r}: expected a tensor of the message's, for its delta, found another")
+        record[key] = delta_array((own[key].to(torch.float32) - sent[key].to(torch.float32)).to(dtype))
 
 
 def adapter_state(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:

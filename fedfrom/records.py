@@ -28,6 +28,10 @@ STATISTICS_KEY = "fedfrom.statistics"
 BF16 = "fedfrom.bf16"
 """Kind of the arrays that carry bfloat16: their data are the numbers' own bytes, in C order and without a header."""
 
+DELTA = "fedfrom.delta"
+"""Kind of the arrays that carry what a client changed, not what it ended with: their data are as those of `BF16`."""
+
+_DELTAS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
 _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
@@ -82,6 +86,19 @@ def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({key: _array(key, tensor) for key, tensor in state.items()})
 
 
+def delta_array(change: Tensor) -> Array:
+    """Return what a client changed of a tensor as an array that nothing takes for its values."""
+    if change.dtype not in _DELTAS.values():
+        raise ValueError(f"as_delta: expected True or torch's {', '.join(_DELTAS)}, found {change.dtype}")
+    raw = change.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return Array(str(change.dtype).removeprefix("torch."), tuple(change.shape), DELTA, raw)
+
+
+def deltas_in(record: ArrayRecord) -> set[str]:
+    """Return the keys of the arrays that are what a client changed."""
+    return {key for key, array in record.items() if array.stype == DELTA}
+
+
 def spend(state: dict[str, Tensor]) -> ArrayRecord:
     """Return what `to_record` does, and empty the state on the way: one of its tensors at a time is held twice."""
     record = ArrayRecord()
@@ -101,18 +118,20 @@ class _Bytes:
 
 def _view(array: Array) -> Tensor:
     """Return an array's numbers in place; those that are of no usual layout are copied."""
-    if array.stype == BF16:
-        if array.dtype != "bfloat16" or not all(size >= 0 for size in array.shape):
-            raise ValueError(f"expected bfloat16 of a shape, found {array.dtype} {array.shape}")
-        return _numbers(array.data, 0, np.dtype(np.int16), array.shape).view(torch.bfloat16)
+    if array.stype in (BF16, DELTA):
+        known = _DELTAS if array.stype == DELTA else {"bfloat16": torch.bfloat16}
+        if array.dtype not in known or not all(size >= 0 for size in array.shape):
+            raise ValueError(f"expected {' or '.join(known)} of a shape, found {array.dtype} {array.shape}")
+        found = known[array.dtype]
+        return _numbers(array.data, 0, np.dtype(f"i{found.itemsize}"), array.shape).view(found)
     if array.stype != _NUMPY or array.data[:8] != npy.magic(1, 0):
         return torch.from_numpy(array.numpy())
     start = 10 + int.from_bytes(array.data[8:10], "little")
     shape, is_fortran, dtype = _header(array.data[8:start])
     if dtype.kind not in "biuf" or not dtype.isnative or not all(size >= 0 for size in shape):
         return torch.from_numpy(array.numpy())
-    found = _numbers(array.data, start, dtype, shape[::-1] if is_fortran else shape)
-    return found.permute(*range(found.ndim)[::-1]) if is_fortran else found
+    values = _numbers(array.data, start, dtype, shape[::-1] if is_fortran else shape)
+    return values.permute(*range(values.ndim)[::-1]) if is_fortran else values
 
 
 @functools.lru_cache(1024)
@@ -216,6 +235,11 @@ def records_of(content: RecordDict, kind: type[_R]) -> dict[str, _R]:
     memory until Python next looks for such cycles.
     """
     return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Return how many bytes of arrays, their headers among them, a content carries."""
+    return sum(len(array.data) for record in records_of(content, ArrayRecord).values() for array in record.values())
 
 
 def model_record(content: RecordDict, arrayrecord_key: str) -> ArrayRecord:

@@ -26,6 +26,7 @@ from fedfrom.merging.threads import one_thread_each
 from fedfrom.records import (
     ADAPTER_KEY,
     STATISTICS_KEY,
+    deltas_in,
     metric_record,
     model_record,
     record_to_config,
@@ -150,6 +151,8 @@ class Reply:
         Norm of the change of each plain tensor, by layer.
     digest : bytes
         Of its arrays and statistics.
+    deltas : frozenset[str]
+        Plain tensors, by layer, of which it sent the change.
     """
 
     node_id: int
@@ -160,6 +163,7 @@ class Reply:
     statistics: dict[str, Tensor] | None = None
     norms: dict[str, float] = field(default_factory=dict)
     digest: bytes = b""
+    deltas: frozenset[str] = frozenset()
 
     @property
     def who(self) -> str:
@@ -406,7 +410,9 @@ def read_reply(
                     sizes = f"expected at most {len(sent.layers)} modules, found {len(config[field])}"
                     raise ValueError(f"{ADAPTER_KEY}, {field}: {sizes}")
     with _as("shapes"):
-        norms = _check_layers(state, sent, config)
+        changed = deltas_in(record)
+        norms = _check_layers(state, sent, config, changed)
+        deltas = frozenset(name for name, layer in sent.layers.items() if changed.intersection(layer.keys.values()))
     statistics = None
     if needs is not None:
         with _as("statistics"):
@@ -416,16 +422,18 @@ def read_reply(
     rest = RecordDict({name: part for name, part in content.items() if not isinstance(part, ArrayRecord)})
     digest = _digest(record, records_of(content, ArrayRecord)[STATISTICS_KEY] if statistics else None)
     node_id = message.metadata.src_node_id
-    return Reply(node_id, rest, state, float(examples), config, statistics, norms, digest)
+    return Reply(node_id, rest, state, float(examples), config, statistics, norms, digest, deltas)
 
 
-def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None) -> dict[str, float]:
+def _check_layers(
+    state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None, deltas: set[str]
+) -> dict[str, float]:
     """Return the norm of each plain tensor's change, or raise ValueError.
 
     That is where a reply's tensors are not of the shapes, dtypes and sizes that were sent.
     """
     plain = {
-        layer.name: (state[key], sent.state[key])
+        layer.name: (state[key], None if key in deltas else sent.state[key])
         for layer in sent.layers.values()
         if (key := layer.keys.get("tensor")) and state[key].is_floating_point()
     }
@@ -433,8 +441,10 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
             dimension = L.RANK_DIMENSION.get(part)
+            if key in deltas and (part != "tensor" or layer.is_running_statistic):
+                raise ValueError(f"reply, {key!r}: expected what the client ended with, found a delta")
             try:
-                L.check_same(state[key], sent.state[key], "reply", key, dimension if free else None)
+                L.check_same(state[key], sent.state[key], "reply", key, dimension if free else None, key in deltas)
             except ValueError as error:
                 rank = None if dimension is None or free else slice(dimension, dimension + 1)
                 if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:

@@ -34,7 +34,7 @@ from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
 from fedfrom.pulling import send_and_receive
-from fedfrom.records import ADAPTER_KEY, config_to_record, spend
+from fedfrom.records import ADAPTER_KEY, array_bytes, config_to_record, spend
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
@@ -80,6 +80,8 @@ class RoundReport:
         Kind of rejection -> how many replies: see `fedfrom.replies.Rejection`.
     examples_capped : int
         Replies whose num-examples counted for less than they said.
+    bytes_down, bytes_up : int
+        Of the arrays that nodes were sent to train, and of those in their replies, rejected ones too.
     """
 
     nodes: list[int]
@@ -91,6 +93,8 @@ class RoundReport:
     seconds: float
     reasons: dict[str, int] = field(default_factory=dict)
     examples_capped: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
@@ -111,6 +115,8 @@ class RoundReport:
             "replies-failed": len(self.failed),
             "replies-missing": len(self.missing),
             "examples-capped": self.examples_capped,
+            "bytes-down": self.bytes_down,
+            "bytes-up": self.bytes_up,
             "merge-seconds": self.seconds,
             **{f"replies-rejected-{kind}": count for kind, count in self.reasons.items()},
         }
@@ -140,7 +146,7 @@ class _Arriving:
 
     def __init__(self, replies: Iterable[Message]) -> None:
         self._replies, self._worked, self._since = iter(replies), 0.0, time.perf_counter()
-        self.results, self.failures = 0, list[Message]()
+        self.results, self.bytes, self.failures = 0, 0, list[Message]()
 
     def __iter__(self) -> Self:
         return self
@@ -154,6 +160,7 @@ class _Arriving:
         finally:
             self._since = time.perf_counter()
         self.results += 1
+        self.bytes += array_bytes(message.content)
         return message
 
     def seconds(self) -> float:
@@ -417,6 +424,8 @@ class FedMerge(FedAvg):
             arriving.seconds(),
             dict(Counter(sorted(kind for kind, _ in rejected.values()))),
             sum(reply.examples != count for reply, count in zip(valid, examples, strict=True)),
+            sum(array_bytes(message.content) for message in self._asked),
+            arriving.bytes,
         )
         if merged is None or report is None:
             return None, found.metrics()
@@ -442,6 +451,7 @@ class FedMerge(FedAvg):
             "configs": configs,
             "reference_config": sent.lora_config,
             "names": [reply.who for reply in replies],
+            "deltas": [reply.deltas for reply in replies],
             "dora": self.dora,
             "same_base": self.same_base,
         }

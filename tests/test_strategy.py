@@ -427,7 +427,10 @@ def test_metrics_are_fedavgs_and_the_strategys_own() -> None:
             *("replies-valid", "replies-rejected", "replies-failed", "replies-missing", "merge-seconds"),
             *("weight-min", "weight-max", "clients-effective", "lambda-max", "rank-max", "energy-dropped-max"),
             *("interference", "cosine-mean", "server-lr-min", "updates-clipped", "examples-capped"),
+            *("bytes-down", "bytes-up"),
         }
+        size = sum(len(array.data) for array in initial.values())
+        assert metrics["bytes-down"] == metrics["bytes-up"] == 3 * size
         assert 0 < metrics["weight-min"] < 1 / 3 < metrics["weight-max"] < 1 < metrics["clients-effective"] <= 3
         assert 1 / 3 < metrics["lambda-max"] <= 1 and 0 < metrics["energy-dropped-max"] < 1
         assert metrics["rank-max"] == 4 and metrics["merge-seconds"] > 0

@@ -193,7 +193,7 @@ def weighted_sum(
     Parameters
     ----------
     values : Sequence[Tensor | Reader]
-        W_i: n floating-point tensors of one shape, dtype and device.
+        W_i: n floating-point tensors of one shape and device, and of one dtype, but for changes (ref_i zero) of a base.
     references : Sequence[Tensor | None]
         ref_i, what each client was sent; None is zero.
     weights : Sequence[float]
@@ -206,10 +206,11 @@ def weighted_sum(
     Returns
     -------
     tuple[Tensor, float]
-        T, new memory, in the values' shape, dtype and device, with NaN or infinity where it leaves the dtype's range;
-        the norm of theta*.
+        T, new memory, in the values' shape and device and the base's dtype (else theirs), with NaN or infinity where
+        it leaves the dtype's range; the norm of theta*.
     """
-    kind, device, dtype = values[0].dtype, values[0].device, arithmetic(values[0].dtype)
+    kind, device = (values[0] if base is None else base).dtype, values[0].device
+    dtype = arithmetic(kind)
     out = torch.empty(values[0].shape, dtype=kind, device=device)
     result = out.reshape(-1)
     terms = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedfrom.merging import layers as L
@@ -28,6 +28,7 @@ def check_inputs(
     dora: bool,
     same_base: bool,
     norms: Sequence[Mapping[str, float]] | None = None,
+    deltas: Sequence[Collection[str]] | None = None,
 ) -> Inputs:
     """Return the inputs of `merge`, checked; see there."""
     n = len(states)
@@ -40,6 +41,7 @@ def check_inputs(
         "names": names,
         "statistics": statistics,
         "norms": norms,
+        "deltas": deltas,
     }.items():
         if values is not None and len(values) != n:
             raise ValueError(f"{label}: expected one a client, {n}, found {len(values)}")
@@ -65,6 +67,7 @@ def check_inputs(
         sliced: bool = False,
         statistics: State | None = None,
         norms: Mapping[str, float] | None = None,
+        deltas: Collection[str] = (),
     ) -> Source:
         if not isinstance(state, Mapping):
             raise ValueError(f"{name}: expected a state dict (key -> tensor), found {type(state).__name__}: load it")
@@ -76,12 +79,13 @@ def check_inputs(
         if not pair:
             found = L.find_layers(state, name, pair_factors=False)
         checked = None if config is None else check_config(config, name, dora, same_base)
-        return Source(name, Readable(state, name), found, checked, sliced, statistics, norms or {})
+        return Source(name, Readable(state, name), found, checked, sliced, statistics, norms or {}, deltas)
 
     beside = statistics if statistics is not None and needs else [None] * n
     own = configs if configs is not None else [None] * n
     known = norms if norms is not None else [None] * n
-    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, known, strict=True)]
+    changes = deltas if deltas is not None else [()] * n
+    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, known, changes, strict=True)]
     for client in sent:
         if client.layers.keys() != sent[0].layers.keys():
             found = L.difference(client.layers, sent[0].layers)
@@ -90,6 +94,13 @@ def check_inputs(
         if (client.config is None) != (sent[0].config is None):
             raise ValueError(f"{client.who}: expected an adapter config a client or none at all, found some without")
     base = None if reference is None else source(reference, reference_config, "reference")
+    for client in sent:
+        for name in client.deltas:
+            has_update = name in client.layers and not client.layers[name].is_adapter
+            if not has_update or client.layers[name].is_running_statistic or base is None or name not in base.layers:
+                raise ValueError(
+                    f"{client.who}, {name!r}: expected a delta of a plain tensor that reference has, found another"
+                )
     if base is not None:
         shared = base.layers.keys() & sent[0].layers.keys()
         if not shared:

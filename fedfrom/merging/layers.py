@@ -211,7 +211,14 @@ def difference(found: Iterable[str], expected: Iterable[str]) -> str:
     return f"{len(missing)} missing {missing[:3]} and {len(extra)} more {extra[:3]}"
 
 
-def check_same(found: Values, expected: Values, who: str, key: str, rank_may_differ: int | None = None) -> None:
+def check_same(
+    found: Values,
+    expected: Values,
+    who: str,
+    key: str,
+    rank_may_differ: int | None = None,
+    is_delta: bool = False,
+) -> None:
     """Raise ValueError where shape or dtype are not as expected.
 
     Parameters
@@ -222,12 +229,15 @@ def check_same(found: Values, expected: Values, who: str, key: str, rank_may_dif
         For the error.
     rank_may_differ : int | None (default: None)
         A dimension that is exempt: the rank of a LoRA factor.
+    is_delta : bool (default: False)
+        What came is a change, which may be of another floating-point dtype.
     """
     shapes = [list(found.shape), list(expected.shape)]
     if rank_may_differ is not None and len(shapes[0]) == len(shapes[1]):
         for shape in shapes:
             shape[rank_may_differ] = -1
-    if shapes[0] != shapes[1] or found.dtype != expected.dtype:
+    both_float = found.dtype.is_floating_point and expected.dtype.is_floating_point
+    if shapes[0] != shapes[1] or (found.dtype != expected.dtype and not (is_delta and both_float)):
         names = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (expected, found)]
         raise ValueError(f"{who}, {key!r}: expected shape {names[0]}, found {names[1]}")
 

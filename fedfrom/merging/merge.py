@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ def merge(
     names: Sequence[str] | None = None,
     statistics: Sequence[State | None] | None = None,
     norms: Sequence[Mapping[str, float]] | None = None,
+    deltas: Sequence[Collection[str]] | None = None,
     dora: bool = False,
     same_base: bool = False,
     **options: Any,
@@ -91,6 +92,8 @@ def merge(
     norms : Sequence[Mapping[str, float]] | None (default: None)
         What is known of each client's ||W_i - ref_i||_F, by the name of a plain tensor, as `blocks.delta_norm` gives
         it: taken as true, so that a state that is read from disk is read once.
+    deltas : Sequence[Collection[str]] | None (default: None)
+        The plain tensors, by name, in whose place each client's state has W_i - ref_i; any floating-point dtype.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base: see `configs.check_config`.
     **options
@@ -122,7 +125,7 @@ def merge(
             )
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
-        each["norms"] = norms
+        each |= {"norms": norms, "deltas": deltas}
         each["names"] = names or [f"client {i}" for i in range(len(states))]
 
         def mean_of(clients: list[int]) -> tuple[dict[str, Tensor], MergeReport]:
@@ -148,6 +151,7 @@ def merge(
         names=names,
         statistics=statistics,
         norms=norms,
+        deltas=deltas,
         dora=dora,
         same_base=same_base,
     )
@@ -244,6 +248,7 @@ def layer_by_layer(
     names: Sequence[str] | None = None,
     statistics: Sequence[State | None] | None = None,
     norms: Sequence[Mapping[str, float]] | None = None,
+    deltas: Sequence[Collection[str]] | None = None,
     dora: bool = False,
     same_base: bool = False,
 ) -> LayerByLayer:
@@ -267,6 +272,7 @@ def layer_by_layer(
         dora,
         same_base,
         norms,
+        deltas,
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def gram_of_updates(
     names: Sequence[str] | None = None,
     dora: bool = False,
     same_base: bool = False,
+    deltas: Sequence[Collection[str]] | None = None,
 ) -> Tensor:
     """Return the (n, n) float64 inner products of the clients' whole updates, adapters as products BA.
 
@@ -80,12 +81,13 @@ def gram_of_updates(
         True,
         dora,
         same_base,
+        deltas=deltas,
     )
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
     for name in updated(inputs):
         if inputs.sent[0].layers[name].is_adapter:
-            deltas = adapter_deltas(inputs, name)[2]
-            norms, cosines = norms_and_cosines(deltas)
+            found = adapter_deltas(inputs, name)[2]
+            norms, cosines = norms_and_cosines(found)
             assert cosines is not None
             sizes = torch.tensor(check_norms(norms, inputs, name), dtype=torch.float64)
             total += sizes[:, None] * cosines * sizes

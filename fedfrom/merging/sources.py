@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,8 @@ class Source:
         What a client sent beside its state: Gram matrices by module, or Fisher diagonals by key.
     norms : Mapping[str, float]
         ||W_i - ref_i||_F of plain tensors by layer, where that is known.
+    deltas : Collection[str]
+        Plain tensors, by layer, in whose place this has W_i - ref_i.
     """
 
     who: str
@@ -79,6 +81,7 @@ class Source:
     sliced: bool = False
     statistics: State | None = None
     norms: Mapping[str, float] = field(default_factory=dict)
+    deltas: Collection[str] = ()
 
     def scaling(self, name: str) -> float:
         """Return s of an adapter layer; 1 without a config."""

@@ -26,8 +26,9 @@ def merge_tensor(
     """
     layer, values, references = plain_tensors(inputs, name)
     W = inputs.reference_of(name)
+    base = None if W is None else W.tensor(name)
     norms = delta_norms(inputs, name)
-    if all(source is not W for source in inputs.received_of(name)):  # else a finite norm says that it is finite
+    if base is not None and all(reference is not base for reference in references):  # else a finite norm proves it
         check_finite([W], name, ["tensor"])
     if W is None or layer.is_running_statistic:
         server_lr, survey = 1.0, Survey()
@@ -45,7 +46,6 @@ def merge_tensor(
 
     def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         combine = _linear if weighing.method.linear else _combined
-        base = None if W is None else W.tensor(name)
         result, size, inner = combine(inputs, name, updates, weighing, survey, sent, received, base)
         squares = float(weighing.weights @ torch.tensor(sizes, dtype=torch.float64).square())
         spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
@@ -92,7 +92,9 @@ def _combined(
 ) -> tuple[Tensor, float, float]:
     """Return what `_linear` does, of any other method."""
     method, order = weighing.method, updates.order
-    thetas = [blocks.delta(x, r) for x, r in zip(sent, received, strict=True)]
+    # changes may have come in a narrower dtype than the others' values
+    dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
+    thetas = [blocks.delta(x, r).to(dtype) for x, r in zip(sent, received, strict=True)]
     for theta, i in zip(thetas, order, strict=True):
         if updates.factors[i] != 1.0:
             theta.mul_(updates.factors[i])
@@ -108,7 +110,7 @@ def _combined(
     inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
     base = None if base is None else base.to(change)
     result, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
-    return result.to(sent[0].dtype), blocks.delta_norm(change, None) / unit, inner
+    return result.to(inputs.template(name).values(name).dtype), blocks.delta_norm(change, None) / unit, inner
 
 
 def _statistics_name(name: str, method: Method) -> str:
@@ -132,11 +134,14 @@ def plain_tensors(inputs: Inputs, name: str) -> tuple[L.Layer, list[Values], lis
     expected = template.values(name)
     values = [sent.values(name) for sent in inputs.sent]
     for sent, value in zip(inputs.sent, values, strict=True):
-        L.check_same(value, expected, sent.who, sent.layers[name].keys["tensor"])
+        L.check_same(value, expected, sent.who, sent.layers[name].keys["tensor"], is_delta=name in sent.deltas)
     for source in inputs.received_of(name):
         if source is not None:
             L.check_same(source.tensor(name), expected, source.who, source.layers[name].keys["tensor"])
-    references = [None if source is None else source.tensor(name) for source in inputs.received_of(name)]
+    references = [
+        None if source is None or name in sent.deltas else source.tensor(name)
+        for sent, source in zip(inputs.sent, inputs.received_of(name), strict=True)
+    ]
     return template.layers[name], values, references
 
 
