@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,7 +53,7 @@ from fedfrom.replies import (
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 # what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool"}
+_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
@@ -82,6 +82,10 @@ class RoundReport:
         Replies whose num-examples counted for less than they said.
     bytes_down, bytes_up : int
         Of the arrays that nodes were sent to train, and of those in their replies, rejected ones too.
+    server_round : int
+        Which round it was.
+    scores : dict[str, dict[str, Any]]
+        The round's metrics, once it is over: of "train" and "evaluate" as aggregated, and of "server".
     """
 
     nodes: list[int]
@@ -95,6 +99,17 @@ class RoundReport:
     examples_capped: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
+    server_round: int = 0
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        """Return all of `scores` that are single numbers, as "train/loss" and the like."""
+        return {
+            f"{kind}/{name}": float(value)
+            for kind, metrics in self.scores.items()
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
@@ -209,6 +224,9 @@ class FedMerge(FedAvg):
     spool : str | Path | None (default: None)
         The folder for that; None is the one for temporary files. The files have no names, and are gone after the round
         or with the process.
+    on_round : Callable[[RoundReport], object] | None (default: None)
+        Called with the report of each round once it is over, `scores` filled in: for TensorBoard and the like. What it
+        raises is logged as an error, and training goes on.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
     checkpoint : str | Path | None (default: None)
@@ -245,6 +263,7 @@ class FedMerge(FedAvg):
         node_timeout: float = 3600,
         memory_budget: float | None = 4 * 2**30,
         spool: str | Path | None = None,
+        on_round: Callable[[RoundReport], object] | None = None,
         dora: bool = False,
         same_base: bool = False,
         checkpoint: str | Path | None = None,
@@ -273,7 +292,7 @@ class FedMerge(FedAvg):
         self.seed, self.node_timeout = seed, node_timeout
         if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
             raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
-        self.memory_budget, self.spool = memory_budget, spool
+        self.memory_budget, self.spool, self.on_round = memory_budget, spool, on_round
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         if not isinstance(checkpoints_kept, int) or checkpoints_kept < 1:
@@ -426,6 +445,7 @@ class FedMerge(FedAvg):
             sum(reply.examples != count for reply, count in zip(valid, examples, strict=True)),
             sum(array_bytes(message.content) for message in self._asked),
             arriving.bytes,
+            server_round,
         )
         if merged is None or report is None:
             return None, found.metrics()
@@ -633,6 +653,7 @@ class FedMerge(FedAvg):
                     log.info("[ROUND %d/%d]", server_round, num_rounds)
                     self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
                 self._evaluate_on_server(server_round, result, evaluate_fn)
+                self._tell(server_round, result)
                 if checkpoints is not None:
                     self._save(checkpoints, server_round, result)
         log.info("")
@@ -677,6 +698,23 @@ class FedMerge(FedAvg):
         log.info("Global evaluation, round %d: %s", server_round, metrics)
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
+
+    def _tell(self, server_round: int, result: Result) -> None:
+        """Put what the round scored into its report, and hand that to `on_round`."""
+        if (report := self.reports.get(server_round)) is None:
+            return
+        found = {
+            "train": result.train_metrics_clientapp,
+            "evaluate": result.evaluate_metrics_clientapp,
+            "server": result.evaluate_metrics_serverapp,
+        }
+        scores = {kind: dict(rounds[server_round]) for kind, rounds in found.items() if server_round in rounds}
+        self.reports[server_round] = report = replace(report, scores=scores)
+        if self.on_round is not None:
+            try:
+                self.on_round(report)
+            except Exception:
+                log.exception("on_round: round %d: training goes on", server_round)
 
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -766,7 +804,7 @@ class FedFroM(FedMerge):
         No client's num-examples counts for more than so many times the round's median; None: no bound.
     server_lr, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
         See `FedMerge`.
-    memory_budget, spool, checkpoint, checkpoints_kept
+    memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.

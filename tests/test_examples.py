@@ -33,6 +33,24 @@ def test_an_example_learns(name: str, clients: int, learns: float, capsys: pytes
     assert len(printed) == 6 and (last - first) * (1 if learns > 0 else -1) > abs(learns), printed
 
 
+def test_tensorboard_has_what_the_rounds_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    module = example("tensorboard_rounds")
+    config = {"logdir": str(tmp_path)}
+    grid = InProcessGrid(module.client_app, 4)
+    module.server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    accuracy = events.Scalars("server/accuracy")
+    assert [event.step for event in accuracy] == [1, 2, 3] and accuracy[-1].value > accuracy[0].value
+    weights = [name for name in events.Tags()["scalars"] if name.startswith("weights/")]
+    modules = {name.rpartition("/")[0] for name in weights}
+    assert len(weights) == 4 * len(modules)
+    for name in modules:
+        assert sum(events.Scalars(each)[0].value for each in weights if each.startswith(f"{name}/")) == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_merged_task_adapters_do_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = example("task_adapters")

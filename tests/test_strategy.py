@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedfrom import Average, FedFroM, FedMerge, FroM
+from fedfrom.strategy import RoundReport
 from tests.inprocess import InProcessGrid
 from tests.models import (
     FEDFROM,
@@ -768,3 +769,33 @@ def test_an_update_too_large_is_clipped_and_counted() -> None:
     start = mixed_state()
     moved = {name: far_apart(arrays_of(each.arrays), start) for name, each in (("quiet", quiet), ("clipped", clipped))}
     assert moved["clipped"] < 3 * moved["quiet"] < far_apart(arrays_of(bare.arrays), start)
+
+
+# --- on_round --------------------------------------------------------------------------------------------------------
+
+
+def test_on_round_hears_each_round_once_it_is_over(flower_log: pytest.LogCaptureFixture) -> None:
+    heard: list[RoundReport] = []
+
+    def on_round(report: RoundReport) -> None:
+        heard.append(report)
+        if report.server_round == 2:
+            raise OSError("the disk is full")
+
+    strategy = FedFroM(on_round=on_round)
+    result = strategy.start(
+        InProcessGrid(noisy, 3),
+        record_of(mixed_state()),
+        num_rounds=3,
+        evaluate_fn=lambda server_round, arrays: MetricRecord({"accuracy": server_round / 10}),
+    )
+    assert [report.server_round for report in heard] == [1, 2, 3] and heard == list(strategy.reports.values())
+    for report in heard:
+        numbers = report.numbers()
+        assert numbers["server/accuracy"] == report.server_round / 10
+        expected = result.train_metrics_clientapp[report.server_round]
+        assert numbers["train/loss"] == expected["loss"] and numbers["train/replies-valid"] == 3
+        assert RoundReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert [r.getMessage() for r in flower_log.records if r.levelname == "ERROR"] == [
+        "on_round: round 2: training goes on"
+    ]
