@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from simulations.figures import COLOURS, MARKERS, STYLE
 
@@ -36,6 +37,7 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
                     shown = [point[row + 1] for point in curve]
                     axis.loglog([p[0] for p in curve], shown, color=colour, marker=marker, label=label)
                 axis.set(xlabel=kind, ylabel=unit)
+                axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.legend(frameon=False)
             axes[0][column].set_title(f"by {kind}" if kind != "d" else "by width d of a d x d layer")
         path.parent.mkdir(parents=True, exist_ok=True)
