@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--spool", default=tempfile.gettempdir(), help="where spooled replies go")
     parser.add_argument("--only", choices=["memory", "spooled"], help="half of it")
+    parser.add_argument("--cases", nargs="+", help="such as 22M:4 110M:16; all by default")
     parser.add_argument("--largest", type=float, default=16, help="GiB of replies in memory, and twice as much on disk")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -258,6 +259,9 @@ def main() -> None:
     about = environment()
     in_memory = [("22M", 4), ("22M", 16)] if arguments.quick else IN_MEMORY
     on_disk = [("22M", 4), ("22M", 16)] if arguments.quick else SPOOLED
+    if arguments.cases:
+        named = [(model, int(clients)) for model, clients in (case.split(":") for case in arguments.cases)]
+        in_memory = on_disk = named
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     for model, clients in in_memory if arguments.only != "spooled" else []:
@@ -270,7 +274,7 @@ def main() -> None:
             continue
         found = in_process("timed", model, str(clients), str(arguments.repeats))
         for name, seconds in found.items():
-            own = in_process("peak", name, model, str(clients)) if name != "copy, warm" else None
+            own = in_process("peak", name, model, str(clients)) if name.startswith("Fed") else None
             row = {"where": "memory", "model": model, "clients": clients, "contender": name, "seconds": seconds}
             row |= {"to copy": seconds / found["copy"], "to copy, warm": seconds / found["copy, warm"]}
             row |= {"to FedAvg": seconds / found["FedAvg"], "replies MiB": size / 2**20}

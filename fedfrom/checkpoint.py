@@ -339,6 +339,8 @@ def _to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list
     arrays: dict[str, torch.Tensor] = {}
     layout = []
     for key, array in record.items():
+        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # the one is safetensors' own
+            raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
         try:
             if array.stype == BF16:
                 arrays |= to_state_dict(ArrayRecord({key: array}))
@@ -352,8 +354,6 @@ def _to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list
                 f"checkpoint, {key!r}: expected a dtype that safetensors holds ({', '.join(sorted(_DTYPES))}, in this "
                 f"machine's byte order), found {value.dtype} ({value.dtype.str})"
             )
-        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # the one is safetensors' own
-            raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
         is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
         layout.append([key, "F" if is_fortran else "C"])
         # ascontiguousarray would give a number a dimension

@@ -481,7 +481,7 @@ UNHOLDABLE = {
     "complex128": record_of({"w": np.ones(2, np.complex128)}),
     ">f4": record_of({"w": np.ones(2, ">f4")}),
     "<M8": record_of({"w": np.array(["2025-01-01"], "<M8[D]")}),
-    "Unsupported": ArrayRecord({"w": Array("bfloat16", (1,), "fedfrom.bf16", b"\0\0")}),
+    "Unsupported": ArrayRecord({"w": Array("bfloat16", (1,), "torch.tensor", b"\0\0")}),
     "key": record_of({"__metadata__": np.ones(2)}),
     "UTF-8": record_of({"\ud800": np.ones(2)}),
 }
