@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+
+from fedfrom.records import array_bytes
+
+log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 SHORTEST, LONGEST = 0.02, 1.0
 """Seconds between two looks for replies: Flower's own loop waits 3."""
@@ -59,3 +64,36 @@ def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -
         last = pause >= left  # a last look is at the very end
         clock.sleep(min(pause, left))
         left -= clock.monotonic() - now
+
+
+class Arriving:
+    """The replies that have content, one by one as they come; errors are kept aside."""
+
+    def __init__(self, replies: Iterable[Message]) -> None:
+        self._replies, self._worked, self._since = iter(replies), 0.0, time.perf_counter()
+        self.results, self.bytes, self.failures = 0, 0, list[Message]()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message:
+        """Wait for the next reply that has content."""
+        self._worked = self.seconds()
+        try:
+            while (message := next(self._replies)).has_error():
+                self.failures.append(message)
+        finally:
+            self._since = time.perf_counter()
+        self.results += 1
+        self.bytes += array_bytes(message.content)
+        return message
+
+    def seconds(self) -> float:
+        """Return how long the replies were worked on so far, not waited for."""
+        return self._worked + time.perf_counter() - self._since
+
+    def log(self, who: str) -> None:
+        """Log how many came, and the errors, in Flower's own words."""
+        log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
+        for message in self.failures:
+            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)

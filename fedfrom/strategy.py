@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -33,7 +33,7 @@ from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
-from fedfrom.pulling import send_and_receive
+from fedfrom.pulling import Arriving, send_and_receive
 from fedfrom.records import ADAPTER_KEY, array_bytes, config_to_record, spend
 from fedfrom.replies import (
     RejectedReply,
@@ -49,6 +49,7 @@ from fedfrom.replies import (
     screen,
     with_examples,
 )
+from fedfrom.rounds import RoundReport
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
@@ -56,137 +57,6 @@ _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 _STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What happened to the replies of one training round.
-
-    Attributes
-    ----------
-    nodes : list[int]
-        Ids of the nodes whose replies were merged, in the order of every list in `merge`.
-    valid : int
-        How many replies were valid; a greedy soup merges some of them.
-    rejected, failed : dict[int, str]
-        Node id -> why its reply was rejected, and what error it replied with.
-    missing : list[int]
-        Ids of the nodes that did not reply in time.
-    merge : MergeReport | None
-        None where the round was skipped.
-    seconds : float
-        Spent reading, merging and writing; not waiting for replies.
-    reasons : dict[str, int]
-        Kind of rejection -> how many replies: see `fedfrom.replies.Rejection`.
-    examples_capped : int
-        Replies whose num-examples counted for less than they said.
-    bytes_down, bytes_up : int
-        Of the arrays that nodes were sent to train, and of those in their replies, rejected ones too.
-    server_round : int
-        Which round it was.
-    scores : dict[str, dict[str, Any]]
-        The round's metrics, once it is over: of "train" and "evaluate" as aggregated, and of "server".
-    """
-
-    nodes: list[int]
-    valid: int
-    rejected: dict[int, str]
-    failed: dict[int, str]
-    missing: list[int]
-    merge: MergeReport | None
-    seconds: float
-    reasons: dict[str, int] = field(default_factory=dict)
-    examples_capped: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    server_round: int = 0
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def numbers(self) -> dict[str, float]:
-        """Return all of `scores` that are single numbers, as "train/loss" and the like."""
-        return {
-            f"{kind}/{name}": float(value)
-            for kind, metrics in self.scores.items()
-            for name, value in metrics.items()
-            if isinstance(value, int | float)
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers."""
-        return {**asdict(self), "merge": None if self.merge is None else self.merge.to_dict()}
-
-    @classmethod
-    def from_dict(cls, report: Mapping[str, Any]) -> Self:
-        """Return the report whose `to_dict` this is, as it comes out of JSON too, where all keys are strings."""
-        by_node = {name: {int(node): why for node, why in report[name].items()} for name in ("rejected", "failed")}
-        merged = None if report["merge"] is None else MergeReport.from_dict(report["merge"])
-        return cls(**{**report, **by_node, "merge": merged})
-
-    def metrics(self) -> MetricRecord:
-        """Return what a user wants to see of each round, as numbers."""
-        metrics: dict[str, Any] = {
-            "replies-valid": self.valid,
-            "replies-rejected": len(self.rejected),
-            "replies-failed": len(self.failed),
-            "replies-missing": len(self.missing),
-            "examples-capped": self.examples_capped,
-            "bytes-down": self.bytes_down,
-            "bytes-up": self.bytes_up,
-            "merge-seconds": self.seconds,
-            **{f"replies-rejected-{kind}": count for kind, count in self.reasons.items()},
-        }
-        weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.is_update]
-        if weighed:
-            metrics["weight-min"] = min(min(layer.weights) for layer in weighed)
-            metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
-            metrics["clients-effective"] = sum(layer.clients_effective for layer in weighed) / len(weighed)
-            metrics["lambda-max"] = max(layer.lambda_max for layer in weighed)
-            metrics["server-lr-min"] = min(layer.server_lr for layer in weighed)
-            metrics["updates-clipped"] = sum(factor < 1 for layer in weighed for factor in layer.clipped)
-        if self.merge is not None and weighed:
-            metrics["interference"] = self.merge.interference
-            if pairs := [row[j] for i, row in enumerate(self.merge.cosines()) for j in range(i)]:
-                metrics["cosine-mean"] = sum(pairs) / len(pairs)
-            if self.merge.validation:
-                metrics["k"] = float(self.merge.method["k"])
-                metrics["validation-score"] = max(score for _, score in self.merge.validation)
-        if adapters := [layer for layer in weighed if layer.kind == "adapter"]:
-            metrics["rank-max"] = max(layer.rank_out for layer in adapters)
-            metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)
-        return MetricRecord(metrics)
-
-
-class _Arriving:
-    """The replies that have content, one by one as they come; errors are kept aside."""
-
-    def __init__(self, replies: Iterable[Message]) -> None:
-        self._replies, self._worked, self._since = iter(replies), 0.0, time.perf_counter()
-        self.results, self.bytes, self.failures = 0, 0, list[Message]()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Message:
-        """Wait for the next reply that has content."""
-        self._worked = self.seconds()
-        try:
-            while (message := next(self._replies)).has_error():
-                self.failures.append(message)
-        finally:
-            self._since = time.perf_counter()
-        self.results += 1
-        self.bytes += array_bytes(message.content)
-        return message
-
-    def seconds(self) -> float:
-        """Return how long the replies were worked on so far, not waited for."""
-        return self._worked + time.perf_counter() - self._since
-
-    def log(self, who: str) -> None:
-        """Log how many came, and the errors, in Flower's own words."""
-        log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
-        for message in self.failures:
-            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
 
 
 class FedMerge(FedAvg):
@@ -385,7 +255,7 @@ class FedMerge(FedAvg):
             raise RuntimeError("aggregate_train: expected configure_train to have sent the global arrays before")
         if not self._asked:
             return None, None
-        arriving = _Arriving(replies)
+        arriving = Arriving(replies)
         valid, rejected = screen(
             arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
@@ -406,7 +276,7 @@ class FedMerge(FedAvg):
         sent: Sent,
         valid: list[Reply],
         rejected: dict[int, Rejection],
-        arriving: _Arriving,
+        arriving: Arriving,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the valid replies, and report on all of them."""
         arriving.log("aggregate_train")
@@ -537,7 +407,7 @@ class FedMerge(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the metrics of the valid evaluate replies, as FedAvg does; None where there is none."""
-        arriving = _Arriving(replies)
+        arriving = Arriving(replies)
         valid = []
         for message in arriving:
             node_id = message.metadata.src_node_id

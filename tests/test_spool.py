@@ -157,7 +157,7 @@ def outcome(strategy: FedMerge, rounds: int = 2, client: Any = noisy, **options:
     """Everything that a run comes to, but for the clock's."""
     initial = record_of(large_state())
     result = strategy.start(InProcessGrid(client, 5, **options), initial, num_rounds=rounds)
-    reports = {r: {**report.to_dict(), "seconds": 0} for r, report in strategy.reports.items()}
+    reports = {r: {**report.to_dict(), "seconds": 0, "scores": {}} for r, report in strategy.reports.items()}
     return {key: array.data for key, array in result.arrays.items()}, reports, result.evaluate_metrics_clientapp
 
 

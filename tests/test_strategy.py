@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedfrom import Average, FedFroM, FedMerge, FroM
-from fedfrom.strategy import RoundReport
+from fedfrom.rounds import RoundReport
 from tests.inprocess import InProcessGrid
 from tests.models import (
     FEDFROM,

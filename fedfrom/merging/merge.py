@@ -112,8 +112,8 @@ def merge(
 
     Notes
     -----
-    The order of clients changes nothing, to the bit: sums run in the order of the deltas' norms (ties: weights,
-    then a digest of the content).
+    The order of clients changes nothing, to the bit: sums run in an order that comes from what each client sent (its
+    delta's norm, or a cheap number of its factors; ties: examples, then a digest of the content).
     """
     chosen = make_method(method, **options)
     if isinstance(states, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,15 +186,17 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 
 
-def summing_order(inputs: Inputs, name: str, norms: list[float]) -> list[int]:
+def summing_order(inputs: Inputs, name: str, sizes: list[float]) -> list[int]:
     """Return the clients in the order that sums run in, one that does not depend on the order they came in.
 
-    By norm, then examples; the content is digested only to part clients that tie in both with a delta that counts.
+    By size, a number of each one's delta that is 0 where that is zero; then by examples; the content is digested only
+    to part clients that tie in both with a delta that counts.
     """
-    keys = list(zip(norms, inputs.examples or [1.0] * len(norms), strict=True))
+    keys = list(zip(sizes, inputs.examples or [1.0] * len(sizes), strict=True))
+    times = Counter(keys)
 
     def key(i: int) -> tuple[float, float, bytes]:
-        tied = keys[i][0] > 0 and keys.count(keys[i]) > 1
+        tied = keys[i][0] > 0 and times[keys[i]] > 1
         return (*keys[i], _digest(inputs.sent[i], name) if tied else b"")
 
     return sorted(range(len(keys)), key=key)
