@@ -88,8 +88,11 @@ class Replies:
         """Return numbers that repeat after 4 million: drawing them all would take longer than what is measured."""
         size = int(np.prod(shape))
         start = 7919 * seed % len(self.noise)
-        row = torch.cat([self.noise[start:], self.noise[:start]])
-        return row.repeat(-(-size // len(row)))[:size].reshape(shape)
+        found = torch.empty(size)
+        for position in range(-start, size, len(self.noise)):  # the noise, again and again, from `start` on
+            first, last = max(position, 0), min(position + len(self.noise), size)
+            found[first:last] = self.noise[first - position : last - position]
+        return found.reshape(shape)
 
     def one(self, asked: Message, i: int) -> Message:
         """Return client i's reply."""
