@@ -284,7 +284,7 @@ def main() -> None:
             rows.append(row | {"peak MiB": None if own is None else own / 2**20})
             print(" ".join(f"{key}={show(value)}" for key, value in rows[-1].items()), flush=True)
         if not arguments.quick:  # each case as it is done: the rest takes hours on a small machine
-            write(rows, about, skipped)
+            write(rows, about, skipped, arguments.only)
     for model, clients in on_disk if arguments.only != "memory" else []:
         size = 4 * numel(model) * clients
         if size > arguments.largest * 2**31:
@@ -303,11 +303,11 @@ def main() -> None:
         )
         print(" ".join(f"{key}={show(value)}" for key, value in row.items()), f"disk={found['disk']:.2f}", flush=True)
         if not arguments.quick:
-            write(rows, about, skipped)
+            write(rows, about, skipped, arguments.only)
     for line in skipped:
         print("skipped:", line)
     if not arguments.quick:
-        write(rows, about, skipped)
+        write(rows, about, skipped, arguments.only)
 
 
 COLUMNS = ["where", "model", "clients", "contender", "seconds", "to FedAvg", "to copy", "to copy, warm", "replies MiB"]
@@ -315,21 +315,17 @@ COLUMNS += ["peak MiB"]
 
 
 def show(value: Any) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:.0f}"
-        if (isinstance(value, float))
-        else str(value)
-    )
+    """Return a cell's text."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
-def write(rows: list[dict[str, Any]], about: list[str], skipped: list[str]) -> None:
+def write(rows: list[dict[str, Any]], about: list[str], skipped: list[str], only: str | None) -> None:
     """Write the tables."""
+    name = "full" if only is None else f"full-{only}"
     OUT.mkdir(parents=True, exist_ok=True)
-    with open(OUT / "full.csv", "w", newline="", encoding="utf-8") as file:
+    with open(OUT / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -337,7 +333,7 @@ def write(rows: list[dict[str, Any]], about: list[str], skipped: list[str]) -> N
     lines += [f"- Skipped: {line}" for line in skipped] + [""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(show(row.get(column)) for column in COLUMNS)} |" for row in rows]
-    (OUT / "full.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (OUT / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
