@@ -55,7 +55,10 @@ class Mixture(NamedTuple):
         if rows == len(right) and _are_all(self.rows, rows) and _are_all(self.columns, rows):
             return self.values[:, None] * right
         result = right.new_zeros(rows, right.shape[1])
-        return result.index_add_(0, self.rows, self.values[:, None] * right[self.columns])
+        for start in range(0, len(self.rows), max(1, len(right))):  # so that what is gathered is no larger than `right`
+            part = slice(start, start + len(right))
+            result.index_add_(0, self.rows[part], self.values[part, None] * right[self.columns[part]])
+        return result
 
 
 class Side:
