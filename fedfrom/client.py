@@ -168,7 +168,8 @@ def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayr
             continue
         if key not in sent or sent[key].shape != own[key].shape:
             raise ValueError(f"this model, {key!r}: expected a tensor of the message's, for its delta, found another")
-        record[key] = delta_array((own[key].to(torch.float32) - sent[key].to(torch.float32)).to(dtype))
+        start = sent[key].to(own[key].dtype)  # what the model started from: in a narrower dtype than was sent, rounded
+        record[key] = delta_array((own[key].to(torch.float32) - start.to(torch.float32)).to(dtype))
 
 
 def adapter_state(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:

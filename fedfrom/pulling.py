@@ -9,13 +9,17 @@ from typing import Any, Self
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
-from fedfrom.records import array_bytes
+from fedfrom.records import array_bytes, one_line
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 SHORTEST, LONGEST = 0.02, 1.0
 """Seconds between two looks for replies: Flower's own loop waits 3."""
+
+_UNREADABLE = (DecodeError, ValueError, TypeError, KeyError, AttributeError)
+"""What a grid raises where a reply is no message, which then counts as missing. What fails in between is raised."""
 
 _SHARE = 0.05
 """Of the time without a reply, which the next pause is: a round of seconds is not held up, a long one not polled."""
@@ -46,7 +50,12 @@ def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -
     while waiting:
         start = clock.monotonic()
         for message_id in list(waiting):
-            replies = list(grid.pull_messages([message_id]))
+            try:
+                replies = list(grid.pull_messages([message_id]))
+            except _UNREADABLE as error:
+                waiting.remove(message_id)  # pulled again it would be no better
+                log.error("the reply to message %s can't be read: %s: %.200r", message_id, type(error).__name__, error)
+                continue
             if not replies:
                 continue
             waiting.remove(message_id)
@@ -96,4 +105,5 @@ class Arriving:
         """Log how many came, and the errors, in Flower's own words."""
         log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
         for message in self.failures:
-            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
+            reason = one_line(message.error.reason or "")
+            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, reason)

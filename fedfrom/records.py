@@ -34,6 +34,9 @@ DELTA = "fedfrom.delta"
 _DELTAS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
 _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
+_LONGEST_REASON = 700
+"""Characters of a reason to reject a reply."""
+
 _NUMBERS = ("r", "lora_alpha", "use_rslora")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _MODULE = re.compile(r"[\w.-]+")
@@ -270,3 +273,9 @@ def metric_record(content: RecordDict, weighted_by: str) -> MetricRecord:
     if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"metric {weighted_by!r}: expected a finite number > 0, found {value!r}")
     return metrics
+
+
+def one_line(reason: str) -> str:
+    """Return a reason in one line of bearable length, whatever the client put into it."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split()))
+    return line if len(line) <= _LONGEST_REASON else f"{line[:400]} ... {line[-200:]}"

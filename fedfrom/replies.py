@@ -29,6 +29,7 @@ from fedfrom.records import (
     deltas_in,
     metric_record,
     model_record,
+    one_line,
     record_to_config,
     records_of,
     to_state,
@@ -40,9 +41,6 @@ _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e
 
 _DIGESTED = 1 << 14
 """Bytes of each array that a reply is ordered by."""
-
-_LONGEST_REASON = 700
-"""Characters of a reason to reject a reply."""
 
 _OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
 
@@ -278,17 +276,17 @@ def screen(
             try:
                 valid.append(_kept(message, sent, arrayrecord_key, weighted_by, needs, room))
             except RejectedReply as error:
-                rejected[message.metadata.src_node_id] = Rejection(error.kind, _one_line(str(error)))
+                rejected[message.metadata.src_node_id] = Rejection(error.kind, one_line(str(error)))
             del message  # before the next one comes
     except BaseException:
         discard(valid)
         raise
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
-        rejected |= {node_id: Rejection("config", _one_line(reason)) for node_id, reason in others.items()}
+        rejected |= {node_id: Rejection("config", one_line(reason)) for node_id, reason in others.items()}
     if needs is not None:
         valid, others = _of_one_kind(valid, needs)
-        rejected |= {node_id: Rejection("statistics", _one_line(reason)) for node_id, reason in others.items()}
+        rejected |= {node_id: Rejection("statistics", one_line(reason)) for node_id, reason in others.items()}
     return sorted(valid, key=lambda reply: _content_key(reply, weighted_by)), rejected
 
 
@@ -305,7 +303,7 @@ def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
     """Return by node why replies that were kept on disk can no longer be read."""
     states = {reply.node_id: reply.state for reply in replies}
     return {
-        node_id: Rejection("spool", _one_line(state.damage))
+        node_id: Rejection("spool", one_line(state.damage))
         for node_id, state in states.items()
         if isinstance(state, SpooledState) and state.damage is not None
     }
@@ -316,12 +314,6 @@ def discard(replies: Iterable[Reply]) -> None:
     for reply in replies:
         if isinstance(reply.state, SpooledState):
             reply.state.close()
-
-
-def _one_line(reason: str) -> str:
-    """Return a reason in one line of bearable length, whatever the client put into it."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split()))
-    return line if len(line) <= _LONGEST_REASON else f"{line[:400]} ... {line[-200:]}"
 
 
 def _content_key(reply: Reply, weighted_by: str) -> tuple[bytes, str]:
@@ -454,13 +446,19 @@ def _check_layers(
     for layer in sent.layers.values():
         for key in layer.keys.values():
             # no entry is further from what was sent: a pass over memory less for all but strange replies
-            if not sent.largest.get(key, math.inf) + norms.get(layer.name, math.inf) < _limit(state[key]):
-                _check_size(state[key], key)
+            limit = _limit(state[key])
+            if key in deltas:  # what it is added to may be of a narrower dtype
+                limit = min(limit, torch.finfo(sent.state[key].dtype).max / 4)
+            if not sent.largest.get(key, math.inf) + norms.get(layer.name, math.inf) < limit:
+                _check_size(state[key], key, limit=limit)
         if free and layer.is_adapter:
             assert config is not None
             found, expected = L.adapter_rank(layer, state), rank_and_scaling(config, layer.name)[0]
             if found != {expected}:
                 raise ValueError(f"reply, {layer.name!r}: expected rank {expected} as its config says, found {found}")
+            own = L.read_adapter(layer, sent.state, 1.0, "global arrays")
+            if expected > (most := max(*own.shape, own.rank)):
+                raise ValueError(f"reply, {layer.name!r}: expected a rank up to {most}, the layer's, found {expected}")
         if layer.is_adapter:
             _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
     return norms
@@ -488,7 +486,20 @@ def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, T
         _check_size(tensor, name, "statistics")
         if (tensor.diagonal() if needs == "gram" else tensor).lt(0).any():
             raise ValueError(f"statistics, {name!r}: expected mean squares >= 0, found some below 0")
+        if needs == "gram" and not _may_be_gram(tensor):
+            raise ValueError(
+                f"statistics, {name!r}: expected a Gram matrix X^T X, found one that is not symmetric or has "
+                "an entry beyond its diagonal's"
+            )
     return statistics
+
+
+def _may_be_gram(matrix: Tensor) -> bool:
+    """Return whether a matrix is symmetric with |G_ij|^2 <= G_ii G_jj, to rounding of the narrower dtypes."""
+    roots = matrix.diagonal().to(torch.float64).sqrt()
+    slack = 1e-2 * roots[:, None] * roots
+    wide = matrix.to(torch.float64)
+    return bool(((wide - wide.T).abs() <= slack).all() and (wide.abs() <= roots[:, None] * roots + slack).all())
 
 
 def _fisher_shapes(sent: Sent) -> dict[str, tuple[int, ...]]:
@@ -507,11 +518,11 @@ def _gram_shapes(sent: Sent) -> dict[str, tuple[int, int]]:
     return {name: (matrix.shape[1], matrix.shape[1]) for name, matrix in shapes.items() if matrix.ndim == 2}
 
 
-def _check_size(tensor: Tensor, key: str, who: str = "reply") -> None:
+def _check_size(tensor: Tensor, key: str, who: str = "reply", limit: float = math.inf) -> None:
     """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    largest, limit = blocks.largest(tensor), _limit(tensor)
+    largest, limit = blocks.largest(tensor), min(limit, _limit(tensor))
     if not math.isfinite(largest):
         raise RejectedReply("not-finite", f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
     if largest > limit:
@@ -566,8 +577,11 @@ def with_examples(content: RecordDict, weighted_by: str, count: float) -> Record
     return RecordDict({**content, name: MetricRecord({**metrics, weighted_by: count})})
 
 
-def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str]]:
-    """Return contents whose MetricRecords all have the same keys, and the keys that were dropped for it.
+def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str], int]:
+    """Return contents whose MetricRecords all have the same keys, the keys dropped for it, and how many left out.
+
+    What more than half of them have stays, and who lacks any of it is left out: one client with other metrics takes
+    nobody else's away.
 
     Parameters
     ----------
@@ -579,14 +593,18 @@ def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict]
         return len(value) if isinstance(value, list) else -1
 
     records = [next(iter(records_of(content, MetricRecord).values())) for content in contents]
-    kinds = [{key: kind(value) for key, value in record.items()} for record in records]
-    shared = {key for key in kinds[0] if all(key in k and k[key] == kinds[0][key] for k in kinds)}
-    dropped = sorted({key for k in kinds for key in k} - shared)
-    if not dropped:
-        return list(contents), []
+    kinds = [{(key, kind(value)) for key, value in record.items()} for record in records]
+    times = Counter(each for found in kinds for each in found)
+    common = {each for each, count in times.items() if 2 * count > len(records)}
+    keys = {key for key, _ in common}
+    dropped = sorted({key for key, _ in times} - keys)
     kept = []
-    for content, record in zip(contents, records, strict=True):
-        name = next(iter(records_of(content, MetricRecord)))
-        metrics = MetricRecord({key: value for key, value in record.items() if key in shared})
-        kept.append(RecordDict({**content, name: metrics}))
-    return kept, dropped
+    for content, record, found in zip(contents, records, kinds, strict=True):
+        if not common <= found:
+            continue
+        if found != common:
+            name = next(iter(records_of(content, MetricRecord)))
+            metrics = MetricRecord({key: value for key, value in record.items() if key in keys})
+            content = RecordDict({**content, name: metrics})
+        kept.append(content)
+    return kept, dropped, len(contents) - len(kept)

@@ -32,9 +32,10 @@ from fedfrom.merging.inputs import check_clip, check_screening, check_server_lr
 from fedfrom.merging.method import Method
 from fedfrom.merging.methods import make_method, method_options
 from fedfrom.merging.selection import gram_of_updates, multikrum
+from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import stable
 from fedfrom.pulling import Arriving, send_and_receive
-from fedfrom.records import ADAPTER_KEY, array_bytes, config_to_record, spend
+from fedfrom.records import ADAPTER_KEY, array_bytes, config_to_record, one_line, spend
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
@@ -296,15 +297,17 @@ class FedMerge(FedAvg):
                 rest = [reply for reply in valid if reply.node_id not in lost]
                 return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
             log.error("aggregate_train: %s", error)
+        except (RuntimeError, MemoryError):  # torch's: no memory, a factorisation that fails
+            log.exception("aggregate_train: the merge failed")
         for node_id, (_, reason) in rejected.items():
             log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): message.error.reason or "" for message in arriving.failures}
+        failed = {self._answers_for(message): one_line(message.error.reason or "") for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
-            [reply.node_id for reply in valid if report is None or reply.who in report.clients],
+            [reply.node_id for reply in valid if report is not None and reply.who in report.clients],
             len(valid),
             {node_id: reason for node_id, (_, reason) in rejected.items()},
             failed,
@@ -350,7 +353,8 @@ class FedMerge(FedAvg):
         """Return the replies that `select` keeps where so many may be attackers', and why not the others."""
         if self.select is None or attackers <= 0:
             return replies, {}
-        inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
+        with one_thread_each():
+            inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
         kept = set(multikrum(inner, attackers))
         reason = f"select: expected an update among the {len(kept)} closest to others, found it further away"
         others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
@@ -443,10 +447,12 @@ class FedMerge(FedAvg):
     def _aggregate_metrics(
         self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord | None]
     ) -> MetricRecord | None:
-        contents, dropped = comparable_metrics(contents)
+        contents, dropped, left_out = comparable_metrics(contents)
         if dropped:
-            log.warning("metrics %s: not in every reply, or of other lengths: left out of the averages", dropped)
-        return aggregate(contents, self.weighted_by_key)
+            log.warning("metrics %s: not in most replies, or of other lengths: left out of the averages", dropped)
+        if left_out:
+            log.warning("metrics: %d replies lack some that most have: left out of the averages", left_out)
+        return aggregate(contents, self.weighted_by_key) if contents else None
 
     # --- The loop ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What every test stands on: a quiet environment, one thread, seeds, and where the data are."""
 
+import logging
 import os
 import random
 import shutil
@@ -92,3 +93,10 @@ def glue_dir() -> Path:
     if not Path(named).is_dir():
         pytest.fail(f"FEDFROM_GLUE_DIR={named}: no such folder")
     return Path(named)
+
+
+@pytest.fixture
+def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the strategies log, from INFO on."""
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        yield caplog

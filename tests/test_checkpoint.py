@@ -38,12 +38,6 @@ class Stopped(Exception):
     """Ends a run before its time, in this process."""
 
 
-@pytest.fixture(autouse=True)
-def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="flwr"):
-        yield caplog
-
-
 def errors(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.ERROR]
 

@@ -310,6 +310,11 @@ def test_force_replaces_an_earlier_result_and_nothing_else(tmp_path, capsys):
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     assert "other files" in refused(capsys, "merge", str(mine), *inputs, "--force")
+    (mine / "config.json").write_text("{}")
+    assert "other files" in refused(capsys, "merge", str(mine), *inputs, "--force")
+    (mine / "model.safetensors").write_bytes(b"")
+    (mine / "chapters").mkdir()
+    assert "other files" in refused(capsys, "merge", str(mine), *inputs, "--force")
     assert (mine / "thesis.txt").is_file()
     assert not list(tmp_path.glob(".*")), "nothing hidden is left"
 

@@ -502,11 +502,11 @@ def test_metric_record_accepts_any_name_and_float_counts() -> None:
 
 def test_comparable_metrics_leaves_alone_what_can_be_averaged() -> None:
     contents = [RecordDict({"m": MetricRecord({"n": i, "a": 1.0, "l": [1.0, 2.0]})}) for i in range(3)]
-    kept, dropped = comparable_metrics(contents)
-    assert dropped == [] and all(a is b for a, b in zip(kept, contents, strict=True))
+    kept, dropped, left_out = comparable_metrics(contents)
+    assert dropped == [] and left_out == 0 and all(a is b for a, b in zip(kept, contents, strict=True))
 
 
-def test_comparable_metrics_drops_what_not_every_reply_has() -> None:
+def test_comparable_metrics_drops_what_most_replies_lack() -> None:
     records = [
         {"n": 1, "both": 1.0, "mine": 2.0, "list": [1.0], "kind": 1.0},
         {"n": 2, "both": 3.0, "yours": 4.0, "list": [1.0, 2.0], "kind": [1.0]},
@@ -515,8 +515,8 @@ def test_comparable_metrics_drops_what_not_every_reply_has() -> None:
         RecordDict({name: MetricRecord(record), "arrays": ArrayRecord()})
         for name, record in zip("xy", records, strict=True)
     ]
-    kept, dropped = comparable_metrics(contents)
-    assert dropped == ["kind", "list", "mine", "yours"]
+    kept, dropped, left_out = comparable_metrics(contents)
+    assert dropped == ["kind", "list", "mine", "yours"] and left_out == 0
     assert [dict(next(iter(c.metric_records.values()))) for c in kept] == [{"n": 1, "both": 1.0}, {"n": 2, "both": 3.0}]
     assert all("arrays" in content for content in kept)
     assert dict(contents[0]["x"]) == records[0]  # the replies themselves are not changed

@@ -1,8 +1,6 @@
 """What stands between a client that means harm and the global model: caps, counts, selection, screened metrics."""
 
-import logging
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,12 +31,6 @@ from tests.models import (
 
 A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
 HEAD = "base_model.model.head.weight"
-
-
-@pytest.fixture(autouse=True)
-def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="flwr"):
-        yield caplog
 
 
 def logged(log: pytest.LogCaptureFixture, *words: str) -> bool:

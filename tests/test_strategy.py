@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,6 @@ from tests.models import (
 )
 
 Q = "base_model.model.q"
-
-
-@pytest.fixture(autouse=True)
-def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="flwr"):
-        yield caplog
 
 
 def logged(log: pytest.LogCaptureFixture, *words: str) -> list[logging.LogRecord]:
@@ -457,7 +451,10 @@ def test_lists_are_averaged_and_other_keys_left_out(flower_log: pytest.LogCaptur
     assert metrics["classes"] == pytest.approx([1.0, 2.0]) and "mine" not in metrics and "loss" in metrics
     assert logged(flower_log, "'mine'")
     metrics = run(faulty({0: more, 1: longer, 2: more}), rounds=1).train_metrics_clientapp[1]
-    assert "classes" not in metrics and metrics["replies-valid"] == 3
+    assert metrics["classes"] == pytest.approx([1.0, 2.0]) and metrics["replies-valid"] == 3
+    assert logged(flower_log, "1 replies lack")
+    metrics = run(faulty({0: more, 1: longer}), rounds=1).train_metrics_clientapp[1]  # none is what most have
+    assert "classes" not in metrics and "loss" in metrics
 
 
 def test_evaluate_replies_are_screened_too(flower_log: pytest.LogCaptureFixture) -> None:
@@ -473,7 +470,8 @@ def test_evaluate_replies_are_screened_too(flower_log: pytest.LogCaptureFixture)
     grid = InProcessGrid(faulty({0: other, 1: raising, 2: none, 3: nothing}, "evaluate"), 6)
     strategy = FedFroM()
     result = strategy.start(grid, record_of(mixed_state()), num_rounds=1)
-    assert result.evaluate_metrics_clientapp == {1: {}}  # nothing that all the valid ones have
+    found = result.evaluate_metrics_clientapp[1]
+    assert "loss" in found and "accuracy" not in found  # two of three valid ones have it, and are averaged
     assert logged(flower_log, "aggregate_evaluate", "num-examples", "found 0")
     assert logged(flower_log, "aggregate_evaluate", "one MetricRecord")
     grid = InProcessGrid(faulty({1: raising, 2: none}, "evaluate"), 4)

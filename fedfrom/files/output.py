@@ -46,7 +46,8 @@ class Output:
             if not force:
                 raise BadInput(f"{path}: already there: name another OUT, or pass --force to replace it")
             held = os.listdir(path)
-            if held and not any(mark in held for mark in _MARKS):
+            weights = any(name.endswith(".safetensors") for name in held) and any(mark in held for mark in _MARKS)
+            if held and (not weights or any(os.path.isdir(path / name) for name in held)):
                 raise BadInput(f"{path}: expected a model or an adapter to replace, found other files: remove them")
 
     def __enter__(self) -> Path:

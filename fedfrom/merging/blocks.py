@@ -265,7 +265,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None], factors: Sequence[float]) -> Tensor:
     """Return the (n, n) float64 inner products of what is `sampled` of the deltas, each times its factor."""
-    dtype, read = arithmetic(values[0].dtype), dict[int, Tensor]()
+    wide = any(each.dtype == torch.float64 for each in (*values, *references) if each is not None)
+    dtype, read = torch.float64 if wide else torch.float32, dict[int, Tensor]()
 
     def sample(i: int, r: Tensor | None) -> Tensor:
         x = values[i]

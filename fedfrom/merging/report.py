@@ -17,7 +17,7 @@ class LayerReport:
     name : str
         Module path of an adapter, key of a plain tensor.
     kind : str
-        "adapter", "tensor", "buffer" (a running statistic: plain mean) or "kept" (integers).
+        "adapter", "tensor", "buffer" (a running statistic: the mean, after clipping) or "kept" (integers).
     norms : list[float]
         ||theta_i||_F by client, in the order given; empty where nothing is weighed.
     weights : list[float]
@@ -44,7 +44,7 @@ class LayerReport:
     lambda_max : float
         Largest eigenvalue of the weighted cosine Gram matrix sqrt(w_i w_j) cos(theta_i, theta_j), in [0, 1]: 1 where
         all updates lie on one line, whatever their signs. Of tensors above 2^16 entries, on an even 2^14 of them; of
-        adapters of more than 32 clients, of 2^10 random projections, to within some percent.
+        adapters of more than 32 clients, of 2^10 random projections, which read up to a fifth too high.
     cosines : list[list[float]]
         cos(theta_i, theta_j) by client, in the order given, of the same entries; empty above 32 clients.
     k : float

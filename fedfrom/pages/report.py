@@ -93,8 +93,9 @@ def _write(path: Path, text: str, pictures: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = pictures_of(path)
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):  # an earlier page's; nothing else is in the folder
-        if old.stem not in pictures:
+    earlier = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for old in folder.glob("*.png"):
+        if old.stem not in pictures and f'"name":"{old.stem}"' in earlier:  # of the page that is replaced
             old.unlink()
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)

@@ -139,7 +139,11 @@ def test_the_page_is_readable_alone(page: Page) -> None:
 def test_the_pictures_are_there_as_files(real_runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "x-figures").mkdir()
     (tmp_path / "x-figures" / "old.png").write_bytes(b"of an earlier page")
+    (tmp_path / "x-figures" / "photo.png").write_bytes(b"of somebody's own")
+    (tmp_path / "x.html").write_text('<script type="application/json">{"name":"old"}</script>')
     page = page_of(real_runs[0], out=tmp_path / "x.html")
+    assert (tmp_path / "x-figures" / "photo.png").read_bytes() == b"of somebody's own"
+    (tmp_path / "x-figures" / "photo.png").unlink()
     files = list((tmp_path / "x-figures").iterdir())
     assert {file.name for file in files} == {f"{name}.png" for name in page.data["charts"]}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
