@@ -43,17 +43,16 @@ def align(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
     Q, R = (None, B) if B.shape[1] >= B.shape[0] else torch.linalg.qr(B)
     parts = dict(zip(distinct, R.split([each.shape[1] for each in distinct.values()], dim=1), strict=True))
     side_by_side = torch.cat(
-        [
-            torch.stack([(c * parts[id(B_i)]) @ A_i.to(torch.float64) for c, B_i, A_i in delta.terms]).sum(dim=0)
-            for delta in deltas
-        ],
+        [sum((c * parts[id(B_i)]) @ A_i.to(torch.float64) for c, B_i, A_i in delta.terms) for delta in deltas],
         dim=1,
     )
     # the long side goes by QR, the SVD is of the small square that is left
     V, small = torch.linalg.qr(side_by_side.T)
+    del side_by_side  # as large as what follows
     U, S, W = torch.linalg.svd(small.T, full_matrices=False)
     kept = max(1, int((_ROUNDING * S[0] < S).sum()))
     Vh = W[:kept] @ V.T
+    del V
     # what is zero but for rounding (a client that trained nothing, a column none of it touches) must not vote
     Vh[Vh.abs() <= (64 * torch.finfo(S.dtype).eps * S[0] / S[:kept].clamp_min(torch.finfo(S.dtype).tiny))[:, None]] = 0
     # an SVD leaves the signs open, and where an election of signs is even they decide
