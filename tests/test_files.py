@@ -215,6 +215,7 @@ def test_an_output_that_can_not_replace_puts_the_old_one_back(tmp_path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
+    (out / "model.safetensors").write_bytes(b"")
     rename = Path.rename
 
     def failing(self, target):
