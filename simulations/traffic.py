@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
+
+from fedfrom import records
 
 # A deployed SuperLink answers each look over HTTPS: after five seconds of waiting they become rarer.
 POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
@@ -13,10 +15,7 @@ POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
 
 def array_bytes(message: Message) -> int:
     """Return the bytes of all arrays in a message; records of numbers and settings are not counted."""
-    if message.has_error():
-        return 0
-    records = (record for record in message.content.values() if isinstance(record, ArrayRecord))
-    return sum(len(array.data) for record in records for array in record.values())
+    return 0 if message.has_error() else records.array_bytes(message.content)
 
 
 class CountingGrid(Grid):
