@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import json
 import math
+import mmap
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ DELTA = "fedfrom.delta"
 _DELTAS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
 _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
+_WORTH = 1 << 16  # bytes of a tensor that is worth to be written where it will be sent from
+_PAGE = 1 << 21
 _LONGEST_REASON = 700
 """Characters of a reason to reject a reply."""
 
@@ -102,12 +106,82 @@ def deltas_in(record: ArrayRecord) -> set[str]:
     return {key for key, array in record.items() if array.stype == DELTA}
 
 
-def spend(state: dict[str, Tensor]) -> ArrayRecord:
-    """Return what `to_record` does, and empty the state on the way: one of its tensors at a time is held twice."""
-    record = ArrayRecord()
-    for key in list(state):
-        record[key] = _array(key, state.pop(key))
-    return record
+class _Held(NamedTuple):
+    """Bytes that are a record's array already, whose numbers a tensor was handed out to write."""
+
+    buffer: io.BytesIO
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def array(self, size: int) -> Array:
+        """Return the array of `size` bytes; a copy where somebody still has the tensor, and could write to it."""
+        try:
+            self.buffer.truncate(size)  # not allowed while its memory is lent
+            data = self.buffer.getvalue()
+        except BufferError:
+            data = bytes(self.buffer.getbuffer())
+        name, kind, _ = _layout(self.shape, self.dtype)
+        return Array(name, self.shape, kind, data)
+
+
+class Outgoing:
+    """Memory for tensors that will be sent: it is that of the record's bytes, so that large ones are not copied."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, _Held] = {}
+
+    def empty(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return what torch.empty does, but for large ones zeros, inside bytes that begin as an array's do."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size < _WORTH:
+            return torch.empty(shape, dtype=dtype, device=device)
+        header = _layout(tuple(shape), dtype)[2]
+        buffer = io.BytesIO(bytes(len(header) + size))
+        data = np.frombuffer(buffer.getbuffer(), np.uint8)
+        _ask_for_large_pages(data)
+        data[: len(header)] = np.frombuffer(header, np.uint8)
+        tensor = torch.from_numpy(data[len(header) :]).view(dtype).reshape(shape)
+        self._held[tensor.data_ptr()] = _Held(buffer, tuple(shape), dtype)
+        return tensor
+
+    def record(self, state: dict[str, Tensor]) -> ArrayRecord:
+        """Return what `to_record` does, and empty the state: of what `empty` did not give, one tensor is held twice."""
+        record = ArrayRecord()
+        for key in list(state):
+            tensor = state.pop(key)
+            held = self._held.pop(tensor.data_ptr(), None)
+            if held is None or (held.shape, held.dtype) != (tuple(tensor.shape), tensor.dtype):
+                record[key] = _array(key, tensor)
+            else:
+                size = len(held.buffer.getbuffer())
+                del tensor
+                record[key] = held.array(size)
+        return record
+
+
+def _ask_for_large_pages(data: np.ndarray) -> None:
+    """Ask Linux for pages of 2 MiB, as numpy does for large arrays of its own: small ones take most of the time."""
+    first, last = -(-data.ctypes.data // _PAGE) * _PAGE, (data.ctypes.data + data.nbytes) // _PAGE * _PAGE
+    if last > first and hasattr(mmap, "MADV_HUGEPAGE"):
+        # advice alone: where it is not taken, nothing is different
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
+
+
+@functools.lru_cache(1024)
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, str, bytes]:
+    """Return the name of a dtype, the kind of array that carries it, and what its bytes begin with.
+
+    Raises
+    ------
+    TypeError
+        Neither numpy nor we have the dtype.
+    """
+    if dtype == torch.bfloat16:
+        return "bfloat16", BF16, b""
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": npy.dtype_to_descr(kind), "fortran_order": False, "shape": shape})
+    return str(kind), _NUMPY, header.getvalue()
 
 
 class _Bytes:
@@ -157,16 +231,12 @@ def _array(key: str, tensor: Tensor) -> Array:
     """Return a tensor as Flower's array; its numbers are copied once."""
     tensor = tensor.detach().cpu().contiguous()
     shape = tuple(tensor.shape)
-    if tensor.dtype == torch.bfloat16:
-        return Array("bfloat16", shape, BF16, tensor.view(torch.int16).numpy().tobytes())
     try:
-        values = tensor.numpy()
+        name, kind, header = _layout(shape, tensor.dtype)
     except TypeError as error:
         raise TypeError(f"{key!r}: expected a dtype that numpy has, or bfloat16, found {tensor.dtype}") from error
-    header = io.BytesIO()
-    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), values.reshape(-1).view(np.uint8).data))
-    return Array(str(values.dtype), shape, _NUMPY, data)
+    values = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return Array(name, shape, kind, b"".join((header, values.reshape(-1).view(np.uint8).data)))
 
 
 def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> ConfigRecord:

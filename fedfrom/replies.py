@@ -39,7 +39,7 @@ from fedfrom.spool import SpooledState, SpoolError
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
 
-_DIGESTED = 1 << 14
+_DIGESTED = 1 << 11
 """Bytes of each array that a reply is ordered by."""
 
 _OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
@@ -442,7 +442,7 @@ def _check_layers(
                 if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
-    norms = blocks.delta_norms(plain)
+    norms = dict(zip(plain, blocks.delta_norms(list(plain.values())), strict=True))
     for layer in sent.layers.values():
         for key in layer.keys.values():
             # no entry is further from what was sent: a pass over memory less for all but strange replies

@@ -35,7 +35,7 @@ from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import stable
 from fedfrom.pulling import Arriving, send_and_receive
-from fedfrom.records import ADAPTER_KEY, array_bytes, config_to_record, one_line, spend
+from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
@@ -282,6 +282,7 @@ class FedMerge(FedAvg):
         """Merge the valid replies, and report on all of them."""
         arriving.log("aggregate_train")
         merged, report, examples = None, None, [reply.examples for reply in valid]
+        outgoing = Outgoing()
         try:
             if len(valid) < self.min_valid_replies:
                 log.warning(
@@ -291,7 +292,7 @@ class FedMerge(FedAvg):
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
                 examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
-                merged, report = self._merge(valid, sent, examples)
+                merged, report = self._merge(valid, sent, examples, outgoing)
         except ValueError as error:
             if lost := damaged(valid):  # the others are as good as they were
                 rest = [reply for reply in valid if reply.node_id not in lost]
@@ -325,7 +326,7 @@ class FedMerge(FedAvg):
         self._warn_of_swinging(report)
         metrics = self._aggregate_train_metrics(valid, examples)
         metrics.update(found.metrics())
-        return spend(merged), metrics
+        return outgoing.record(merged), metrics
 
     def _answers_for(self, error: Message) -> int:
         """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
@@ -376,7 +377,9 @@ class FedMerge(FedAvg):
                 )
         return counts
 
-    def _merge(self, replies: list[Reply], sent: Sent, examples: list[float]) -> tuple[dict[str, Tensor], MergeReport]:
+    def _merge(
+        self, replies: list[Reply], sent: Sent, examples: list[float], outgoing: Outgoing
+    ) -> tuple[dict[str, Tensor], MergeReport]:
         """Hand the replies to `merge`, each with its config and what it was sent."""
         return merge(
             [reply.state for reply in replies],
@@ -387,6 +390,7 @@ class FedMerge(FedAvg):
             server_lr=self.server_lr,
             clip=self.clip,
             as_reference=True,
+            empty=outgoing.empty,
             statistics=[reply.statistics for reply in replies] if self.method.needs else None,
             **self._shared(replies, sent),
         )

@@ -20,11 +20,11 @@ from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.records import (
     ADAPTER_KEY,
+    Outgoing,
     config_to_record,
     metric_record,
     model_record,
     record_to_config,
-    spend,
     to_record,
     to_state,
     to_state_dict,
@@ -397,7 +397,28 @@ def test_records_keep_the_bits(dtype: torch.dtype) -> None:
         copies[key].zero_()  # new memory
     assert all(torch.equal(state[key], before[key]) and torch.equal(back[key], before[key]) for key in state)
     spent = dict(state)
-    assert same_bits(spend(spent), record) and not spent
+    assert same_bits(Outgoing().record(spent), record) and not spent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 500), (1500, 1500)])
+def test_memory_of_what_goes_out_is_the_records(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    outgoing, cpu = Outgoing(), torch.device("cpu")
+    given = outgoing.empty(shape, dtype=dtype, device=cpu)
+    kept = outgoing.empty(shape, dtype=dtype, device=cpu)
+    part = outgoing.empty((shape[0], 2 * shape[1]), dtype=dtype, device=cpu)
+    for tensor in (given, kept, part[:, : shape[1]]):
+        tensor.copy_(values)
+    where = given.data_ptr()
+    state = {"given": given, "kept": kept, "part": part[:, : shape[1]], "other": values}
+    del given
+    found = outgoing.record(state)
+    assert same_bits(found, to_record(dict.fromkeys(found, values))) and not state
+    kept.zero_()  # who still has a tensor can't change what was sent
+    assert torch.equal(to_state(found)["kept"], values)
+    large = values.nbytes >= 1 << 16
+    assert (to_state(found)["given"].data_ptr() == where) == large
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i8", "i4", "u1", "?"])

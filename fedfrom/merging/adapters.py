@@ -174,7 +174,7 @@ class _Module:
         # without a reference a magnitude is no update, and has nothing to be clipped
         factors = clip_factors(norms, None if W is None else self.clip)
         order = self.updates.order
-        total, _ = blocks.weighted_sum(
+        total, _, _ = blocks.weighted_sum(
             [values[i] for i in order],
             [references[i] for i in order],
             [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],

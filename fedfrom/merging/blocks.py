@@ -1,23 +1,29 @@
 """Plain tensors, a block at a time: the norm of a delta and Eq. 5, without temporaries of the tensor's size.
 
-A block of each operand fits a core's cache, so that memory is read once for the norms and once for the sum, and written
-once. Buffers are each thread's own and are used again for every block.
+A block of what is reckoned with stays in cache, so that memory is read once for the norms and once for the sum, and
+written once. Buffers are each thread's own and are used again for every block.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedfrom.merging.threads import begin, each_block
+from fedfrom.merging.threads import each_block
 
-# float32 sums within a block, float64 across: 1e-7 off, nearly twice as fast as all float64; three blocks fit a cache
-BLOCK = 1 << 17
+# large enough that two threads gain on each operation, small enough that some blocks fit the cache that cores share
+BLOCK = 1 << 19
+# what float32 sums squares of, and float64 these: 1e-7 off where float32 throughout may be 1e-5
+_ROW = 1 << 10
+# entries of a tensor whose norm takes less time than calling for it
+_FEW = 1 << 13
 # what is sampled of tensors above 2^16 entries: runs of a cache line of float32, so that others are not read
 _WHOLE, _RUNS, _RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
@@ -53,6 +59,9 @@ class Reader(Protocol):
 Values = Tensor | Reader
 """What blocks are taken from: a tensor in memory, or one to be read."""
 
+Empty = Callable[..., Tensor]
+"""What gives new memory: called as `torch.empty` with a shape, and dtype and device as keywords."""
+
 
 def whole(values: Values) -> Tensor:
     """Return a tensor itself, or all of what is to be read, which is new memory."""
@@ -77,19 +86,20 @@ class _Flat:
     """Values as one row, whose blocks come in the dtype that they have, or in another one."""
 
     def __init__(self, values: Values) -> None:
+        self.is_read = not isinstance(values, Tensor)
         self.values: Any = values.detach().reshape(-1) if isinstance(values, Tensor) else values
         self.dtype, self.device = values.dtype, values.device
 
     def block(self, start: int, stop: int, slot: str) -> Tensor:
         """Return a block: a view, or the buffer of that name."""
-        if isinstance(self.values, Tensor):
-            return self.values[start:stop]
-        return self.values.read(start, stop, _buffer(slot, stop - start, self.dtype, self.device))
+        if self.is_read:
+            return self.values.read(start, stop, _buffer(slot, stop - start, self.dtype, self.device))
+        return self.values[start:stop]
 
     def block_as(self, dtype: torch.dtype, start: int, stop: int, slot: str) -> Tensor:
         """Return a block in that dtype: a view, or the buffer of that name."""
         block = self.block(start, stop, slot)
-        return block if block.dtype == dtype else _buffer(slot, stop - start, dtype, self.device).copy_(block)
+        return block if self.dtype == dtype else _buffer(slot, stop - start, dtype, self.device).copy_(block)
 
 
 def _theta(value: _Flat, reference: Tensor | None, dtype: torch.dtype, start: int, stop: int) -> Tensor:
@@ -127,6 +137,46 @@ def delta(value: Values, reference: Tensor | None) -> Tensor:
 
 def delta_norm(value: Values, reference: Tensor | None) -> float:
     """Return ||value - reference||_F (None: zero) of floating-point tensors of one shape and device."""
+    return delta_norms([(value, reference)])[0]
+
+
+def delta_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
+    """Return `delta_norm` of each pair of a value and its reference: small ones, which are many, together."""
+    norms = [math.nan] * len(pairs)
+    small: dict[bool, list[int]] = {True: [], False: []}
+    for i, (value, reference) in enumerate(pairs):
+        if isinstance(value, Tensor) and 0 < value.numel() <= _FEW and value.device.type == "cpu":
+            small[reference is None].append(i)
+        else:
+            norms[i] = _delta_norm(value, reference)
+    for indices in small.values():
+        for start in range(0, len(indices), BLOCK // _FEW):
+            part = indices[start : start + BLOCK // _FEW]
+            for i, norm in zip(part, _small_norms([pairs[i] for i in part]), strict=True):
+                norms[i] = norm
+    return norms
+
+
+def _small_norms(pairs: Sequence[tuple[Any, Tensor | None]]) -> list[float]:
+    """Return the norms of small tensors in memory, whose references are all None, or all not."""
+
+    def row(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(torch.float64)
+
+    thetas = row([value for value, _ in pairs])
+    if references := [reference for _, reference in pairs if reference is not None]:
+        thetas -= row(references)
+    sizes = [value.numel() for value, _ in pairs]
+    starts = [0, *itertools.accumulate(sizes)][:-1]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # those are looked at again
+        found = np.sqrt(np.add.reduceat(np.square(thetas.numpy()), starts)).tolist()
+    return [
+        norm if _SAFE[0] < norm < _SAFE[1] else _block_norm(thetas[start : start + size])
+        for norm, start, size in zip(found, starts, sizes, strict=True)
+    ]
+
+
+def _delta_norm(value: Values, reference: Tensor | None) -> float:
     dtype = arithmetic(value.dtype)
     x, r = _Flat(value), None if reference is None else _Flat(reference)
 
@@ -134,22 +184,21 @@ def delta_norm(value: Values, reference: Tensor | None) -> float:
         ref = None if r is None else r.block_as(dtype, start, stop, "reference")
         return _block_norm(_theta(x, ref, dtype, start, stop))
 
-    return math.hypot(*each_block(value.numel(), BLOCK, norm))
-
-
-def delta_norms(pairs: Mapping[str, tuple[Values, Tensor | None]]) -> dict[str, float]:
-    """Return `delta_norm` of each pair of a value and its reference."""
-
-    def of(value: Values, reference: Tensor | None) -> Callable[[], float]:
-        return begin(value.numel(), lambda: delta_norm(value, reference))
-
-    waiting = {name: of(*pair) for name, pair in pairs.items()}
-    return {name: wait() for name, wait in waiting.items()}
+    return math.hypot(*each_block(value.numel(), BLOCK, norm, x.is_read))
 
 
 def _block_norm(block: Tensor) -> float:
     """Return one block's norm; where its squares may leave the dtype's range, from entries relative to the largest."""
-    norm = float(torch.linalg.vector_norm(block))
+    size = block.numel()
+    if size == 0:
+        return 0.0
+    if (rest := size % _ROW) == size:
+        norm = float(torch.linalg.vector_norm(block))
+    else:
+        rows = torch.linalg.vector_norm(block[: size - rest].view(-1, _ROW), dim=1)
+        norm = float(torch.linalg.vector_norm(rows))
+        if rest:
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(block[size - rest :])))
     if _SAFE[0] < norm < _SAFE[1]:
         return norm
     block = block.to(torch.float64)
@@ -181,14 +230,34 @@ def gram(values: Sequence[Values], references: Sequence[Tensor | None]) -> Tenso
     return total
 
 
+def weighted_rows(
+    rows: Tensor,
+    weights: Sequence[float],
+    base: Tensor | None,
+    like: Values,
+    server_lr: float,
+    empty: Empty = torch.empty,
+) -> tuple[Tensor, float, bool]:
+    """Return what `weighted_sum` does, of (n, m) float64 deltas, in the shape, dtype and device of `like`."""
+    theta = torch.tensor(weights, dtype=torch.float64, device=rows.device) @ rows
+    norm = _block_norm(theta)
+    out = empty(like.shape, dtype=like.dtype, device=like.device)
+    if base is None:
+        out.reshape(-1).copy_(theta.mul_(server_lr))
+    else:
+        out.reshape(-1).copy_(theta.mul_(server_lr).add_(base.detach().reshape(-1)))
+    return out, norm, _is_finite(out)
+
+
 def weighted_sum(
     values: Sequence[Values],
     references: Sequence[Tensor | None],
     weights: Sequence[float],
     base: Tensor | None,
     server_lr: float,
-) -> tuple[Tensor, float]:
-    """Return (T, ||theta*||_F): T = W + alpha theta*, theta* = sum_i w_i (W_i - ref_i) (Eq. 5).
+    empty: Empty = torch.empty,
+) -> tuple[Tensor, float, bool]:
+    """Return (T, ||theta*||_F, whether T is finite): T = W + alpha theta*, theta* = sum_i w_i (W_i - ref_i) (Eq. 5).
 
     Parameters
     ----------
@@ -202,95 +271,89 @@ def weighted_sum(
         W; None is zero.
     server_lr : float
         alpha.
+    empty : Callable[..., Tensor] (default: torch.empty)
+        Gives T's memory, called with its shape, and dtype and device as keywords.
 
     Returns
     -------
-    tuple[Tensor, float]
+    tuple[Tensor, float, bool]
         T, new memory, in the values' shape and device and the base's dtype (else theirs), with NaN or infinity where
-        it leaves the dtype's range; the norm of theta*.
+        it leaves the dtype's range; the norm of theta*; False where T does that.
     """
     kind, device = (values[0] if base is None else base).dtype, values[0].device
     dtype = arithmetic(kind)
-    out = torch.empty(values[0].shape, dtype=kind, device=device)
+    out = empty(values[0].shape, dtype=kind, device=device)
     result = out.reshape(-1)
+    shared = {id(r): _Flat(r) for r in (*references, base) if r is not None}  # most clients were sent the same
     terms = [
-        (w, _Flat(x), None if r is None else _Flat(r))
+        (w, _Flat(x), None if r is None else shared[id(r)])
         for w, x, r in zip(weights, values, references, strict=True)
         if w != 0.0
     ]
-    W = None if base is None else _Flat(base)
+    W = None if base is None else shared[id(base)]
 
-    def sum_block(start: int, stop: int) -> float:
+    def sum_block(start: int, stop: int) -> tuple[float, bool]:
         size = stop - start
         total = _buffer("total", size, dtype, device)
         if not terms:  # coefficients of 0
             total.zero_()
-        ref, read = None, None
+        ref, last = None, None
         for i, (w, x, r) in enumerate(terms):
-            if r is None:
-                ref = read = None
-            elif read is None or r.values.data_ptr() != read:  # most clients were sent the same
-                ref, read = r.block_as(dtype, start, stop, "reference"), r.values.data_ptr()
+            if r is not last:
+                ref, last = None if r is None else r.block_as(dtype, start, stop, "reference"), r
             theta = _theta(x, ref, dtype, start, stop)
             if i == 0:
                 torch.mul(theta, w, out=total)
             else:
                 total.add_(theta, alpha=w)
-        norm = _block_norm(total)
+        norm, block = _block_norm(total), result[start:stop]
         if server_lr != 1.0:
             total.mul_(server_lr)
         if W is None:
-            result[start:stop] = total
+            block.copy_(total)
         elif kind == dtype:
-            torch.add(total, W.block_as(dtype, start, stop, "reference"), out=result[start:stop])
+            torch.add(total, W.block(start, stop, "reference"), out=block)
         else:
-            result[start:stop] = total.add_(W.block_as(dtype, start, stop, "reference"))
-        return norm
+            block.copy_(total.add_(W.block_as(dtype, start, stop, "reference")))
+        return norm, _is_finite(block)
 
-    norm = math.hypot(*each_block(out.numel(), BLOCK, sum_block))
-    return out, norm
+    read = any(x.is_read for _, x, _ in terms)
+    found = each_block(out.numel(), BLOCK, sum_block, read)
+    return out, math.hypot(*(norm for norm, _ in found)), all(finite for _, finite in found)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no entry of a floating-point tensor is NaN or infinite; a temporary of one block."""
     flat = tensor.detach().reshape(-1)
-
-    def block_is(start: int, stop: int) -> bool:
-        block = flat[start:stop]
-        # a finite sum has no other terms; one that is not may have overflowed
-        return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())
-
-    return all(each_block(flat.numel(), BLOCK, block_is))
+    return all(each_block(flat.numel(), BLOCK, lambda start, stop: _is_finite(flat[start:stop])))
 
 
-def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None], factors: Sequence[float]) -> Tensor:
-    """Return the (n, n) float64 inner products of what is `sampled` of the deltas, each times its factor."""
-    wide = any(each.dtype == torch.float64 for each in (*values, *references) if each is not None)
-    dtype, read = torch.float64 if wide else torch.float32, dict[int, Tensor]()
-
-    def sample(i: int, r: Tensor | None) -> Tensor:
-        x = values[i]
-        entries = (sampled(x) if isinstance(x, Tensor) else x.sample()).to(dtype)
-        if r is None:
-            return entries
-        if id(r) not in read:  # most clients were sent the same
-            read[id(r)] = sampled(r).to(dtype)
-        return entries - read[id(r)]
-
-    first = sample(0, references[0])
-    rows = torch.empty(len(values), len(first), dtype=torch.float64, device=first.device)
-    for i, (r, factor) in enumerate(zip(references, factors, strict=True)):
-        rows[i].copy_(sample(i, r) if i else first).mul_(factor)
-    total = torch.zeros(len(values), len(values), dtype=torch.float64, device=first.device)
-    for part in each_block(len(first), 1 << 12, lambda start, stop: rows[:, start:stop] @ rows[:, start:stop].T):
-        total += part
-    return total
+def _is_finite(block: Tensor) -> bool:
+    # a finite sum has no other terms; one that is not may have overflowed
+    return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())
 
 
-def sampled(tensor: Tensor) -> Tensor:
-    """Return a row of all entries of a tensor up to 2^16, else of 2^14: evenly spaced runs of 16. A view, or new."""
-    flat = tensor.detach().reshape(-1)
-    if len(flat) <= _WHOLE:
+def sampled_deltas(values: Sequence[Values], references: Sequence[Tensor | None]) -> Tensor:
+    """Return (n, m) float64: what is `sampled` of the deltas value - reference (None: zero)."""
+    rows = torch.stack([sampled(x) for x in values]).to(torch.float64)
+    read = {id(r): sampled(r).to(torch.float64) for r in references if r is not None}  # most were sent the same
+    for key, entries in read.items():
+        own = [i for i, r in enumerate(references) if id(r) == key]
+        rows[own if len(own) < len(rows) else slice(None)] -= entries
+    return rows
+
+
+def is_whole(values: Values) -> bool:
+    """Return whether all entries are sampled."""
+    return values.numel() <= _WHOLE
+
+
+def sampled(values: Values) -> Tensor:
+    """Return a row of all entries of values up to 2^16, else of 2^14: evenly spaced runs of 16. A view, or new."""
+    if not isinstance(values, Tensor):
+        return values.sample()
+    flat = values.detach().reshape(-1)
+    if is_whole(flat):
         return flat
-    step = len(flat) // _RUNS
+    step = flat.numel() // _RUNS
     return flat[: step * _RUNS].reshape(_RUNS, step)[:, :_RUN].reshape(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging.adapters import merge_adapter
+from fedfrom.merging.blocks import Empty
 from fedfrom.merging.configs import output_config
 from fedfrom.merging.frobenius import AUTO, FroM
 from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr
@@ -21,14 +22,14 @@ from fedfrom.merging.method import Method, ProductMethod, Survey
 from fedfrom.merging.methods import make_method
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.soups import GreedySoup
-from fedfrom.merging.sources import Inputs
+from fedfrom.merging.sources import Inputs, check_result
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensor
 from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
 
-# entries of the tensors that are merged before the first of them is handed on, and what a module counts for there
-_BATCH, _MODULE = 1 << 23, 1 << 17
+# entries of the tensors that are read and merged before the first of them is handed on
+_BATCH = 1 << 23
 
 
 def merge(
@@ -49,6 +50,7 @@ def merge(
     deltas: Sequence[Collection[str]] | None = None,
     dora: bool = False,
     same_base: bool = False,
+    empty: Empty = torch.empty,
     **options: Any,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """Merge the states of n clients into one: W + alpha theta*, layer by layer (Eq. 5; adapters by Eq. 6).
@@ -96,6 +98,8 @@ def merge(
         The plain tensors, by name, in whose place each client's state has W_i - ref_i; any floating-point dtype.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base: see `configs.check_config`.
+    empty : Callable[..., Tensor] (default: torch.empty)
+        Gives the memory of merged plain tensors, called with a shape, and dtype and device as keywords.
     **options
         The method's, where it is given by name.
 
@@ -128,15 +132,15 @@ def merge(
         each |= {"norms": norms, "deltas": deltas}
         each["names"] = names or [f"client {i}" for i in range(len(states))]
 
-        def mean_of(clients: list[int]) -> tuple[dict[str, Tensor], MergeReport]:
+        def mean_of(clients: list[int], empty: Empty = torch.empty) -> tuple[dict[str, Tensor], MergeReport]:
             own: dict[str, Any] = {
                 key: None if values is None else [values[i] for i in clients] for key, values in each.items()
             }
             same: dict[str, Any] = {"reference_config": reference_config, "server_lr": server_lr, "clip": clip}
-            same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base}
+            same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base, "empty": empty}
             return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
 
-        return mean_of(chosen.choose(len(states), lambda clients: mean_of(clients)[0]))
+        return mean_of(chosen.choose(len(states), lambda clients: mean_of(clients)[0]), empty)
     layers = layer_by_layer(
         states,
         reference,
@@ -154,6 +158,7 @@ def merge(
         deltas=deltas,
         dora=dora,
         same_base=same_base,
+        empty=empty,
     )
     merged: list[dict[str, Tensor]] = [{} for _ in layers.candidates]
     reports: list[list[LayerReport]] = [[] for _ in layers.candidates]
@@ -181,7 +186,7 @@ class LayerByLayer:
         What the clients sent; its `sent[0].layers` are the layers, in order.
     candidates : Sequence[Method]
         The method; with k="auto" one for each k.
-    server_lr, clip, as_reference
+    server_lr, clip, as_reference, empty
         See `merge`.
     """
 
@@ -190,6 +195,7 @@ class LayerByLayer:
     server_lr: float | str
     clip: float | None
     as_reference: bool
+    empty: Empty = torch.empty
 
     def __iter__(self) -> Iterator[list[tuple[dict[str, Tensor], LayerReport]]]:
         """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
@@ -204,16 +210,16 @@ class LayerByLayer:
                 yield found.pop(0)  # whoever has it is the only one that does
 
     def _entries(self, name: str) -> int:
-        """Return the entries of a plain tensor, 0 of an adapter's module."""
-        source = self.inputs.sent[0]
-        return 0 if source.layers[name].is_adapter else source.values(name).numel()
+        """Return the entries of a plain tensor that is read, else 0."""
+        source = next((source for source in self.inputs.sent if source.state.is_read), None)
+        return 0 if source is None or source.layers[name].is_adapter else source.values(name).numel()
 
     def _batches(self) -> Iterator[list[str]]:
-        """Yield the layers' names, as many at once as threads can share and memory will not notice."""
+        """Yield the layers' names: those in memory one by one, those that are read as many at once as is small."""
         batch: list[str] = []
         entries = 0
         for name in self.inputs.sent[0].layers:
-            own = max(self._entries(name), _MODULE)
+            own = self._entries(name) or _BATCH
             if batch and entries + own > _BATCH:
                 yield batch
                 batch, entries = [], 0
@@ -251,6 +257,7 @@ def layer_by_layer(
     deltas: Sequence[Collection[str]] | None = None,
     dora: bool = False,
     same_base: bool = False,
+    empty: Empty = torch.empty,
 ) -> LayerByLayer:
     """Return the merge that `merge` does with these arguments, to be run a layer at a time; raises as `merge` does.
 
@@ -281,7 +288,7 @@ def layer_by_layer(
         raise ValueError(
             "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
         )
-    return LayerByLayer(inputs, candidates, server_lr, clip, as_reference)
+    return LayerByLayer(inputs, candidates, server_lr, clip, as_reference, empty)
 
 
 def _merge_layer(asked: LayerByLayer, name: str, whole: Survey) -> list[tuple[dict[str, Tensor], LayerReport]]:
@@ -294,12 +301,10 @@ def _merge_layer(asked: LayerByLayer, name: str, whole: Survey) -> list[tuple[di
     elif not inputs.sent[0].values(name).dtype.is_floating_point:
         found = [keep(inputs, name)] * len(methods)
     else:
-        found = merge_tensor(inputs, name, methods, asked.server_lr, whole, asked.clip)
+        return merge_tensor(inputs, name, methods, asked.server_lr, whole, asked.clip, asked.empty)
     for part, _ in found:
         for key, tensor in part.items():
-            if tensor.is_floating_point() and not blocks.is_finite(tensor):
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
+            check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))
     return found
 
 

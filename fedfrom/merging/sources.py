@@ -45,10 +45,15 @@ class Readable(Mapping[str, Tensor]):
             raise ValueError(f"{self._who}, {key!r}: expected a dense tensor of real numbers, found {kind}")
         return tensor
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the state has what reads its tensors a block at a time."""
+        return hasattr(self._state, "reader")
+
     def entries(self, key: str) -> Values:
         """Return the tensor of a key, or what reads it a block at a time where the state has that."""
-        reader = getattr(self._state, "reader", None)
-        return self[key] if reader is None else reader(key)
+        state: Any = self._state
+        return state.reader(key) if self.is_read else self[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -184,6 +189,13 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
             if not blocks.is_finite(source.tensor(name, part)):
                 key = source.layers[name].keys[part]
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
+
+
+def check_result(key: str, tensor: Tensor, is_finite: bool) -> None:
+    """Raise ValueError where a merged tensor left its dtype's range."""
+    if not is_finite:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{key!r}: expected a result in {kind}'s range, found infinity: use a wider dtype")
 
 
 def summing_order(inputs: Inputs, name: str, sizes: list[float]) -> list[int]:

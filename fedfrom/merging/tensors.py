@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +10,21 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.blocks import Values
+from fedfrom.merging.blocks import Empty, Values
 from fedfrom.merging.method import Context, Method, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
-from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
+from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_result, summing_order
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
 def merge_tensor(
-    inputs: Inputs, name: str, methods: Sequence[Method], server_lr: float | str, survey: Survey, clip: float | None
+    inputs: Inputs,
+    name: str,
+    methods: Sequence[Method],
+    server_lr: float | str,
+    survey: Survey,
+    clip: float | None,
+    empty: Empty = torch.empty,
 ) -> list[tuple[dict[str, Tensor], LayerReport]]:
     """Merge one plain tensor by each method: T = W + alpha theta*.
 
@@ -41,13 +48,20 @@ def merge_tensor(
     unit = power_of_two(clipped)
     sent, received = [values[i] for i in order], [references[i] for i in order]
     sizes = [clipped[i] / unit for i in order]
-    gram = blocks.gram_of_samples(sent, received, [factors[i] / unit for i in order])
-    updates = Updates(norms, factors, order, unit, sizes, gram)
+    rows = blocks.sampled_deltas(sent, received)
+    rows *= torch.tensor([factors[i] / unit for i in order], dtype=torch.float64, device=rows.device)[:, None]
+    key = inputs.template(name).layers[name].keys["tensor"]
+    updates = Updates(norms, factors, order, unit, sizes, (rows @ rows.T).cpu())
+    whole = rows if blocks.is_whole(values[0]) else None
+    del rows
 
     def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
-        combine = _linear if weighing.method.linear else _combined
-        result, size, inner = combine(inputs, name, updates, weighing, survey, sent, received, base)
-        squares = float(weighing.weights @ torch.tensor(sizes, dtype=torch.float64).square())
+        if weighing.method.linear:
+            result, size, inner, finite = _linear(updates, weighing, sent, received, base, empty, whole)
+        else:
+            result, size, inner, finite = _combined(inputs, name, updates, weighing, survey, sent, received, base)
+        check_result(key, result, finite)
+        squares = math.fsum(w * size**2 for w, size in zip(weighing.weights.tolist(), sizes, strict=True))
         spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
         report = LayerReport(
             name=name,
@@ -56,28 +70,35 @@ def merge_tensor(
             objective=weighing.server_lr**2 * spread * unit * unit,
             **updates.report(weighing, squares, spread),
         )
-        return {inputs.template(name).layers[name].keys["tensor"]: result}, report
+        return {key: result}, report
 
     return once_each(updates.weigh(methods, survey, inputs.examples, server_lr), merged)
 
 
 def _linear(
-    inputs: Inputs,
-    name: str,
     updates: Updates,
     weighing: Weighing,
-    survey: Survey,
     sent: list[Values],
     received: list[Tensor | None],
     base: Tensor | None,
-) -> tuple[Tensor, float, float]:
-    """Return (T, ||theta*||, <sum_i w_i theta_i, theta*>) of a method that is a weighted sum; numbers in units."""
+    empty: Empty,
+    rows: Tensor | None,
+) -> tuple[Tensor, float, float, bool]:
+    """Return T, ||theta*|| and <sum_i w_i theta_i, theta*> in units, and whether T is finite, of a weighted sum.
+
+    `rows` are the deltas after clipping, in units, where they are known in full.
+    """
     coefficients = weighing.method.coefficients(weighing.weights)
-    scaled = [c * updates.factors[i] for c, i in zip(coefficients.tolist(), updates.order, strict=True)]
-    result, size = blocks.weighted_sum(sent, received, scaled, base, weighing.server_lr)
     factor = float(coefficients.sum())  # theta* is so many times the weighted mean of the theta_i
-    size /= updates.unit
-    return result, size, size**2 / factor if factor else 0.0
+    if rows is None:
+        scaled = [c * updates.factors[i] for c, i in zip(coefficients.tolist(), updates.order, strict=True)]
+        result, size, finite = blocks.weighted_sum(sent, received, scaled, base, weighing.server_lr, empty)
+        size /= updates.unit
+    else:
+        like = sent[0] if base is None else base
+        alpha = weighing.server_lr * updates.unit
+        result, size, finite = blocks.weighted_rows(rows, coefficients.tolist(), base, like, alpha, empty)
+    return result, size, size**2 / factor if factor else 0.0, finite
 
 
 def _combined(
@@ -89,7 +110,7 @@ def _combined(
     sent: list[Values],
     received: list[Tensor | None],
     base: Tensor | None,
-) -> tuple[Tensor, float, float]:
+) -> tuple[Tensor, float, float, bool]:
     """Return what `_linear` does, of any other method."""
     method, order = weighing.method, updates.order
     # changes may have come in a narrower dtype than the others' values
@@ -98,7 +119,7 @@ def _combined(
     for theta, i in zip(thetas, order, strict=True):
         if updates.factors[i] != 1.0:
             theta.mul_(updates.factors[i])
-    mean, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
+    mean, _, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
     shape = method.statistics_shape(tuple(sent[0].shape))
     context = Context(
         name,
@@ -109,8 +130,9 @@ def _combined(
     unit = updates.unit
     inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
     base = None if base is None else base.to(change)
-    result, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
-    return result.to(inputs.template(name).values(name).dtype), blocks.delta_norm(change, None) / unit, inner
+    result, size, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
+    result = result.to(inputs.template(name).values(name).dtype)
+    return result, size / unit, inner, blocks.is_finite(result)
 
 
 def _statistics_name(name: str, method: Method) -> str:
@@ -123,8 +145,9 @@ def delta_norms(inputs: Inputs, name: str) -> list[float]:
     known = [source.norms.get(name) for source in inputs.sent]
     if None in known:
         _, values, references = plain_tensors(inputs, name)
-        found = zip(values, references, known, strict=True)
-        known = [blocks.delta_norm(v, r) if norm is None else norm for v, r, norm in found]
+        missing = [i for i, norm in enumerate(known) if norm is None]
+        found = dict(zip(missing, blocks.delta_norms([(values[i], references[i]) for i in missing]), strict=True))
+        known = [found.get(i, norm) for i, norm in enumerate(known)]
     return check_norms([norm for norm in known if norm is not None], inputs, name)
 
 

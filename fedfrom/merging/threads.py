@@ -1,4 +1,8 @@
-"""Blocks of large tensors on several threads, each operation on one: the bits do not depend on how many there are."""
+"""What runs on several threads: operations on blocks in memory, and the reading of others. No bit depends on how many.
+
+Blocks in memory are taken one after the other, each operation on all of torch's threads. Blocks that are read from
+elsewhere are shared out to threads of our own, so that some are read while others are reckoned with.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,18 @@ from typing import TypeVar
 import torch
 
 _T = TypeVar("_T")
-# entries of a tensor: below, handing it out costs more than it gains; from the larger on, its blocks are handed out
+# entries of what is read: below, handing it out costs more than it gains; from the larger on, its blocks are handed out
 _SMALL, _LARGE = 1 << 15, 1 << 21
+# entries that torch shares out to its threads in any case
+_SHARED = 1 << 16
 _pool: ContextVar[tuple[ThreadPoolExecutor, int] | None] = ContextVar("pool", default=None)
 
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Run torch's operations on one thread, and inside blocks on as many threads as torch had.
+    """Run torch's operations on one thread, but those of `each_block` on as many as torch had.
 
-    Small QRs and SVDs are faster so, and no bit depends on the machine's cores.
+    Small QRs and SVDs are faster so, and their bits do not depend on the machine's cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,7 +34,7 @@ def one_thread_each() -> Iterator[None]:
         if threads == 1:
             yield
             return
-        pool = ThreadPoolExecutor(threads)
+        pool = ThreadPoolExecutor(threads, initializer=_alone)
         token = _pool.set((pool, threads))
         try:
             yield
@@ -39,39 +45,43 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _alone() -> None:
+    """Give a thread its own modes: torch's are each thread's, and a new one has not those of the thread before."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
 def begin(entries: int, work: Callable[[], _T]) -> Callable[[], _T]:
     """Return what waits for work() and returns its result, or raises its error.
 
     Parameters
     ----------
     entries : int
-        Of the tensor in question. Work on one of middling size is begun at once, on another thread; on a small one it
-        is done when it is waited for, and so on a large one, where `each_block` makes use of all threads.
+        Of what is to be read. Work on something of middling size is begun at once, on another thread; on a small one
+        it is done when it is waited for, and so on a large one, whose blocks `each_block` shares out.
     work : Callable[[], Any]
         What it does may depend on no context variable.
     """
     pool = _pool.get()
-    if pool is None or not _SMALL <= entries < _LARGE:
-        return work
-
-    def run() -> _T:
-        with torch.no_grad():  # each thread has a mode of its own
-            return work()
-
-    return pool[0].submit(run).result
+    return work if pool is None or not _SMALL <= entries < _LARGE else pool[0].submit(work).result
 
 
-def each_block(length: int, block: int, work: Callable[[int, int], _T]) -> list[_T]:
-    """Return work(start, stop) of each block of `length` entries, in their order, whatever thread did it."""
+def each_block(length: int, block: int, work: Callable[[int, int], _T], read: bool = False) -> list[_T]:
+    """Return work(start, stop) of each block of `length` entries, in their order; `read` says that it reads them."""
     starts = range(0, length, block)
     pool = _pool.get()
 
     def run(part: range) -> list[_T]:
-        with torch.no_grad():
-            return [work(start, min(start + block, length)) for start in part]
+        return [work(start, min(start + block, length)) for start in part]
 
-    if pool is None or length < _LARGE:
+    if pool is None or length < (_LARGE if read else _SHARED):
         return run(starts)
+    if not read:
+        torch.set_num_threads(pool[1])
+        try:
+            return run(starts)
+        finally:
+            torch.set_num_threads(1)
     # some parts a thread: who is held up by other programs leaves more of them to the others
     size = -(-len(starts) // (4 * pool[1]))
     parts = [starts[i : i + size] for i in range(0, len(starts), size)]

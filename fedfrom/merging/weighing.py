@@ -9,8 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +47,11 @@ class Weighing:
     weights: Tensor
     server_lr: float
     lambda_max: float
+
+    @cached_property
+    def clients_effective(self) -> float:
+        """1 / sum w_i^2."""
+        return 1 / float(self.weights @ self.weights)
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,19 @@ class Updates:
             w = method.weights(torch.tensor(sizes, dtype=torch.float64), counts)
             largest, n = self._lambda_max(w), len(w)
             alpha = safe_lr(method.k, largest, n) if isinstance(server_lr, str) else server_lr
-            within = stable(alpha, method.k, largest, n) and float(1 / w.square().sum()) >= n / 2
-            found.append(Weighing(method, w, alpha, largest) if within or not found else found[-1])
+            weighing = Weighing(method, w, alpha, largest)
+            within = not found or (stable(alpha, method.k, largest, n) and weighing.clients_effective >= n / 2)
+            found.append(weighing if within else found[-1])
         return found
 
+    @cached_property
+    def cosines(self) -> np.ndarray | None:
+        """(n, n) float64; None where there is a sketch."""
+        return None if self.gram is None else cosines(self.gram)
+
     def _lambda_max(self, weights: Tensor) -> float:
-        if self.gram is not None:
-            return largest_eigenvalue(self.gram, weights)
+        if self.cosines is not None:
+            return largest_eigenvalue(self.cosines, weights)
         assert self.sketch is not None
         return largest_of_sketch(self.sketch, weights)
 
@@ -122,16 +135,16 @@ class Updates:
         spread : float
             sum_i w_i ||theta_i - theta*||^2, in units.
         """
-        place = torch.tensor(self.order).argsort()
-        few = self.gram is not None and len(place) <= MOST_COSINES
-        k = weighing.method.k
+        place = sorted(range(len(self.order)), key=self.order.__getitem__)
+        few = self.cosines is not None and len(place) <= MOST_COSINES
+        k, weights = weighing.method.k, weighing.weights.tolist()
         return {
             "norms": self.norms,
-            "weights": weighing.weights[place].tolist(),
-            "clients_effective": float(1 / weighing.weights.square().sum()),
+            "weights": [weights[i] for i in place],
+            "clients_effective": weighing.clients_effective,
             "interference": spread / squares if squares else 0.0,
             "lambda_max": weighing.lambda_max,
-            "cosines": cosines(self.gram)[place][:, place].tolist() if few and self.gram is not None else [],
+            "cosines": self.cosines[np.ix_(place, place)].tolist() if few and self.cosines is not None else [],
             "k": "infinity" if k == float("inf") else k,
             "server_lr": weighing.server_lr,
             "clipped": [] if all(factor == 1.0 for factor in self.factors) else self.factors,
@@ -164,18 +177,18 @@ def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
     return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
 
 
-def largest_eigenvalue(gram: Tensor, weights: Tensor) -> float:
-    """Return lambda_max of sqrt(w_i w_j) G_ij / sqrt(G_ii G_jj); zero deltas count as orthogonal to all.
+def largest_eigenvalue(cosines: np.ndarray, weights: Tensor) -> float:
+    """Return lambda_max of sqrt(w_i w_j) cos(theta_i, theta_j); zero deltas count as orthogonal to all.
 
     Parameters
     ----------
-    gram : Tensor
-        (n, n) float64 inner products of the deltas.
+    cosines : np.ndarray
+        (n, n) float64.
     weights : Tensor
         (n,) float64.
     """
-    root = weights.to(gram.device).sqrt()
-    return float(torch.linalg.eigvalsh(root[:, None] * cosines(gram) * root).max().clamp(0, 1))
+    root = np.sqrt(weights.numpy())
+    return min(1.0, max(0.0, float(np.linalg.eigvalsh(root[:, None] * cosines * root)[-1])))
 
 
 def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
@@ -203,9 +216,10 @@ def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
     return float((torch.linalg.matrix_norm(images, ord=2) ** 2).clamp(0, 1))
 
 
-def cosines(gram: Tensor) -> Tensor:
+def cosines(gram: Tensor) -> np.ndarray:
     """Return (n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
-    norms = gram.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    found = (scale[:, None] * gram * scale).clamp(-1, 1)
+    inner: np.ndarray = gram.cpu().numpy()
+    norms = np.sqrt(np.maximum(inner.diagonal(), 0))
+    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    found = np.minimum(np.maximum(scale[:, None] * inner * scale, -1), 1)
     return (found + found.T) / 2

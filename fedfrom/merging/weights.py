@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,24 +41,25 @@ def weights(
     Tensor
         (n,) float64.
     """
-    norms = torch.as_tensor(norms, dtype=torch.float64)
-    logs = torch.zeros_like(norms)
+    # a few numbers at a time, for which Python's own arithmetic is faster than any library's
+    norms = norms.tolist() if isinstance(norms, Tensor) else [float(norm) for norm in norms]
+    logs = [0.0] * len(norms)
     if examples is not None and examples_power != 0:
-        counts = torch.as_tensor(examples, dtype=torch.float64)
-        logs = examples_power * (torch.log(counts) - torch.log(counts.max()))
-    if k > 0 and float(norms.max()) > 0:
-        if k == float("inf"):
-            heard = norms >= norms.max() * (1 - _TIE)
-        else:
-            logs = logs + k * (torch.log(norms) - torch.log(norms.max()))
-            heard = norms > 0
-        # log 0 = -infinity times k is right, but set apart so that no NaN can come of it
-        logs = torch.where(heard, logs, torch.full_like(logs, -float("inf")))
-    # summed in an order of their own, so that the order of clients changes no bit
-    order = torch.argsort(logs)
-    result = torch.empty_like(logs)
-    result[order] = torch.softmax(logs[order], dim=0)
-    return result
+        most = math.log(max(examples))  # so that a large power gives minus infinity, never infinity
+        logs = [examples_power * (math.log(count) - most) for count in examples]
+    largest = max(norms)
+    if k == math.inf and largest > 0:
+        logs = [log if norm >= largest * (1 - _TIE) else -math.inf for log, norm in zip(logs, norms, strict=True)]
+    elif k > 0 and largest > 0:
+        # the norms' quotients could leave the range of a float, and log 0 is none
+        logs = [
+            log + k * (math.log(norm) - math.log(largest)) if norm > 0 else -math.inf
+            for log, norm in zip(logs, norms, strict=True)
+        ]
+    highest = max(logs)
+    shares = [math.exp(log - highest) for log in logs]
+    total = math.fsum(shares)  # exact: the order of clients changes no bit
+    return torch.tensor([share / total for share in shares], dtype=torch.float64)
 
 
 def check_weighting(k: float | str, examples_power: float, scope: str) -> None:
