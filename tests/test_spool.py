@@ -242,11 +242,11 @@ def node_of(grid: InProcessGrid, partition: int) -> int:
 
 def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path) -> None:
     class Cutting(FedFroM):
-        def _merge(self, replies: Any, sent: Any, examples: Any) -> Any:
+        def _merge(self, replies: Any, *others: Any) -> Any:
             for reply in replies:
                 if reply.node_id == node:
                     os.ftruncate(reply.state._file._file.fileno(), 1000)
-            return super()._merge(replies, sent, examples)
+            return super()._merge(replies, *others)
 
     grid = InProcessGrid(noisy, 4)
     node = node_of(grid, 2)

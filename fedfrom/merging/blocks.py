@@ -145,7 +145,7 @@ def delta_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
     norms = [math.nan] * len(pairs)
     small: dict[bool, list[int]] = {True: [], False: []}
     for i, (value, reference) in enumerate(pairs):
-        if isinstance(value, Tensor) and 0 < value.numel() <= _FEW and value.device.type == "cpu":
+        if 0 < value.numel() <= _FEW and value.device.type == "cpu":
             small[reference is None].append(i)
         else:
             norms[i] = _delta_norm(value, reference)
@@ -157,11 +157,11 @@ def delta_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
     return norms
 
 
-def _small_norms(pairs: Sequence[tuple[Any, Tensor | None]]) -> list[float]:
-    """Return the norms of small tensors in memory, whose references are all None, or all not."""
+def _small_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
+    """Return the norms of small tensors, whose references are all None, or all not."""
 
-    def row(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(torch.float64)
+    def row(tensors: Sequence[Values]) -> Tensor:
+        return torch.cat([whole(tensor).detach().reshape(-1) for tensor in tensors]).to(torch.float64)
 
     thetas = row([value for value, _ in pairs])
     if references := [reference for _, reference in pairs if reference is not None]:
