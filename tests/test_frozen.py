@@ -11,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import Result
 
+from benchmarks import bytes as measured
 from fedfrom import FedFroM, FedMerge, client, to_record
 from fedfrom.frozen import FROZEN_KEY
 from fedfrom.records import to_state_dict
@@ -259,6 +260,22 @@ def test_statistics_of_it_are_left_out_too(method: str) -> None:
     assert not grid.errors and strategy.reports[1].valid == 3 and strategy.reports[1].merge is not None
     sent = crossed(grid, "up")[0][0]["fedfrom.statistics"]
     assert sent and not any("query" in name for name in sent)
+
+
+# --- What is measured in docs/performance.md -------------------------------------------------------------------------
+
+
+def test_the_bytes_that_are_saved() -> None:
+    """Of each kind: what is sent less of is less by its own bytes, from the round on that the docs say."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30}
+    alike, unequal, *full = [rounds for _, rounds in measured.table({**sizes, "vocab_size": 50})]
+    assert unequal[0][0] == alike[0][0] == alike[0][1]
+    saved = (2 * 4 * (24 + 24)) * (12 + 8)  # of two modules' factors in float32; ranks 4 and 8 where 16 is the largest
+    for down, up in unequal[1:]:
+        assert down == up == alike[0][0] - saved
+    words = 3 * (4 * 50 * 24 + 128)
+    assert full[1] == [(down, up - words) for down, up in full[0]]
+    assert full[2][0][0] == full[0][0][0] and full[2][0][1] < full[1][0][1] / 2
 
 
 # --- Checkpoints and the rest ----------------------------------------------------------------------------------------
