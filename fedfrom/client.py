@@ -37,7 +37,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
     A PEFT adapter of a smaller rank than the global one takes its leading rows and columns, the best approximation of
     that rank; one of a larger rank keeps its own A in the rows beyond, with zero columns of B. B is rescaled where the
     client's scaling is another than the server's (which the message says when the strategy has a lora_config).
-    A message may bring the leading ones alone, once this client has said its rank: what is loaded is the same, to the bit.
+    Once this client has said its rank, a message may bring the leading ones alone: what is loaded is the same.
 
     Parameters
     ----------
