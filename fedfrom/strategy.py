@@ -188,7 +188,7 @@ class FedMerge(FedAvg):
         """Log the strategy's settings: its own, then FedAvg's."""
         settings = {
             "server_lr": self.server_lr,
-            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select")},
+            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select", "frozen")},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
             "checkpoint": self.checkpoint,
