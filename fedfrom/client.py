@@ -13,6 +13,7 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedfrom.frozen import leave_out, statistics_of, told_frozen
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
 from fedfrom.records import (
@@ -36,6 +37,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
     A PEFT adapter of a smaller rank than the global one takes its leading rows and columns, the best approximation of
     that rank; one of a larger rank keeps its own A in the rows beyond, with zero columns of B. B is rescaled where the
     client's scaling is another than the server's (which the message says when the strategy has a lora_config).
+    Once this client has said its rank, a message may bring the leading ones alone: what is loaded is the same.
 
     Parameters
     ----------
@@ -120,6 +122,8 @@ def reply(
 ) -> Message:
     """Return the reply to a train message: the model's arrays, its metrics, and for adapters the config.
 
+    Tensors that the strategy says are frozen are left out.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -140,19 +144,26 @@ def reply(
         Name of the record with the arrays.
     adapter_name : str (default: "default")
         Which adapter of a PeftModel.
+
+    Raises
+    ------
+    ValueError
+        A frozen tensor is not what was sent: training it was in vain.
     """
-    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
-    if hasattr(model, "peft_config"):
-        state = adapter_state(model, adapter_name)
+    content, frozen = RecordDict({"metrics": MetricRecord(dict(metrics))}), told_frozen(message.content)
+    is_adapter = hasattr(model, "peft_config")
+    state = adapter_state(model, adapter_name) if is_adapter else model.state_dict()
+    if is_adapter:
         modules = [name for name, layer in L.find_layers(state, "this model").items() if layer.is_adapter]
-        content[arrayrecord_key] = to_record(state)
         content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
-    else:
-        content[arrayrecord_key] = to_record(model.state_dict())
+    if frozen:
+        state = leave_out(state, frozen, to_state(model_record(message.content, arrayrecord_key), "global arrays"))
+    content[arrayrecord_key] = to_record(state)
     if as_delta:
         _to_deltas(content, message, torch.bfloat16 if as_delta is True else as_delta, arrayrecord_key)
     if statistics is not None:
-        content[STATISTICS_KEY] = to_record(statistics)
+        untrained = statistics_of(frozen)
+        content[STATISTICS_KEY] = to_record({k: value for k, value in statistics.items() if k not in untrained})
     return Message(content=content, reply_to=message)
 
 

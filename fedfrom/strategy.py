@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config
@@ -35,6 +36,7 @@ from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import stable
 from fedfrom.pulling import Arriving, send_and_receive
+from fedfrom.ranks import NodeRanks
 from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
 from fedfrom.replies import (
     RejectedReply,
@@ -57,7 +59,7 @@ _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 # what may differ between a run and the one it goes on with
 _STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
-_OWN = {"server_lr", "lora_config", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
+_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
 
 class FedMerge(FedAvg):
@@ -83,7 +85,12 @@ class FedMerge(FedAvg):
         f, how many attackers `select` reckons with in a round. Replies that are rejected before count among them.
     lora_config : LoraConfig | Mapping | None (default: None)
         The global adapter's config. Needed where clients have other ranks or alphas than it; without it all clients
-        must have the global adapter's rank, one scaling is assumed, and cancels.
+        must have the global adapter's rank, one scaling is assumed, and cancels. With it, a client of a smaller rank
+        that has replied once (`fedfrom.client`) is sent no more than the leading ranks that it uses.
+    frozen : str | Collection[str] (default: ())
+        Keys of tensors that clients never train, or patterns of them as `fnmatch` has them ("*embeddings*"). They are
+        sent with the others and stay as they are, to the bit: `fedfrom.client` sends none of them back, and what
+        other clients send of them is not looked at.
     seed : int (default: 0)
         Of the sampling of nodes, and the method's.
     node_timeout : float (default: 3600)
@@ -130,6 +137,7 @@ class FedMerge(FedAvg):
         select: str | None = None,
         attackers: int = 0,
         lora_config: Any = None,
+        frozen: str | Collection[str] = (),
         seed: int = 0,
         node_timeout: float = 3600,
         memory_budget: float | None = 4 * 2**30,
@@ -166,10 +174,12 @@ class FedMerge(FedAvg):
         self.memory_budget, self.spool, self.on_round = memory_budget, spool, on_round
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
+        self.frozen = check_frozen(frozen)
         if not isinstance(checkpoints_kept, int) or checkpoints_kept < 1:
             raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
+        self._ranks = NodeRanks()
         self._sent: Sent | None = None
         self._asked: list[Message] = []
         self._warned = False
@@ -178,7 +188,7 @@ class FedMerge(FedAvg):
         """Log the strategy's settings: its own, then FedAvg's."""
         settings = {
             "server_lr": self.server_lr,
-            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select")},
+            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select", "frozen")},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
             "checkpoint": self.checkpoint,
@@ -193,7 +203,8 @@ class FedMerge(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample nodes and send them the global arrays, which the replies will be compared with."""
-        self._sent = Sent.check(arrays, self.lora_config, self.method, self.dora)
+        cuts = self._ranks.known()
+        self._sent = Sent.check(arrays, self.lora_config, self.method, self.dora, self.frozen, cuts)
         share, least = self.fraction_train, self.min_train_nodes
         self._asked = self._messages(server_round, arrays, config, grid, MessageType.TRAIN, share, least)
         return self._asked
@@ -223,8 +234,13 @@ class FedMerge(FedAvg):
             layers = L.find_layers(arrays, "global arrays")
             modules = [name for name, layer in layers.items() if layer.is_adapter]
             content[ADAPTER_KEY] = config_to_record(self.lora_config, modules)
+        if message_type == MessageType.TRAIN and self._sent is not None and self._sent.frozen:
+            content[FROZEN_KEY] = frozen_record(self._sent.frozen)
         node_ids = self._sample(server_round, grid, message_type, share, least)
-        return [Message(content=content, message_type=message_type, dst_node_id=node_id) for node_id in node_ids]
+        return [
+            Message(RecordDict({**content, self.arrayrecord_key: own}), dst_node_id=node_id, message_type=message_type)
+            for node_id, own in self._ranks.cut(arrays, node_ids).items()
+        ]
 
     def _sample(self, server_round: int, grid: Grid, message_type: str, share: float, least: int) -> list[int]:
         """Return node ids, drawn by the seed and the round from the nodes in the order they registered."""
@@ -260,6 +276,7 @@ class FedMerge(FedAvg):
         valid, rejected = screen(
             arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
+        self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, self._sent)
         try:
             return self._aggregate(server_round, self._sent, valid, rejected, arriving)
         finally:
@@ -326,7 +343,7 @@ class FedMerge(FedAvg):
         self._warn_of_swinging(report)
         metrics = self._aggregate_train_metrics(valid, examples)
         metrics.update(found.metrics())
-        return outgoing.record(merged), metrics
+        return sent.whole(outgoing.record(merged)), metrics
 
     def _answers_for(self, error: Message) -> int:
         """Return the node that an error is about: the SuperLink says in its own name that a node is lost."""
@@ -341,7 +358,7 @@ class FedMerge(FedAvg):
         if sent.lora_config is not None:
             configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
         return {
-            "received": sent.received_by([reply.state for reply in replies]),
+            "received": sent.received_by(replies),
             "configs": configs,
             "reference_config": sent.lora_config,
             "names": [reply.who for reply in replies],
@@ -384,7 +401,7 @@ class FedMerge(FedAvg):
         return merge(
             [reply.state for reply in replies],
             sent.state,
-            self.method,
+            sent.scoring(self.method),
             examples=examples,
             norms=[reply.norms for reply in replies],
             server_lr=self.server_lr,
@@ -518,7 +535,7 @@ class FedMerge(FedAvg):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
-        self.reports, self._warned = {}, False
+        self.reports, self._warned, self._ranks = {}, False, NodeRanks()
         start, done = time.perf_counter(), -1
         with ExitStack() as stack:
             checkpoints = None
@@ -604,11 +621,12 @@ class FedMerge(FedAvg):
         A subclass that carries more adds to it, and takes it out again in `restore`.
         """
         reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
-        return {"warned": self._warned, "reports": reports}
+        return {"warned": self._warned, "reports": reports, "ranks": self._ranks.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned when the checkpoint was written."""
         self._warned = state["warned"]
+        self._ranks.restore(state["ranks"])
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
 
     def _settings(
@@ -682,7 +700,7 @@ class FedFroM(FedMerge):
         No client's update of a layer counts for more than so many times the median norm there; None: no bound.
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
-    server_lr, min_valid_replies, select, attackers, lora_config, seed, node_timeout, dora, same_base
+    server_lr, min_valid_replies, select, attackers, lora_config, frozen, seed, node_timeout, dora, same_base
         See `FedMerge`.
     memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.

@@ -109,11 +109,15 @@ class Federation:
 
     def run(self, rounds: int, **options: Any) -> tuple[list[Arrays], FedFroM]:
         """Return the global arrays of every round, the initial ones first."""
-        strategy = FedFroM(lora_config=self.server.peft_config["default"], **options)
-        result = strategy.start(self.grid, adapter(self.server), num_rounds=rounds)
+        strategy, arrays = FedFroM(lora_config=self.server.peft_config["default"], **options), list[Arrays]()
+        strategy.start(
+            self.grid,
+            adapter(self.server),
+            num_rounds=rounds,
+            evaluate_fn=lambda server_round, record: arrays.append(arrays_of(record)),  # type: ignore[func-returns-value]
+        )
         assert not self.grid.errors and not any(report.rejected for report in strategy.reports.values())
-        sent = [arrays_of(content[0]["arrays"]) for content in crossed(self.grid, "down")]
-        return [*sent, arrays_of(result.arrays)], strategy
+        return arrays, strategy
 
 
 @federations

@@ -69,6 +69,8 @@ def test_a_real_simulation(tiny_model: str, tiny_glue: str, tmp_path: Path) -> N
     for strategy in found["strategies"].values():
         assert [entry["number"] for entry in strategy["rounds"]] == [0, 1, 2]
         assert set(strategy["rounds"][2]["clients"]) == {"0", "1"}
+        down, up = ([entry[f"bytes-{way}"] for entry in strategy["rounds"][1:]] for way in ("down", "up"))
+        assert down[1] == up[1] == up[0] < down[0], "the client of rank 2 is sent two ranks once it has said so"
         assert (out / strategy["folder"] / "adapter_model.safetensors").is_file()
     assert f"Report in {out / 'report.html'}" in done.stdout and (out / "report.html").is_file()
     assert done.stderr.strip() == "", "a quiet run says nothing on stderr"

@@ -1,0 +1,106 @@
+"""Tensors that no client trains: which they are, and how clients are told not to send them back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedfrom.merging import layers as L
+
+FROZEN_KEY = "fedfrom.frozen"
+"""Name of the ConfigRecord that tells clients, in train messages, the keys that they need not send back."""
+
+
+def check_frozen(frozen: str | Collection[str]) -> tuple[str, ...]:
+    """Return key names and patterns in an order free of chance; raise ValueError where they are none."""
+    patterns = [frozen] if isinstance(frozen, str) else frozen
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"frozen: expected a collection of key names or patterns of them, found {frozen!r}")
+    return tuple(sorted(set(patterns)))
+
+
+def frozen_keys(patterns: Iterable[str], keys: Collection[str], layers: Mapping[str, L.Layer]) -> frozenset[str]:
+    """Return the keys that are frozen, spelled out.
+
+    Parameters
+    ----------
+    patterns : Iterable[str]
+        Keys, or patterns as a shell has them for file names (`fnmatch`): `*embeddings*`.
+    keys : Collection[str]
+        Of the global arrays.
+    layers : Mapping[str, Layer]
+        Their layers, LoRA's factors paired.
+
+    Raises
+    ------
+    ValueError
+        A pattern matches nothing, a LoRA module is frozen by half, or nothing is left to train.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {key for key in keys if key == pattern or fnmatchcase(key, pattern)}
+        if not matched:
+            raise ValueError(
+                f"frozen, {pattern!r}: expected a key of the global arrays or a pattern of some, such as "
+                f"{next(iter(keys), None)!r}, found none that it matches"
+            )
+        found |= matched
+    for layer in layers.values():
+        frozen = found.intersection(layer.keys.values())
+        if frozen and len(frozen) < len(layer.keys):
+            raise ValueError(
+                f"frozen, {layer.name!r}: expected all tensors of a LoRA module or none, since its update is that of "
+                f"their product, found {sorted(frozen)} alone"
+            )
+    if found and len(found) == len(keys):
+        raise ValueError("frozen: expected tensors that clients train beside the frozen ones, found none")
+    return frozenset(found)
+
+
+def frozen_record(keys: Iterable[str]) -> ConfigRecord:
+    """Return what tells a client the keys."""
+    return ConfigRecord({"keys": sorted(keys)})
+
+
+def told_frozen(content: RecordDict) -> set[str]:
+    """Return the keys that a message says are frozen."""
+    record = content.config_records.get(FROZEN_KEY, ConfigRecord())
+    keys = record.get("keys")
+    return set(map(str, keys)) if isinstance(keys, list) else set()
+
+
+def leave_out(state: Mapping[str, Tensor], frozen: Collection[str], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a client's state without its frozen tensors.
+
+    Parameters
+    ----------
+    state : Mapping[str, Tensor]
+        What the client has after its training.
+    frozen : Collection[str]
+        The keys of the frozen ones.
+    sent : Mapping[str, Tensor]
+        What it was sent: a plain tensor must still be that, in the client's dtype.
+
+    Raises
+    ------
+    ValueError
+        The client has trained a frozen tensor, which would be lost.
+    """
+    for layer in L.find_layers([key for key in state if key in frozen], "this model").values():
+        key = layer.keys.get("tensor", "")
+        if key in sent and not torch.equal(state[key].detach().cpu(), sent[key].to(state[key].dtype)):
+            raise ValueError(
+                f"this model, {key!r}: expected the values that were sent, since the strategy says it is frozen, found "
+                "others: don't train it, or leave it out of frozen="
+            )
+    return {key: tensor for key, tensor in state.items() if key not in frozen}
+
+
+def statistics_of(frozen: Collection[str]) -> set[str]:
+    """Return the names that statistics of frozen layers go by: those of modules (Gram) and keys (Fisher)."""
+    layers = L.find_layers(frozen, "this model")
+    return {*frozen, *layers, *(name.removesuffix(".weight") for name in layers)}

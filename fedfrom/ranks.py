@@ -1,0 +1,110 @@
+"""The ranks that nodes said they have, and the part of the global adapter that each is sent for it.
+
+A client of rank r loads the leading r rows and columns of the global factors (`fedfrom.client.load`): once it has said
+its rank, it is sent no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from fedfrom.merging import layers as L
+from fedfrom.merging.configs import rank_and_scaling
+from fedfrom.records import to_record, to_state
+from fedfrom.replies import Reply, Sent
+
+Ranks = Mapping[str, int]
+"""Rank by module, of the modules where it is below the global adapter's."""
+
+MOST_NODES = 10_000
+"""How many nodes' ranks are remembered: beyond, those not heard from for longest are sent everything again."""
+
+
+class NodeRanks:
+    """The ranks that nodes had in their last reply. A node that is not here is sent the global factors whole."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Ranks] = {}  # who was heard from last comes last
+
+    def known(self) -> dict[int, Ranks]:
+        """Return what is known, by node."""
+        return dict(self._known)
+
+    def hear(self, asked: Iterable[int], replies: Iterable[Reply], sent: Sent) -> None:
+        """Take over the ranks of a round's valid replies, and forget those of the other nodes that were asked.
+
+        What a node said may be why it can no longer reply: it is sent everything the next time.
+
+        Parameters
+        ----------
+        asked : Iterable[int]
+            The nodes that were sent messages.
+        replies : Iterable[Reply]
+            Those of their replies that passed every check.
+        sent : Sent
+            What they reply to.
+        """
+        waiting = set(asked)
+        for node_id in waiting:
+            self._known.pop(node_id, None)
+        if sent.lora_config is None:  # all have the global ranks
+            return
+        adapters = _adapters(sent.arrays)
+        own = L.ranks(adapters, to_state(sent.arrays))
+        read: dict[str, Ranks] = {}  # most clients have one of few configs
+        for reply in replies:
+            if reply.config is None or reply.node_id not in waiting:
+                continue
+            config = json.dumps(reply.config, sort_keys=True)
+            if config not in read:
+                ranks = {name: rank_and_scaling(reply.config, name)[0] for name in own}
+                read[config] = {name: rank for name, rank in ranks.items() if rank < own[name]}
+            if read[config]:
+                self._known[reply.node_id] = read[config]
+        while len(self._known) > MOST_NODES:
+            del self._known[next(iter(self._known))]
+
+    def cut(self, arrays: ArrayRecord, node_ids: Collection[int]) -> dict[int, ArrayRecord]:
+        """Return the global arrays that each node is sent: of factors the leading ranks, where it has fewer.
+
+        Nodes of the same ranks share a record, and all share the arrays that are not cut.
+        """
+        if self._known.keys().isdisjoint(node_ids):
+            return dict.fromkeys(node_ids, arrays)
+        state, adapters = to_state(arrays, "global arrays"), _adapters(arrays)
+        made: dict[tuple[tuple[str, int], ...], ArrayRecord] = {(): arrays}
+        found = {}
+        for node_id in node_ids:
+            ranks = {name: rank for name, rank in self._known.get(node_id, {}).items() if name in adapters}
+            key = tuple(ranks.items())
+            if key not in made:
+                leading = L.leading(state, adapters, ranks)
+                factors = to_record({k: tensor for k, tensor in leading.items() if tensor is not state[k]})
+                made[key] = ArrayRecord({**arrays, **factors})
+            found[node_id] = made[key]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Return what is known as JSON has it, each set of ranks once."""
+        objects = {id(ranks): ranks for ranks in self._known.values()}  # nodes share them
+        unique: list[Ranks] = []
+        number: dict[int, int] = {}
+        for key, ranks in objects.items():
+            if ranks not in unique:
+                unique.append(ranks)
+            number[key] = unique.index(ranks)
+        nodes = [[node_id, number[id(ranks)]] for node_id, ranks in self._known.items()]
+        return {"ranks": [dict(ranks) for ranks in unique], "nodes": nodes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self._known = {node_id: state["ranks"][number] for node_id, number in state["nodes"]}
+
+
+def _adapters(arrays: ArrayRecord) -> dict[str, L.Layer]:
+    layers = L.find_layers(arrays, "global arrays")
+    return {name: layer for name, layer in layers.items() if layer.is_adapter}
