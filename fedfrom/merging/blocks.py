@@ -28,6 +28,7 @@ _FEW = 1 << 13
 _WHOLE, _RUNS, _RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
 _SAFE = (1e-12, 1e18)
+_SMALLEST = 1e-30
 _buffers = threading.local()
 
 
@@ -333,14 +334,26 @@ def _is_finite(block: Tensor) -> bool:
     return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())
 
 
-def sampled_deltas(values: Sequence[Values], references: Sequence[Tensor | None]) -> Tensor:
-    """Return (n, m) float64: what is `sampled` of the deltas value - reference (None: zero)."""
-    rows = torch.stack([sampled(x) for x in values]).to(torch.float64)
-    read = {id(r): sampled(r).to(torch.float64) for r in references if r is not None}  # most were sent the same
+def sampled_deltas(
+    values: Sequence[Values], references: Sequence[Tensor | None], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return (n, m), in that dtype: what is `sampled` of the deltas value - reference (None: zero)."""
+    rows = torch.stack([sampled(x) for x in values]).to(dtype)
+    read = {id(r): sampled(r).to(dtype) for r in references if r is not None}  # most were sent the same
     for key, entries in read.items():
         own = [i for i, r in enumerate(references) if id(r) == key]
         rows[own if len(own) < len(rows) else slice(None)] -= entries
     return rows
+
+
+def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None], norms: Sequence[float]) -> Tensor:
+    """Return (n, n) float64: inner products of what is `sampled` of the deltas, each over its norm, or 0."""
+    narrow = all(each is None or each.dtype != torch.float64 for each in (*values, *references))
+    # float32 is twice as fast, and has the range for all but the smallest updates
+    dtype = torch.float32 if narrow and all(norm == 0 or norm > _SMALLEST for norm in norms) else torch.float64
+    rows = sampled_deltas(values, references, dtype)
+    rows *= torch.tensor([1 / norm if norm else 0.0 for norm in norms], dtype=dtype, device=rows.device)[:, None]
+    return (rows @ rows.T).to(torch.float64)
 
 
 def is_whole(values: Values) -> bool:

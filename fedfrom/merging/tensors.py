@@ -48,16 +48,19 @@ def merge_tensor(
     unit = power_of_two(clipped)
     sent, received = [values[i] for i in order], [references[i] for i in order]
     sizes = [clipped[i] / unit for i in order]
-    rows = blocks.sampled_deltas(sent, received)
-    rows *= torch.tensor([factors[i] / unit for i in order], dtype=torch.float64, device=rows.device)[:, None]
+    rows = None
+    if blocks.is_whole(values[0]):
+        rows = blocks.sampled_deltas(sent, received)
+        rows *= torch.tensor([factors[i] / unit for i in order], dtype=torch.float64, device=rows.device)[:, None]
+        gram = rows @ rows.T
+    else:
+        gram = blocks.gram_of_samples(sent, received, [norms[i] for i in order])
     key = inputs.template(name).layers[name].keys["tensor"]
-    updates = Updates(norms, factors, order, unit, sizes, (rows @ rows.T).cpu())
-    whole = rows if blocks.is_whole(values[0]) else None
-    del rows
+    updates = Updates(norms, factors, order, unit, sizes, gram)
 
     def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         if weighing.method.linear:
-            result, size, inner, finite = _linear(updates, weighing, sent, received, base, empty, whole)
+            result, size, inner, finite = _linear(updates, weighing, sent, received, base, empty, rows)
         else:
             result, size, inner, finite = _combined(inputs, name, updates, weighing, survey, sent, received, base)
         check_result(key, result, finite)

@@ -71,7 +71,8 @@ class Updates:
     sizes : list[float]
         (n,) norms after clipping.
     gram : Tensor | None
-        (n, n) float64 inner products after clipping; None where there is a sketch.
+        (n, n) float64 inner products of the updates, each times any factor above 0: only their cosines count. None
+        where there is a sketch.
     sketch : Tensor | None
         (n, m) float64 numbers of each update whose inner products are about those of the updates.
     """
