@@ -17,8 +17,8 @@ _SPACE = 32
 _STEPS = 96
 # Steps after which what is found is looked at every other time.
 _LOOK = 6
-# Rows of a matrix that are squared at a time.
-_ROWS = 256
+# Rows of a matrix that are multiplied or squared at a time.
+_PART = 512
 
 
 class Operator(NamedTuple):
@@ -41,7 +41,7 @@ class Operator(NamedTuple):
     @classmethod
     def of(cls, matrix: Tensor) -> Operator:
         """Return the operator of a matrix that is there, float32 or float64: products are summed in its dtype."""
-        energy = sum(float(rows.to(torch.float64).square().sum()) for rows in matrix.split(_ROWS))
+        energy = sum(float(rows.to(torch.float64).square().sum()) for rows in matrix.split(_PART))
         return cls(
             (matrix.shape[0], matrix.shape[1]),
             lambda V: product(matrix, V).to(torch.float64),
@@ -123,8 +123,10 @@ def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Ten
         rho = torch.linalg.vector_norm(R @ Y[m - b :, :rank], dim=0)
         most, cut = float(squares[0]), float(squares[b - 1])
         gaps = squares[:rank] - cut
-        lost = float(torch.minimum(rho.square() / gaps.clamp_min(1e-300), rho).sum())
-        apart = float(squares[rank]) < 0.99**2 * float(squares[rank - 1])
+        short = torch.minimum(rho.square() / gaps.clamp_min(1e-300), rho)
+        lost = float(short.sum())
+        # values that are not found yet are too small
+        apart = float(squares[rank]) < 0.99**2 * float(squares[rank - 1] + short[-1])
         if lost <= tolerance and (not apart or bool((rho <= near * gaps + 1e-14 * most).all())):
             # the eigenvalues' digits went with the squares: the values come of T's own columns
             U, S, P = torch.linalg.svd((Y[:, :b].T @ TQ[:m]).T, full_matrices=False)
@@ -175,5 +177,11 @@ def _beyond(T: Operator, Q: Tensor, probes: Tensor) -> float:
 
 
 def product(matrix: Tensor, few: Tensor) -> Tensor:
-    """Return matrix @ few, a few columns, in the matrix's dtype: as rows times a matrix it is up to twice as fast."""
-    return (few.T.to(matrix.dtype) @ matrix.T).T
+    """Return matrix @ few, a few columns, in the matrix's dtype.
+
+    As few rows times a matrix, some of its rows at a time where it lies by rows: up to three times as fast.
+    """
+    rows = few.T.to(matrix.dtype)
+    if matrix.stride(1) != 1:
+        return (rows @ matrix.T).T
+    return torch.cat([rows @ part.T for part in matrix.split(_PART)], dim=1).T

@@ -19,8 +19,9 @@ from fedfrom.merging.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.stack import Stack
 
 SOLVERS = ("svd", "alternating")
-# A sum with less than this share of its parts' energy is not taken from float32.
-_CANCELLED = 1e-2
+# Float32 is not taken for a sum with less than this share of its parts' energy, nor for updates with less than this
+# share of W's.
+_CANCELLED, _DWARFED = 1e-2, 1e-1
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ class Solver:
 def _by_products(target: LowRank, rank: int, scale: float, stack: Stack, parts: float) -> Leading | None:
     """Return T's leading triplets by products with it, where there are so many factors that this costs less."""
     columns, width = columns_of(rank), target.shape[1]
-    for dtype in (torch.float32, torch.float64)[0 if stack.is_narrow else 1 :]:
+    narrow = stack.is_narrow and scale >= _DWARFED * parts
+    for dtype in (torch.float32, torch.float64)[0 if narrow else 1 :]:
         T = stack.operator(target.terms, columns, dtype)
         if T is None:
             return None
