@@ -123,8 +123,8 @@ class Side:
             held = [
                 f.to(dtype) if s == 1.0 else (f / s).to(dtype) for f, s in zip(self._held.values(), scales, strict=True)
             ]
-            # an A^T goes by rows, as A lies in memory
-            by_rows = held[0].stride(0) == 1
+            # by rows, as an A lies in memory; a few B as they lie
+            by_rows = held[0].stride(0) == 1 or self.width > _PIECE
             self._columns[dtype] = torch.cat([f.T for f in held]).T if by_rows else torch.cat(held, dim=1)
         return self._columns[dtype]
 
