@@ -28,7 +28,9 @@ _ENTRIES = 1 << 21
 # Steps that an iteration for leading triplets takes on flat spectra, and what a core's Cholesky factors, products and
 # iteration take of the cube of its width: counted in multiplications, and twice where they are float64.
 _STEPS = 20
-_CORE = 5
+_CORE = 8
+# What products with the factors must save, as only they leave ||T||_F^2 to be estimated.
+_EXACT = 1.3
 # Up to so many terms all numbers are exact.
 _FEW = 32
 
@@ -411,7 +413,7 @@ def cheapest(d_out: int, d_in: int, width: int, columns: int) -> str:
     iteration = _STEPS * 2 * 2 * columns
     times = {
         "core": width**2 * both / 2 + _CORE * width**3,
-        "factors": iteration * width * both,
+        "factors": _EXACT * iteration * width * both,
         "matrix": (width + iteration) * d_out * d_in,
     }
     return min(times, key=lambda way: times[way])
