@@ -120,8 +120,6 @@ class Solver:
             cancel.
         """
         if self.solver == "svd" and isinstance(rank, int) and takes_few(target.shape, rank):
-            if stack is None or not stack.holds(target.terms):
-                stack = Stack([target.terms])
             found = _by_products(target, rank, scale, stack, parts)
             if found is not None:
                 matrix = gauge(found.U, found.S, found.Vh, rank=rows or rank, name=name)
@@ -169,9 +167,11 @@ class Solver:
         return leading_svd(C, rank, lost * scale + 1e-16 * energy, turned, start)
 
 
-def _by_products(target: LowRank, rank: int, scale: float, stack: Stack, parts: float) -> Leading | None:
+def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, parts: float) -> Leading | None:
     """Return T's leading triplets by products with it, where there are so many factors that this costs less."""
     columns, width = columns_of(rank), target.shape[1]
+    if stack is None or not stack.holds(target.terms):
+        stack = Stack([target.terms])
     narrow = stack.is_narrow and scale >= _DWARFED * parts
     for dtype in (torch.float32, torch.float64)[0 if narrow else 1 :]:
         T = stack.operator(target.terms, columns, dtype)

@@ -126,7 +126,7 @@ class Side:
                 f.to(dtype) if s == 1.0 else (f / s).to(dtype) for f, s in zip(self._held.values(), scales, strict=True)
             ]
             # by rows, as an A lies in memory; a few B as they lie
-            by_rows = held[0].stride(0) == 1 or self.width > _PIECE
+            by_rows = held[0].stride(0) == 1 or len(held) > _FEW + 1
             self._columns[dtype] = torch.cat([f.T for f in held]).T if by_rows else torch.cat(held, dim=1)
         return self._columns[dtype]
 
@@ -315,11 +315,12 @@ class Stack:
         side, once, in `dtype`. Where the factors have so many more columns than the layer that products with it cost
         less, they form it, once, d_out x d_in of `dtype`.
         """
-        X, Y, M = self.left, self.right, self.mixture(terms)
+        X, Y = self.left, self.right
         d_out, d_in = X.height, Y.height
         way = cheapest(d_out, d_in, max(X.width, Y.width), columns)
         if way == "core":
             return None
+        M = self.mixture(terms)
         left, right = X.columns_in(dtype), Y.columns_in(dtype)
         if way == "matrix" or len(terms) <= _FEW:
             formed = left.new_empty(d_out, d_in)
