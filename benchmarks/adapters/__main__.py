@@ -115,7 +115,7 @@ def growth(folder: Path, quick: bool, about: str) -> None:
     """Time and memory against clients, rank and width."""
     sweeps: dict[str, list[tuple[int, Shape, int, int]]] = {
         "clients, d = 1024, r = 8": [(n, (1024, 1024), 8, n) for n in (32, 100, 316, 1000)],
-        "clients, d = 4096, r = 8": [(n, (4096, 4096), 8, n) for n in (3, 10, 32, 100)],
+        "clients, d = 4096, r = 8": [(n, (4096, 4096), 8, n) for n in (3, 10, 32, 100, 316, 1000)],
         "rank, d = 4096, 3 clients": [(r, (4096, 4096), r, 3) for r in (4, 8, 16, 32, 64, 128, 256)],
         "d, r = 16, 3 clients": [(d, (d, d), 16, 3) for d in (256, 512, 1024, 2048, 4096, 8192)],
     }

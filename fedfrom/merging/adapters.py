@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
+from fedfrom.merging.krylov import energy_of
+from fedfrom.merging.leading import columns_of
 from fedfrom.merging.lowrank import LowRank, norms_and_cosines, random_normal
 from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
-from fedfrom.merging.solve import Solution
+from fedfrom.merging.solve import Solution, energy_probes
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
 from fedfrom.merging.stack import Stack
 from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each
@@ -52,25 +54,29 @@ class _Module:
     thetas: list[LowRank]
     updates: Updates
     stack: Stack
+    size: float  # ||W||_F in units
 
     @classmethod
     def read(cls, inputs: Inputs, name: str, survey: Survey, as_reference: bool, clip: float | None) -> _Module:
         W, products, deltas = adapter_deltas(inputs, name)
         order = summing_order(inputs, name, [_size(delta) for delta in deltas])
-        stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)])
+        sent = [*products, *([] if W is None else [W])]
+        narrow = all(term.B.dtype != torch.float64 for product in sent for term in product.terms)
+        stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)], narrow)
         few = len(order) <= MOST_COSINES  # pair by pair the time grows with the square of the clients
         found, cosines = norms_and_cosines([deltas[i] for i in order], stack, pairs=few)
         norms = check_norms([norm for _, norm in sorted(zip(order, found, strict=True))], inputs, name)
         check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         factors = clip_factors(norms, clip)
         clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-        unit = power_of_two([*clipped, 0.0 if W is None else W.norm()])
+        size = 0.0 if W is None else W.norm()
+        unit = power_of_two([*clipped, size])
         # an update within rounding of zero is zero: it must not vote with its rounding
         thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
         sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
         inner = None if cosines is None else sizes[:, None] * cosines * sizes
         updates = Updates(norms, factors, order, unit, sizes.tolist(), inner)
-        module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack)
+        module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack, size / unit)
         return module if few else replace(module, updates=replace(updates, sketch=module.sketch()))
 
     def sketch(self) -> Tensor:
@@ -99,7 +105,8 @@ class _Module:
         solution = _frozen(self.W, self.products, target, rank)
         if solution is None:
             rows = own if self.as_reference else None
-            solution = method.solve(target, rank, self.name, scale=alpha**2 * squares, rows=rows, stack=self.stack)
+            parts = self.size**2 + alpha**2 * float((coefficients * sizes).square().sum())
+            solution = method.solve(target, rank, self.name, alpha**2 * squares, rows, self.stack, parts)
             if self.inputs.template(self.name).layers[self.name].is_embedding:
                 # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
                 root = target.shape[1] ** 0.5
@@ -144,11 +151,19 @@ class _Module:
         if self.W is None and weighing.server_lr:  # T is alpha theta*
             size = solution.energy / weighing.server_lr**2
         else:
-            size = float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
+            size = self._energy(change, solution.rank)
         factor = float(
             weighing.method.coefficients(weighing.weights).sum()
         )  # theta* is so many times the weighted mean
         return size / factor if factor else 0.0, size
+
+    def _energy(self, change: LowRank, rank: int) -> float:
+        """Return ||theta*||^2, by the way that costs least; among very many clients an estimate."""
+        if self.stack.holds(change.terms):
+            operator = self.stack.operator(change.terms, columns_of(rank))
+            if operator is not None:
+                return energy_of(operator, energy_probes(change.shape[1]).to(self.stack.left.device))
+        return float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)

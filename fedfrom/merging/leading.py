@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def leading_svd(
     -----
     Rutishauser (1969), Zhou & Saad (2007). The degree is bounded so that the columns stay independent.
     """
-    if not takes_few(C, rank):
+    if not takes_few(C.shape, rank):
         return None
     V = C.T @ (C @ start)
     # formed, C^T C takes one product a degree in place of two
@@ -73,9 +74,9 @@ def leading_svd(
     return None
 
 
-def takes_few(C: Tensor, rank: int) -> bool:
+def takes_few(shape: Sequence[int], rank: int) -> bool:
     """Return whether so few triplets are asked for that iterating is worth a try."""
-    return min(C.shape) >= _SMALL and rank <= _SHARE * min(C.shape)
+    return min(shape) >= _SMALL and rank <= _SHARE * min(shape)
 
 
 def columns_of(rank: int) -> int:

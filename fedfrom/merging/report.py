@@ -31,7 +31,9 @@ class LayerReport:
     rank_out : int
         Rank that Eq. 6 was solved at; 0 for plain tensors.
     energy_dropped : float
-        Share of ||T||_F^2 that the truncation to rank_out loses, in [0, 1].
+        Share of ||T||_F^2 that the truncation to rank_out loses, in [0, 1]. Of adapters of so many clients that no
+        matrix is formed (135 on a layer of 4096 x 4096) this, `objective` with a reference and the merge's own
+        share of `interference` hold an estimate of what lies beyond the leading directions, some percent off at most.
     objective : float
         Eq. 6 (for plain tensors Eq. 5's): sum_i w_i ||merged - T_i||_F^2.
     excess : float

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedfrom.merging.krylov import Operator, product
 from fedfrom.merging.report import power_of_two
 
 # Columns that lie this near (squared, relative) to the span of those before them are too near for Gram matrices, which
@@ -24,6 +25,14 @@ _PIECE = 128
 _SUM = 1 << 11
 # Entries of the matrices that are formed at a time where Gram matrices would cost more.
 _ENTRIES = 1 << 21
+# Steps that an iteration for leading triplets takes on flat spectra, and what a core's Cholesky factors, products and
+# iteration take of the cube of its width: counted in multiplications, and twice where they are float64.
+_STEPS = 20
+_CORE = 8
+# What products with the factors must save, as only they leave ||T||_F^2 to be estimated.
+_EXACT = 1.3
+# Up to so many terms all numbers are exact.
+_FEW = 32
 
 
 class Term(NamedTuple):
@@ -51,7 +60,9 @@ class Mixture(NamedTuple):
         return self._replace(values=self.values * factor)
 
     def times(self, right: Tensor, rows: int) -> Tensor:
-        """Return M @ right, (rows, any); new memory."""
+        """Return M @ right, (rows, any), in right's dtype; new memory."""
+        if self.values.dtype != right.dtype:
+            return self._replace(values=self.values.to(right.dtype)).times(right, rows)
         if rows == len(right) and _are_all(self.rows, rows) and _are_all(self.columns, rows):
             return self.values[:, None] * right
         result = right.new_zeros(rows, right.shape[1])
@@ -71,9 +82,11 @@ class Side:
     ----------
     factors : Iterable[Tensor]
         At least one, of one d and device, floating point.
+    narrow : bool (default: False)
+        Float32 tells all of them apart, though some are float64: what changed in factors of less.
     """
 
-    def __init__(self, factors: Iterable[Tensor]) -> None:
+    def __init__(self, factors: Iterable[Tensor], narrow: bool = False) -> None:
         widest: dict[tuple, Tensor] = {}
         for factor in factors:
             key = _place(factor)
@@ -82,45 +95,59 @@ class Side:
         self._held = widest
         self.width = sum(factor.shape[1] for factor in widest.values())
         self.height = next(iter(widest.values())).shape[0]
-        narrow = all(factor.dtype != torch.float64 for factor in widest.values())
-        self._in_single = narrow and self.width > _PIECE
+        none = all(factor.dtype != torch.float64 for factor in widest.values())
+        self.is_narrow = narrow or none
+        self._in_single = none and self.width > _PIECE
         self._found: dict[tuple, tuple[int, float]] = {}
         start = 0
         for key, factor in widest.items():
-            wide = self._in_single or factor.dtype == torch.float64
+            wide = self.width > _PIECE or factor.dtype == torch.float64
             self._found[key] = start, power_of_two([float(factor.abs().amax())]) if wide else 1.0
             start += factor.shape[1]
-        self._columns: Tensor | None = None
-        self._single: Tensor | None = None
+        self._columns: dict[torch.dtype, Tensor] = {}
         self._gram: Tensor | None = None
         self._basis: Basis | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return next(iter(self._held.values())).device
 
     def place(self, factor: Tensor) -> tuple[int, float] | None:
         """Return where a factor's columns start in F, and what they are to be multiplied by; None: it is not in F."""
         key = _place(factor)
         return self._found[key] if key in self._found and self._held[key].shape[1] >= factor.shape[1] else None
 
+    def columns_in(self, dtype: torch.dtype) -> Tensor:
+        """Return F, float32 or float64."""
+        if dtype not in self._columns:
+            scales = [scale for _, scale in self._found.values()]
+            held = [
+                f.to(dtype) if s == 1.0 else (f / s).to(dtype) for f, s in zip(self._held.values(), scales, strict=True)
+            ]
+            # by rows, as an A lies in memory; a few B as they lie
+            by_rows = held[0].stride(0) == 1 or len(held) > _FEW + 1
+            self._columns[dtype] = torch.cat([f.T for f in held]).T if by_rows else torch.cat(held, dim=1)
+        return self._columns[dtype]
+
     @property
     def columns(self) -> Tensor:
         """F, float64."""
-        if self._columns is None:
-            self._columns = self._side_by_side().to(torch.float64)
-        return self._columns
+        return self.columns_in(torch.float64)
 
     @property
     def single(self) -> Tensor:
         """F, float32 where its Gram matrix is summed so: what goes with that matrix."""
-        if not self._in_single:
-            return self.columns
-        if self._single is None:
-            self._single = self._side_by_side().to(torch.float32)
-        return self._single
+        return self.columns_in(torch.float32 if self._in_single else torch.float64)
 
-    def _side_by_side(self) -> Tensor:
-        scales = [scale for _, scale in self._found.values()]
-        held = [f if s == 1.0 else f / s for f, s in zip(self._held.values(), scales, strict=True)]
-        # an A^T goes by rows, as A lies in memory
-        return torch.cat([f.T for f in held]).T if held[0].stride(0) == 1 else torch.cat(held, dim=1)
+    def some(self, places: Tensor) -> Tensor:
+        """Return columns of F, (some, entries, d) float64 of places (some, entries); new memory."""
+        F = self.columns_in(torch.float32 if self._in_single else torch.float64)
+        flat = places.flatten()
+        start = int(flat[0])
+        if _are_all(flat - start, len(flat)):  # a slice: several times as fast
+            return F[:, start : start + len(flat)].to(torch.float64).T.unflatten(0, places.shape)
+        return F.T[places].to(torch.float64)
 
     @property
     def gram(self) -> Tensor:
@@ -228,16 +255,23 @@ class Stack:
     ----------
     matrices : Iterable[Sequence[Term]]
         At least one term in all.
+    narrow : bool (default: False)
+        See `Side`.
     """
 
-    def __init__(self, matrices: Iterable[Sequence[Term]]) -> None:
+    def __init__(self, matrices: Iterable[Sequence[Term]], narrow: bool = False) -> None:
         terms = [term for matrix in matrices for term in matrix]
-        self.left, self.right = Side(term.B for term in terms), Side(term.A.T for term in terms)
+        self.left, self.right = Side((t.B for t in terms), narrow), Side((t.A.T for t in terms), narrow)
 
     @property
     def is_wide(self) -> bool:
         """Whether the factors have so many columns that forming a matrix costs less than their Gram matrices."""
         return is_wide(self.left.height, self.right.height, max(self.left.width, self.right.width))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether float32 tells all factors apart."""
+        return self.left.is_narrow and self.right.is_narrow
 
     def holds(self, terms: Sequence[Term]) -> bool:
         """Whether all factors of a matrix are in the stack."""
@@ -274,6 +308,30 @@ class Stack:
         left, right = self.left.basis, self.right.basis
         return Core(left, left.R @ self.mixture(terms).times(right.R.T, self.left.width), right)
 
+    def operator(self, terms: Sequence[Term], columns: int, dtype: torch.dtype = torch.float64) -> Operator | None:
+        """Return a matrix that the stack holds as products with so many columns; None where its core costs less.
+
+        Where there are many clients and the layer is large, no matrix is formed: memory is that of the factors side by
+        side, once, in `dtype`. Where the factors have so many more columns than the layer that products with it cost
+        less, they form it, once, d_out x d_in of `dtype`.
+        """
+        X, Y = self.left, self.right
+        d_out, d_in = X.height, Y.height
+        way = cheapest(d_out, d_in, max(X.width, Y.width), columns)
+        if way == "core":
+            return None
+        M = self.mixture(terms)
+        left, right = X.columns_in(dtype), Y.columns_in(dtype)
+        if way == "matrix" or len(terms) <= _FEW:
+            formed = left.new_empty(d_out, d_in)
+            half = M.times(right.T, X.width)
+            return Operator.of(torch.matmul(left, half, out=formed))
+        return Operator(
+            (d_out, d_in),
+            lambda V: product(left, M.times(product(right.T, V), X.width)).to(torch.float64),
+            lambda U: product(right, M.T.times(product(left.T, U), Y.width)).to(torch.float64),
+        )
+
     def inner(self, mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor]:
         """Return the inner products of n matrices, (n, n) float64, and what their norms are at most, (n,).
 
@@ -297,7 +355,7 @@ class Stack:
         """Return n matrices' squared norms, (n,) float64, and what their norms are at most: time linear in n."""
         found = []
         for some in _batches(mixtures):
-            left, right = self.left.columns.T[some.rows], self.right.columns.T[some.columns]
+            left, right = self.left.some(some.rows), self.right.some(some.columns)
             grams = [factors @ factors.mT for factors in (left, right)]
             lengths = [gram.diagonal(dim1=1, dim2=2).sqrt() for gram in grams]
             values = some.values[:, None]
@@ -308,7 +366,11 @@ class Stack:
 
     def sketch(self, mixtures: Sequence[Mixture], left: Tensor, right: Tensor) -> Tensor:
         """Return (n, a b) float64: P M_i Q of n matrices, P (a, d_out) and Q (d_in, b); time linear in n."""
-        left, right = left @ self.left.columns, right.T @ self.right.columns
+        dtype = torch.float32 if self.is_narrow else torch.float64
+        left, right = (
+            (some.to(dtype) @ side.columns_in(dtype)).to(torch.float64)
+            for some, side in ((left, self.left), (right.T, self.right))
+        )
         found = [(left.T[some.rows].mT * some.values[:, None]) @ right.T[some.columns] for some in _batches(mixtures)]
         return torch.cat(found).flatten(1)
 
@@ -328,6 +390,34 @@ class Stack:
 def is_wide(d_out: int, d_in: int, columns: int) -> bool:
     """Return whether factors of so many columns cost more as Gram matrices than the (d_out, d_in) matrix itself."""
     return columns * (d_out + d_in) > d_out * d_in
+
+
+def cheapest(d_out: int, d_in: int, width: int, columns: int) -> str:
+    """Return the way to the leading triplets of a matrix of stacked factors that takes the least time.
+
+    Parameters
+    ----------
+    d_out, d_in : int
+        Of the matrix.
+    width : int
+        Columns of the stacked factors.
+    columns : int
+        Of one product in an iteration for the leading triplets.
+
+    Returns
+    -------
+    str
+        "core", by Gram matrices; "factors", by products with the factors; "matrix", by products with the matrix.
+    """
+    both = d_out + d_in
+    # a step of the iteration is two products, which with few columns run at half the speed
+    iteration = _STEPS * 2 * 2 * columns
+    times = {
+        "core": width**2 * both / 2 + _CORE * width**3,
+        "factors": _EXACT * iteration * width * both,
+        "matrix": (width + iteration) * d_out * d_in,
+    }
+    return min(times, key=lambda way: times[way])
 
 
 def _batches(mixtures: Sequence[Mixture], size: int = 64) -> Iterator[Mixture]:

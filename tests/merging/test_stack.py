@@ -184,7 +184,7 @@ def test_leading_triplets_are_those_of_the_full_svd(spectrum: str, shape: tuple[
     }[spectrum]
     U, V = (torch.linalg.qr(normal(d, m, g=g)).Q for d in shape)
     C = (U * S) @ V.T
-    assert takes_few(C, r)
+    assert takes_few(C.shape, r)
     found = leading_svd(C, r, 1e-14, 1e-12, normal(shape[1], columns_of(r), g=g))
     if found is None:  # the full SVD is taken
         assert spectrum in ("equal", "steps", "0.999^j")
