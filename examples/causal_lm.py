@@ -55,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return client.reply(net, message, metrics={"num-examples": 240, "loss": sum(losses) / len(losses)})
 
 

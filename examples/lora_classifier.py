@@ -54,7 +54,7 @@ def train(message: Message, context: Context) -> Message:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     metrics = MetricRecord({"num-examples": 320, "loss": sum(losses) / len(losses)})
     content = {"arrays": ArrayRecord(get_peft_model_state_dict(net)), "metrics": metrics}
     return Message(RecordDict(content), reply_to=message)

@@ -184,7 +184,15 @@ def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayr
 
 
 def adapter_state(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Return a PeftModel's adapter as its state dict, without asking the Hub about embeddings."""
+    """Return a PeftModel's adapter as its state dict, without asking the Hub about embeddings.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        Holds the adapter.
+    adapter_name : str (default: "default")
+        Which of its adapters.
+    """
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

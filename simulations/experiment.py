@@ -101,18 +101,28 @@ class Experiment:
 
         With several tasks, each task's metrics carry its name, and "score" and "loss" are means over tasks.
         """
-        return self._scores(state, self.held_out)
+        models.load_trained_state(self.model, state)
+        return self.evaluate_model(self.model)
 
     def validate(self, state: Mapping[str, Tensor]) -> float:
         """Return the score of a global state on the examples set apart by `--validation-examples`."""
-        return self._scores(state, self.validation)["score"]
-
-    def _scores(self, state: Mapping[str, Tensor], examples: list[Tokens]) -> Scores:
         models.load_trained_state(self.model, state)
+        return self._scores(self.model, self.validation)["score"]
+
+    def evaluate_model(self, model: nn.Module) -> Scores:
+        """Return what `evaluate` does, of any model with this run's outputs."""
+        return self._scores(model, self.held_out)
+
+    def client_model(self, client: int) -> nn.Module:
+        """Return a model as a client's, at its rank."""
+        head = models.Head(self.tasks[0].num_labels, self.tasks[0].regression)
+        return models.build(self.options, head, self.options.client_rank(client))
+
+    def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
         # The clients wait meanwhile: all cores are free. One worker feeds a GPU best.
         workers = training.cores() if training.device().type == "cpu" else 1
         each = [
-            training.evaluate(self.model, tokens, task.name, workers)
+            training.evaluate(model, tokens, task.name, workers)
             for tokens, task in zip(examples, self.tasks, strict=True)
         ]
         if len(each) == 1:

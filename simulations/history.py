@@ -46,6 +46,7 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     reports: dict[int, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    client_states: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # --save-clients: by partition id
     wall_seconds: float = 0.0
 
     @property

@@ -86,6 +86,7 @@ class Options:
     seed: int = option(0, "Fixes partition, initial weights, batches and dropout.")
     federated_evaluation: bool = option(False, "Also evaluate on a tenth of each client's data, kept out of training.")
     target: float | None = option(None, "Score whose first round is reported. [default: 0.08 above a constant answer]")
+    save_clients: bool = option(False, "Also save each client's adapter of the last round, in STRATEGY-clients.")
     out: str = option("results/simulation", "Results folder; an earlier result in it is replaced at the end.")
     processes: int = option(0, "Client processes at a time, 0: one a core.")
     gpus_per_client: float = option(0.5, "Share of a GPU for a client process, where there is a GPU.")

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any
 from fedfrom.pages.report import PAGE, write_report
 from fedfrom.pages.runs import FILE, FORMAT, BadRuns, folder_name
 from simulations.errors import BadInput
+from simulations.options import Options
 
 PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers", "datasets", "ray")
 
@@ -62,7 +63,10 @@ class Folder:
         if experiment.shares:  # empty where each site holds its own
             figures.draw_partition(experiment, self._staging / "partition.png")
         for history in histories:
-            save_model(experiment, history, self._staging / folder_name(history.label))
+            save_model(experiment.options, experiment.model, history.state, self._staging / folder_name(history.label))
+            for client, state in history.client_states.items():
+                model = experiment.client_model(client)
+                save_model(experiment.options, model, state, client_folder(self._staging, history.label, client))
         for path in self._staging.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors leaves them to their owner alone
         previous = self._staging.with_name(self._staging.name + "-previous")
@@ -83,18 +87,36 @@ def write_page(folder: Path) -> str:
         return f"No report: {error}"
 
 
-def save_model(experiment: Any, history: Any, folder: Path) -> None:
-    """Write a strategy's final weights: a PEFT adapter, or model.safetensors for full fine-tuning."""
+def client_folder(run: Path, label: str, client: int) -> Path:
+    """Return where `--save-clients` leaves what a client sent in a strategy's last round."""
+    return run / f"{folder_name(label)}-clients" / f"client-{client}"
+
+
+def save_model(options: Options, model: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Write weights that travelled as a PEFT adapter, or for full fine-tuning as a checkpoint.
+
+    Parameters
+    ----------
+    options : Options
+        Say which of the two.
+    model : nn.Module
+        Of these options, at the state's rank; the state is loaded into it.
+    state : Mapping[str, Tensor]
+        What `models.trained_state` returned.
+    folder : Path
+        A new folder.
+    """
     from safetensors.torch import save_file
 
     from simulations import models
 
-    folder.mkdir()
-    models.load_trained_state(experiment.model, history.state)
-    model = experiment.model.cpu()
-    if experiment.options.full:
-        state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir(parents=True)
+    models.load_trained_state(model, state)
+    model = model.cpu()
+    if options.full:
+        weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        model.config.to_json_file(folder / "config.json")
         return
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
@@ -115,11 +137,6 @@ def load_model(folder: str | Path, strategy: str) -> Any:
     BadInput
         The folder has no results, or not of this strategy, or its base model is gone.
     """
-    from safetensors.torch import load_file
-
-    from simulations import models
-    from simulations.options import Options
-
     try:
         found = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
         options, names = Options.from_mapping(found["options"]), found["tasks"][0]["labels"]
@@ -127,16 +144,48 @@ def load_model(folder: str | Path, strategy: str) -> Any:
         found["strategies"][strategy]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder}: no results of strategy {strategy} ({type(error).__name__}: {error})") from None
+    return load_weights(options, len(names), weights)
+
+
+def load_weights(options: Options, labels: int, weights: Path) -> Any:
+    """Return the model of a folder with a PEFT adapter or a checkpoint, on the base model of a run.
+
+    Parameters
+    ----------
+    options : Options
+        The run's.
+    labels : int
+        Number of classes of its tasks, 0 for regression.
+    weights : Path
+        What a run saved, or a merge of it, at any rank.
+
+    Raises
+    ------
+    BadInput
+        The folder holds no weights of the run's kind, or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from simulations import models
+
     name = "model.safetensors" if options.full else "adapter_model.safetensors"
     if not (weights / name).is_file():  # PEFT would look for a pickle
         raise BadInput(f"{weights}: expected {name}, found none")
-    base = models.base_model(options, models.Head(len(names) or 1, not names))
-    if options.full:
-        base.load_state_dict(load_file(weights / name))
-        return base
-    from peft import PeftModel
+    base = models.base_model(options, models.Head(labels or 1, not labels))
+    try:
+        if options.full:
+            base.load_state_dict(load_file(weights / name))
+            return base
+        from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(weights))
+        return PeftModel.from_pretrained(base, str(weights))
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise BadInput(f"{weights}: expected weights of the run's model, found {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def summary(experiment: Any, histories: Sequence[Any]) -> dict[str, Any]:

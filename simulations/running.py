@@ -62,6 +62,7 @@ def run(options: Options) -> Path:
     narrator.say(
         f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
         f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"
+        f"{', and each client' + chr(39) + 's' if experiment.options.save_clients else ''}"
     )
     narrator.say(write_page(folder.path))
     return folder.path

@@ -209,6 +209,8 @@ class Recorder:
             entry.weights = client_weights(report, self._client_of_node)
             entry.distance_from_mean = self._distance_from_mean(state)
             self._before = state
+            if self.experiment.options.save_clients:
+                self.history.client_states = self._client_states()
         self.history.rounds.append(entry)
         self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric, self._seconds_left())
         self._counting.down = self._counting.up = 0
@@ -220,6 +222,15 @@ class Recorder:
         states = [next(iter(content.array_records.values())).to_torch_state_dict() for content in replies]
         examples = [float(content.metric_records["metrics"]["num-examples"]) for content in replies]  # type: ignore[arg-type]
         return distance_from_mean(self._before, states, examples, state)
+
+    def _client_states(self) -> dict[int, dict[str, Any]]:
+        """Return what each client of this round sent."""
+        found = {
+            self._client_of_node[reply.metadata.src_node_id]: next(iter(reply.content.array_records.values()))
+            for reply in self._replies
+            if reply.has_content()
+        }
+        return {client: found[client].to_torch_state_dict() for client in sorted(found)}
 
     def _seconds_left(self) -> float:
         done, rounds = self.history.rounds[1:], self.experiment.options.rounds

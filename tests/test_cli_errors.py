@@ -125,6 +125,8 @@ def test_a_faulty_input_is_named(tmp_path, capsys, name, command):
 
 def test_what_the_remedies_say_works(tmp_path, capsys):
     inputs = adapters(tmp_path)
+    assert "share of the energy such as 0.99" in refused(capsys, "merge", str(tmp_path / "r"), *inputs, "--rank", "200")
+    done(capsys, "merge", str(tmp_path / "r"), *inputs, "--rank", "0.99")
     change(inputs[1], base_model_name_or_path="owner/other", init_lora_weights="pissa")
     change(inputs[0], init_lora_weights="pissa")
     refused(capsys, "merge", str(tmp_path / "out"), *inputs)
@@ -145,7 +147,7 @@ def test_what_the_remedies_say_works(tmp_path, capsys):
         (["--option", "k=auto", "--method", "from"], "validate="),
         (["--rank", "0"], "rank: expected an int >= 1"),
         (["--rank", "1.5"], "rank: expected an int >= 1"),
-        (["--rank", "200"], "expected at most 12"),
+        (["--rank", "200"], "'base_model.model.layer.0.q': expected at most 12"),
         (["--solver", "magic"], "svd, alternating"),
         (["--scope", "world"], "layer, model"),
         (["--method", "tyes"], "found 'tyes'"),

@@ -1,7 +1,9 @@
 """The documentation: every link leads somewhere, every Python block runs, every command named is there."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,55 @@ def test_options_of_fedfrom_are_there(path: Path) -> None:
         if words[:1] == ["fedfrom"]:
             options = {option for parameter in group.commands[words[1]].params for option in parameter.opts}
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
+
+
+def test_the_page_on_the_command_line_has_every_command_and_option_and_no_others() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    group: Any = typer.main.get_command(cli.app)
+    top, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    pages = {name.removeprefix("fedfrom "): section for name, _, section in (s.partition("\n") for s in sections)}
+    assert set(group.commands) == {name for name in pages if name != "Simulations"}
+    for name, command in {"": group, **group.commands}.items():
+        section = BLOCK.sub("", pages[name] if name else top)
+        named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", section))
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        assert named - {"--help"} == options, name
+        for row in re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", section, re.MULTILINE):
+            (parameter,) = [p for p in command.params if f"--{row[0]}" in p.opts]
+            known = parameter.default if isinstance(parameter.default, str) else None
+            assert known is None or float_or(known) == float_or(row[1].strip("` ")), row
+
+
+def float_or(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.slow
+@pytest.mark.simulation
+@pytest.mark.timeout(900)
+def test_a_simulations_adapters_merged_on_disk_score_what_its_report_says(tmp_path: Path) -> None:
+    """The quick start's own commands, on MiniLM and Ray; `make` and the environment apart, which are here already."""
+    (block,) = [code for code in blocks(ROOT / "docs" / "quick-start.md", "sh") if "--save-clients" in code]
+    simulate, activate, merge, evaluate = block.splitlines()
+    assert activate == ". .venv/bin/activate"
+    arguments = shlex.split(simulate.removeprefix("make simulate ARGS=").strip('"'))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("simulations", *arguments)
+    words = shlex.split(merge)
+    clients = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob(words[3]))
+    assert len(clients) == 2 and words[0] == "fedfrom"
+    run(*words[:3], *clients, *words[4:])
+    lines = run(*shlex.split(evaluate)[2:]).splitlines()
+    (history,) = json.loads((tmp_path / "runs/first/results.json").read_text())["strategies"].values()
+    assert [line.split()[0] for line in lines] == [f"{history['final']:.6f}"] * 2
+    assert lines[1].split()[1] == "runs/merged"

@@ -19,6 +19,7 @@ from fedfrom.files.errors import BadInput
 from fedfrom.files.inspection import stable_rank
 from fedfrom.files.output import Output
 from fedfrom.files.tensors import DTYPES, Spec, Tensors, Writer
+from fedfrom.merging.blocks import sampled
 from fedfrom.merging.lowrank import LowRank
 from tests import folders
 
@@ -112,14 +113,60 @@ def test_threads_read_one_after_the_other(tmp_path, monkeypatch):
     assert all(torch.equal(value, state[key]) for key, value in zip(state, found, strict=True)) and max(most) == 1
 
 
+@pytest.mark.parametrize("wide", [None, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.bool])
+@pytest.mark.parametrize("shape", [(1 << 16,), ((1 << 16) + 1,), (517, 300, 2), (), (0, 3)])
+def test_a_tensor_is_read_a_block_at_a_time(tmp_path, monkeypatch, shape, dtype, wide):
+    monkeypatch.setattr("fedfrom.files.tensors._LARGE", 0)
+    tensor = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    save_file({"before": torch.ones(3), "a": tensor}, tmp_path / "a.safetensors")
+    tensors = Tensors({tmp_path / "a.safetensors": None})
+    tensors.wide = wide
+    reader, whole = tensors.reader("a"), tensors["a"].reshape(-1)
+    assert not isinstance(reader, torch.Tensor) and tensors._last is not None and reader.shape == shape
+    assert reader.dtype == whole.dtype == (wide if wide is not None and dtype.is_floating_point else dtype)
+    for start, stop in [(0, len(whole)), (len(whole) // 3, len(whole) // 2)]:
+        for out in (None, torch.empty(stop - start, dtype=reader.dtype)):
+            found = reader.read(start, stop, out)
+            assert torch.equal(found, whole[start:stop]) and (out is None or found is out)
+    assert torch.equal(reader.sample(), sampled(whole))
+
+
+def test_small_tensors_are_read_as_a_whole(tmp_path):
+    save_file({"small": torch.ones(1000), "large": torch.zeros(1 << 10, 1 << 10)}, tmp_path / "a.safetensors")
+    tensors = Tensors({tmp_path / "a.safetensors": None})
+    assert torch.equal(tensors.reader("small"), torch.ones(1000))
+    assert not isinstance(tensors.reader("large"), torch.Tensor)
+
+
+@pytest.mark.parametrize("change", ["cut", "gone", "other"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, change):
+    monkeypatch.setattr("fedfrom.files.tensors._LARGE", 0)
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    tensors = Tensors({path: None})
+    if change == "cut":
+        reader = tensors.reader("a")
+        os.truncate(path, 200)
+        with pytest.raises(BadInput, match="a.safetensors, 'a': expected a readable tensor"):
+            reader.read(0, 1000)
+        return
+    path.unlink() if change == "gone" else save_file({"b": torch.ones(1000)}, path)
+    with pytest.raises(BadInput, match=r"a.safetensors: expected .* changed meanwhile"):
+        tensors.reader("a")
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
-def test_a_checkpoint_of_many_shards_holds_one_file_open(tmp_path):
+def test_a_checkpoint_of_many_shards_holds_one_file_open(tmp_path, monkeypatch):
     state = {f"{i}": folders.normal(3, seed=i) for i in range(60)}
     name = folders.write_checkpoint(tmp_path / "model", state, 30)
     before = len(list(Path("/proc/self/fd").iterdir()))
     model = F.open_model(name)
     assert all(torch.equal(model.tensors[key], value) for key, value in state.items())
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    monkeypatch.setattr("fedfrom.files.tensors._LARGE", 0)
+    assert all(torch.equal(model.tensors.reader(key).read(0, 3), value) for key, value in state.items())
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2, "and one that blocks are read of"
 
 
 HEADERS = {

@@ -1,4 +1,4 @@
-"""Folders in, a folder out: the merge of `fedfrom merge`, one layer in memory at a time."""
+"""Folders in, a folder out: the merge of `fedfrom merge`, one layer in memory at a time, the inputs' by blocks."""
 
 from __future__ import annotations
 
@@ -141,8 +141,9 @@ def merge_folders(
 ) -> MergeReport:
     """Merge adapters or checkpoints on disk into a new folder, which PEFT or transformers load.
 
-    A checkpoint is written a tensor at a time, in the first input's files: of all models one layer is in memory. An
-    adapter, which is small, is written at the end, when its ranks are known.
+    A checkpoint is written a tensor at a time, in the first input's files: of all models one layer is in memory, and of
+    the inputs' large tensors blocks alone where the method is an average or FroM. An adapter, which is small, is
+    written at the end, when its ranks are known.
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import threading
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedfrom.files.errors import BadInput
+from fedfrom.merging.blocks import _RUN, _RUNS, Values, sampled
 
 # the names that safetensors gives dtypes; what is not here can't be merged
 DTYPES = {
@@ -35,6 +37,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24  # bytes written at once
+_LARGE = 1 << 20  # entries from which on memory costs more than reading twice, and a thousand places for a sample
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,92 @@ class Spec:
         return f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.blocks.Reader`.
+
+    Attributes
+    ----------
+    file : _File
+        Where it lies, and `start` the byte there.
+    shape : torch.Size
+        Its shape.
+    dtype : torch.dtype
+        What its entries are read as; they are `stored` in the file.
+    device : torch.device
+        Where they are read to.
+    """
+
+    file: _File
+    key: str
+    start: int
+    shape: torch.Size
+    stored: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+
+    def numel(self) -> int:
+        """Return how many entries it has."""
+        return self.shape.numel()
+
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the entries from `start` to `stop` in C order; in `out`, flat and of this dtype, where given."""
+        direct = out is not None and out.dtype == self.stored and out.device.type == "cpu"
+        read = out if out is not None and direct else torch.empty(stop - start, dtype=self.stored)
+        self.file.read_into(read, self.start + start * self.stored.itemsize, self.key)
+        if out is None:
+            return read.to(self.device, self.dtype)
+        return out if read is out else out.copy_(read)
+
+    def sample(self) -> Tensor:
+        """Return what `fedfrom.merging.blocks.sampled` does of all its entries; no others are read."""
+        numel = self.numel()
+        size = sampled(torch.empty(1).expand(numel)).numel()
+        if size == numel:
+            return self.read(0, numel)
+        out, step = torch.empty(size, dtype=self.stored), numel // _RUNS
+        for i, run in enumerate(out.split(_RUN)):
+            self.file.read_into(run, self.start + i * step * self.stored.itemsize, self.key)
+        return out.to(self.device, self.dtype)
+
+
+class _File:
+    """A safetensors file that is read at any place, from many threads at once; closed when nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
+            (length,) = struct.unpack("<Q", os.pread(self._file.fileno(), 8, 0))
+            self._header: dict[str, Any] = json.loads(os.pread(self._file.fileno(), length, 8))
+        except (OSError, ValueError, struct.error) as error:  # safetensors has read it before
+            raise BadInput(f"{path}: expected a readable file, found {error}: was it changed meanwhile?") from None
+        self._data = 8 + length
+
+    def start(self, key: str) -> int:
+        """Return the place of a tensor's first byte."""
+        try:
+            return self._data + int(self._header[key]["data_offsets"][0])
+        except (LookupError, TypeError):
+            raise BadInput(f"{self.path}: expected {key!r}, found it gone: was the file changed meanwhile?") from None
+
+    def read_into(self, out: Tensor, start: int, key: str) -> None:
+        """Fill a tensor with the bytes from `start` on, or raise BadInput."""
+        rest = memoryview(out.view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
+        while len(rest):  # a read may give less than was asked for
+            try:
+                found, reason = os.preadv(self._file.fileno(), [rest], start), "its end"
+            except OSError as error:
+                found, reason = 0, error.strerror or str(error)
+            if not found:
+                raise BadInput(
+                    f"{self.path}, {key!r}: expected a readable tensor, found {reason}: was it changed meanwhile?"
+                )
+            rest, start = rest[found:], start + found
+
+
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by key, read when asked for.
+    """The tensors of safetensors files by key, read when asked for: whole, or a block at a time through `reader`.
 
     Nothing is kept but the tensor read last; one that its reader still holds is handed out again, not read again.
     Several threads may ask at once.
@@ -85,6 +172,8 @@ class Tensors(Mapping[str, Tensor]):
         self._last: Tensor | None = None
         self._lock = threading.Lock()
         self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        self._files: weakref.WeakValueDictionary[Path, _File] = weakref.WeakValueDictionary()
+        self._recent: _File | None = None  # open until another is read
         for path, keys in files.items():
             self._add(path, keys)
 
@@ -131,6 +220,17 @@ class Tensors(Mapping[str, Tensor]):
                 self._held[key] = tensor
             self._last = tensor
             return tensor
+
+    def reader(self, key: str) -> Values:
+        """Return what reads a large tensor a block at a time, and keeps nothing of it; a small one itself."""
+        path, spec = self.file_of[key], self.specs[key]
+        if math.prod(spec.shape) < _LARGE:
+            return self[key]
+        with self._lock:
+            self._recent = file = self._files.get(path) or _File(path)
+            self._files[path] = file
+        kinds = spec.dtype, self.spec(key).dtype
+        return StoredTensor(file, key, file.start(key), torch.Size(spec.shape), *kinds, torch.device(self.device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

@@ -285,7 +285,10 @@ def _rank(
         return min(asked, own)
     limit = max(min(shape), own, *(product.rank for product in products))
     if asked > limit:
-        raise ValueError(f"rank, {name!r}: expected at most {limit} for a matrix of shape {shape}, found {asked}")
+        raise ValueError(
+            f"rank, {name!r}: expected at most {limit} for a matrix of shape {shape}, found {asked}: give a smaller "
+            "rank, or a share of the energy such as 0.99, which fits every layer"
+        )
     return min(asked, *shape)
 
 

@@ -39,6 +39,17 @@ class FroM(ProductMethod):
         What k="auto" chooses from.
     rank, solver, iterations, tolerance, seed
         How adapters are solved back to a rank: see `Solver`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedfrom import FroM, merge
+    >>> states = [{"w": torch.ones(4)}, {"w": 3 * torch.ones(4)}]
+    >>> merged, report = merge(states, {"w": torch.zeros(4)}, FroM(k=1.0))
+    >>> report.layers[0].norms, [round(weight, 6) for weight in report.layers[0].weights]
+    ([2.0, 6.0], [0.25, 0.75])
+    >>> merged["w"]
+    tensor([2.5000, 2.5000, 2.5000, 2.5000])
     """
 
     k: float | str = 1.0  # type: ignore[assignment,misc]

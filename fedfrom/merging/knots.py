@@ -92,6 +92,8 @@ class KnotsTies(_Aligned, Ties):
     ----------
     density, majority, coefficient, examples_power, rank, solver, iterations, tolerance, seed
         See `Ties`; entries are trimmed by layer, since V's are not comparable between layers.
+    scope : str (default: "layer")
+        That, and nothing else.
     """
 
     def __post_init__(self) -> None:

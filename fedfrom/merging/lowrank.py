@@ -38,6 +38,16 @@ class LowRank:
     ------
     ValueError
         B and A are not matrices that can be multiplied.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedfrom import LowRank
+    >>> matrix = LowRank(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0)
+    >>> matrix.shape, round(matrix.norm(), 4)
+    ((3, 2), 4.899)
+    >>> (matrix - matrix).norm()
+    0.0
     """
 
     def __init__(self, B: Tensor, A: Tensor, scaling: float = 1.0) -> None:

@@ -38,7 +38,14 @@ _METHODS: dict[str, type[Method]] = {
 
 
 def methods() -> list[str]:
-    """Return the names of the merging methods, as `merge(states, method=name)` and `FedMerge(name)` take them."""
+    """Return the names of the merging methods, as `merge(states, method=name)` and `FedMerge(name)` take them.
+
+    Examples
+    --------
+    >>> from fedfrom import methods
+    >>> methods()[:3]
+    ['from', 'average', 'factor-average']
+    """
     return list(_METHODS)
 
 

@@ -71,7 +71,17 @@ class RegMean(ProductMethod):
         return (shape[-1], shape[-1]) if shape else ()
 
     def regress(self, rows: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return ([X_i w_i G_i], sum_i w_i G_i) of X_i (any, d_in), float64; holds one Gram matrix beside the sum."""
+        """Return ([X_i w_i G_i], sum_i w_i G_i), float64; holds one Gram matrix beside the sum.
+
+        Parameters
+        ----------
+        rows : Sequence[Tensor]
+            X_i (any, d_in): weights, or the factors A.
+        grams : Sequence[Tensor]
+            G_i (d_in, d_in), of the clients' inputs.
+        weights : Tensor
+            (n,) w_i.
+        """
         products, total = [], torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
         for w, x, gram in zip(weights.tolist(), rows, grams, strict=True):
             weighted = shrink(gram, self.off_diagonal).mul_(w)
@@ -93,7 +103,15 @@ class RegMean(ProductMethod):
         return self.regressed(deltas, context.statistics, coefficients)[0]
 
     def regressed(self, deltas: list[LowRank], grams: list[Tensor], weights: Tensor) -> tuple[LowRank, Tensor]:
-        """Return theta* of a LoRA module, and sum_i w_i G_i."""
+        """Return theta* of a LoRA module, and sum_i w_i G_i.
+
+        Parameters
+        ----------
+        deltas : list[LowRank]
+            theta_i as one product each.
+        grams, weights
+            See `regress`.
+        """
         products, total = self.regress([delta.A for delta in deltas], grams, weights)
         rows = divide(torch.cat(products), total).split([len(x) for x in products])
         return LowRank.sum([LowRank(d.B, x) for d, x in zip(deltas, rows, strict=True)]), total

@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from flwr.app import Context, RecordDict
 from rich.console import Console
 
-from simulations import client_app, models, results, server_app, traffic, training
+from fedfrom.merging import layers as L
+from simulations import client_app, evaluate, models, results, server_app, traffic, training
 from simulations.errors import BadInput
 from simulations.experiment import Experiment
 from simulations.history import History, Round, client_weights
 from simulations.narration import Narrator
 from simulations.options import Options
 from tests.conftest import ROOT
+from tests.folders import config_of, done, same_bits
 from tests.inprocess import InProcessGrid
+from tests.merging.oracle import relative_error
 
 
 class Ran:
@@ -150,6 +154,69 @@ def test_a_loaded_model_scores_what_the_results_say(tiny: dict, more: dict) -> N
         assert scores == pytest.approx(history.rounds[-1].scores, rel=1e-6)
     with pytest.raises(BadInput, match="no results of strategy nothing"):
         results.load_model(ran.folder, "nothing")
+
+
+@pytest.mark.parametrize("more", [{}, {"ranks": "2,4"}, {"full": True, "lr": 1e-3, "task": "sst2"}])
+def test_what_clients_sent_last_is_saved_when_asked(tiny: dict, more: dict) -> None:
+    ran = Ran({**tiny, **more, "strategies": "from", "save_clients": True})
+    options, history = ran.experiment.options, ran.histories[0]
+    assert sorted(history.client_states) == [0, 1, 2]
+    folders = [results.client_folder(ran.folder, "from", client) for client in range(3)]
+    assert sorted(folders[0].parent.iterdir()) == folders and folders[0].parent == ran.folder / "from-clients"
+    for client, folder in enumerate(folders):
+        state = models.trained_state(results.load_weights(options, 2, folder))
+        assert same_bits(state, history.client_states[client])
+        if not options.full:
+            assert config_of(folder)["r"] == options.client_rank(client)
+    assert not same_bits(history.client_states[0], history.client_states[1])
+    assert not (Ran({**tiny, **more, "strategies": "from"}).folder / "from-clients").exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"full": True, "lr": 1e-3}])
+def test_clients_merged_on_disk_score_what_the_report_says(tiny: dict, more: dict, tmp_path: Path, capsys) -> None:
+    """The mean of what clients sent last is the same on disk and in the run, and so is its score."""
+    label, out = "average:clip=none", tmp_path / "merged"
+    ran = Ran({**tiny, **more, "strategies": label, "save_clients": True})
+    clients = [str(results.client_folder(ran.folder, label, client)) for client in range(3)]
+    done(capsys, "merge", str(out), *clients, "--method", "average")
+    options, history = ran.experiment.options, ran.histories[0]
+    found = models.trained_state(results.load_weights(options, 2, out))
+    scaling = 1.0 if options.full else options.lora_alpha / options.lora_r  # the merged one carries it in B
+    assert relative_error(weights_of(found, 1.0), weights_of(history.state, scaling)) <= 1e-6
+    folder = ran.folder / results.folder_name(label)
+    score = f"{history.final:.6f}"
+    assert evaluated(capsys, ran.folder, out) == [f"{score}  {folder} (the report says {score})", f"{score}  {out}"]
+
+
+def weights_of(state: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
+    """All that a state adds to its base or replaces of it, as one row: products of factors, and plain tensors."""
+    layers = L.find_layers(state, "state").values()
+    parts = [
+        L.read_adapter(layer, state, scaling, "state").dense() if layer.is_adapter else state[layer.keys["tensor"]]
+        for layer in layers
+    ]
+    return torch.cat([part.double().reshape(-1) for part in parts])
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[str]:
+    capsys.readouterr()
+    evaluate.run(folders[0], list(folders[1:]))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_evaluate_refuses_what_is_no_weights_of_the_run(tiny: dict, tmp_path: Path, capsys) -> None:
+    ran = Ran({**tiny, "strategies": "from"})
+    bad = [tmp_path / "none"]
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        bad.append(tmp_path / file)
+        bad[-1].mkdir()
+        for path in (ran.folder / "from").iterdir():
+            (bad[-1] / path.name).write_bytes(b"" if path.name == file else path.read_bytes())
+    for arguments in [(tmp_path / "none", []), *((ran.folder, [folder]) for folder in bad)]:
+        with pytest.raises(typer.Exit) as ended:
+            evaluate.run(*arguments)
+        line = capsys.readouterr().err
+        assert ended.value.exit_code == 2 and line.count("\n") == 1 and str((arguments[1] or arguments)[0]) in line
 
 
 def test_flwr_run_takes_its_options_from_the_run_configuration(tiny: dict) -> None:

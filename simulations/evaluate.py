@@ -1,0 +1,70 @@
+"""`python -m simulations.evaluate`: scores adapters on the held-out examples of a run, beside what its report says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simulations import commands, environment
+from simulations.errors import BadInput
+from simulations.options import Options
+
+
+def run(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A results folder.")],
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Adapters (or checkpoints, after --full) of its model."),
+    ] = None,
+) -> None:
+    """Score the final models of a run, and any other FOLDER, on the run's own held-out examples.
+
+    The first lines are the run's strategies, and what its report says of each: the same, on the same machine.
+
+    Example: python -m simulations.evaluate results/simulation runs/merged
+    """
+    try:
+        found, options = _settings(results)
+        environment.prepare(options.needs_hub)
+        from fedfrom.pages.runs import folder_name
+        from simulations.experiment import Experiment
+        from simulations.results import load_model, load_weights
+        from simulations.running import quiet
+
+        with quiet(options.verbose):
+            experiment = Experiment.prepare(options)
+        for label, history in found["strategies"].items():
+            score = experiment.evaluate_model(load_model(results, label))["score"]
+            name = results / folder_name(label)
+            print(f"{score:.6f}  {name} (the report says {history['final']:.6f})", flush=True)
+        labels = len(found["tasks"][0]["labels"])
+        for folder in folders or []:
+            score = experiment.evaluate_model(load_weights(options, labels, folder))["score"]
+            print(f"{score:.6f}  {folder}", flush=True)
+    except BadInput as error:
+        raise commands.ended(error, 2) from None
+    except RuntimeError as error:
+        raise commands.ended(error, 1) from None
+
+
+def _settings(results: Path) -> tuple[dict, Options]:
+    from fedfrom.pages.runs import BadRuns, read_runs
+
+    try:
+        (read,) = read_runs([results])
+        options = Options.from_mapping(read.found["options"])
+        _ = read.found["tasks"][0]["labels"], [each["final"] for each in read.found["strategies"].values()]
+    except (BadRuns, BadInput) as error:
+        raise BadInput(error) from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"{results}: expected a run's options and scores, found none ({error}); run it again") from None
+    return read.found, options
+
+
+def main() -> None:
+    """Run the command line."""
+    commands.execute(commands.command(run), "python -m simulations.evaluate")
+
+
+if __name__ == "__main__":
+    main()
