@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.blocks import Values
+from fedfrom.merging.blocks import BLOCK, Values
+from fedfrom.merging.entries import Entries
 from fedfrom.merging.method import Context, Method, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
+from fedfrom.merging.threads import each_block
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
@@ -45,7 +48,7 @@ def merge_tensor(
     updates = Updates(norms, factors, order, unit, sizes, gram)
 
     def merged(weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
-        combine = _linear if weighing.method.linear else _combined
+        combine = _linear if weighing.method.linear else _in_blocks if weighing.method.entrywise else _combined
         result, size, inner = combine(inputs, name, updates, weighing, survey, sent, received, base)
         squares = float(weighing.weights @ torch.tensor(sizes, dtype=torch.float64).square())
         spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
@@ -91,26 +94,68 @@ def _combined(
     base: Tensor | None,
 ) -> tuple[Tensor, float, float]:
     """Return what `_linear` does, of any other method."""
-    method, order = weighing.method, updates.order
+    method = weighing.method
     # changes may have come in a narrower dtype than the others' values
     dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
     thetas = [blocks.delta(x, r).to(dtype) for x, r in zip(sent, received, strict=True)]
-    for theta, i in zip(thetas, order, strict=True):
+    for theta, i in zip(thetas, updates.order, strict=True):
         if updates.factors[i] != 1.0:
             theta.mul_(updates.factors[i])
     mean, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
-    shape = method.statistics_shape(tuple(sent[0].shape))
-    context = Context(
-        name,
-        statistics=inputs.statistics_of(_statistics_name(name, method), order, shape) if method.needs else None,
-        thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
-    )
+    context = _context(inputs, name, updates, method, survey)
     change = method.combine(thetas, method.coefficients(weighing.weights), context)
     unit = updates.unit
     inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
     base = None if base is None else base.to(change)
     result, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
     return result.to(inputs.template(name).values(name).dtype), blocks.delta_norm(change, None) / unit, inner
+
+
+def _in_blocks(
+    inputs: Inputs,
+    name: str,
+    updates: Updates,
+    weighing: Weighing,
+    survey: Survey,
+    sent: list[Values],
+    received: list[Tensor | None],
+    base: Tensor | None,
+) -> tuple[Tensor, float, float]:
+    """Return what `_combined` does, of a method that works entry by entry: no temporary is larger than n blocks."""
+    method, unit = weighing.method, updates.unit
+    dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
+    entries = Entries(sent, received, [updates.factors[i] for i in updates.order], dtype)
+    context = method.prepare(entries, _context(inputs, name, updates, method, survey))
+    coefficients, weights = method.coefficients(weighing.weights), weighing.weights.tolist()
+    out = torch.empty(sent[0].shape, dtype=inputs.template(name).values(name).dtype, device=sent[0].device)
+    result, W = out.reshape(-1), None if base is None else base.detach().reshape(-1)
+
+    def combine_block(start: int, stop: int) -> tuple[float, float]:
+        thetas = [entries.block(i, start, stop) for i in range(len(entries))]
+        nothing: list[Tensor | None] = [None] * len(thetas)
+        mean, _ = blocks.weighted_sum(thetas, nothing, weights, None, 1.0)
+        change = method.combine(thetas, coefficients, context.block(start, stop))
+        inner = float((mean.to(torch.float64) / unit) @ (change.to(torch.float64) / unit))
+        own = None if W is None else W[start:stop].to(change)
+        result[start:stop], size = blocks.weighted_sum([change], [None], [1.0], own, weighing.server_lr)
+        return size / unit, inner
+
+    length = out.numel()
+    if context.draws is None:
+        found = each_block(length, BLOCK, combine_block)
+    else:  # a generator draws its blocks in their order
+        found = [combine_block(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    return out, math.hypot(*(size for size, _ in found)), math.fsum(inner for _, inner in found)
+
+
+def _context(inputs: Inputs, name: str, updates: Updates, method: Method, survey: Survey) -> Context:
+    """Return what a method may need to know of the tensor beside its deltas."""
+    order, shape = updates.order, method.statistics_shape(tuple(inputs.sent[0].values(name).shape))
+    return Context(
+        name,
+        statistics=inputs.statistics_of(_statistics_name(name, method), order, shape) if method.needs else None,
+        thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
+    )
 
 
 def _statistics_name(name: str, method: Method) -> str:
