@@ -126,17 +126,14 @@ def test_of_entries_that_are_equally_large_the_first_are_kept(
     expected = torch.zeros(length)
     expected[order[:count]] = delta[order[:count]]
     assert torch.equal(trim(delta, density), expected)
-    assert torch.equal(trim(delta.reshape(-1, 2).T, density), expected_of_transposed(delta.reshape(-1, 2).T, density))
-
-
-def expected_of_transposed(delta: torch.Tensor, density: float) -> torch.Tensor:
-    return trim(delta.contiguous(), density)
+    transposed = delta.reshape(-1, 2).T
+    assert torch.equal(trim(transposed, density), trim(transposed.contiguous(), density))
 
 
 def test_a_block_is_of_the_clipped_update() -> None:
-    value, reference = torch.arange(10.0).reshape(2, 5), torch.ones(2, 5)
+    value, reference = torch.arange(10.0).reshape(2, 5), 3 * torch.arange(10.0).reshape(2, 5)
     entries = Entries([value, value], [reference, None], [0.5, 1.0], torch.float32)
-    assert entries.block(0, 3, 6).tolist() == [1.0, 1.5, 2.0] and entries.block(1, 3, 6).tolist() == [3.0, 4.0, 5.0]
+    assert entries.block(0, 3, 6).tolist() == [-3.0, -4.0, -5.0] and entries.block(1, 3, 6).tolist() == [3.0, 4.0, 5.0]
     entries.block(1, 0, 10).zero_()
     assert value.flatten().tolist() == list(range(10))
 
