@@ -25,12 +25,17 @@ class Round:
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def seconds_by_process(self) -> dict[float, float]:
+        """Seconds of training in each client process that trained."""
+        found: dict[float, float] = {}
+        for client in self.clients.values():
+            found[client["process"]] = found.get(client["process"], 0.0) + client["seconds"]
+        return found
+
+    @property
     def training_seconds(self) -> float:
         """Seconds of training in the client process that trained longest: the others had to wait for it."""
-        by_process: dict[float, float] = {}
-        for client in self.clients.values():
-            by_process[client["process"]] = by_process.get(client["process"], 0.0) + client["seconds"]
-        return max(by_process.values(), default=0.0)
+        return max(self.seconds_by_process.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the round as plain JSON types."""
@@ -48,6 +53,29 @@ class History:
     state: dict[str, Tensor] = field(default_factory=dict)
     client_states: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # --save-clients: by partition id
     wall_seconds: float = 0.0
+    started: float = 0.0  # by this process's clock
+
+    @property
+    def split(self) -> dict[str, float]:
+        """Seconds that add up to the wall time, by what went on in them.
+
+        Training is the mean over the client processes; idle what they waited, in the mean, for the busiest of them;
+        transport all that is left: messages, their packing and unpacking, polls, a model's weights put in place.
+        "beyond-training" is how much longer the whole took than training alone, without a pause in any process.
+        """
+        processes = len({process for entry in self.rounds for process in entry.seconds_by_process})
+        trained = sum(seconds for entry in self.rounds for seconds in entry.seconds_by_process.values())
+        training, longest = trained / max(1, processes), self.total("training_seconds")
+        merging, evaluation = self.total("server_seconds"), self.total("evaluation_seconds")
+        return {
+            "processes": processes,
+            "training": training,
+            "idle": longest - training,
+            "transport": self.wall_seconds - longest - merging - evaluation,
+            "merging": merging,
+            "evaluation": evaluation,
+            "beyond-training": self.wall_seconds / training - 1 if training else 0.0,
+        }
 
     @property
     def overhead(self) -> float:
@@ -92,6 +120,7 @@ class History:
             "evaluation-seconds": self.total("evaluation_seconds"),
             "wall-seconds": self.wall_seconds,
             "overhead": self.overhead,
+            "split": self.split,
             "rounds": [entry.to_dict() for entry in self.rounds],
             "reports": _text_keys(self.reports),
         }

@@ -1,7 +1,7 @@
 """What a run says while it goes on, and the tables before and after."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -122,3 +122,33 @@ class Narrator:
                 f"{history.overhead:.0%}",
             )
         self.console.print(table)
+
+    def seconds(self, histories: Sequence["History"], before: Mapping[str, float], total: float) -> None:
+        """Say what the wall time went into.
+
+        Parameters
+        ----------
+        before : Mapping[str, float]
+            Seconds of "preparing" and "starting-ray", before the first strategy.
+        total : float
+            Seconds of the whole run; what no part accounts for is writing results and stopping Ray.
+        """
+        rest = total - sum(before.values()) - sum(history.wall_seconds for history in histories)
+        title = (
+            f"Seconds: {total:.0f} in all; {before['preparing']:.0f} to prepare, {before['starting-ray']:.0f} until "
+            f"Ray's clients were ready, {rest:.0f} to stop it and write results"
+        )
+        table = Table(title=title, title_justify="left")
+        table.add_column("strategy")
+        parts = ("training", "idle", "transport", "merging", "evaluation")
+        for column in (*parts, "in all", "beyond training"):
+            table.add_column(column, justify="right")
+        for history in histories:
+            split = history.split
+            seconds = [f"{split[part]:.1f}" for part in parts]
+            table.add_row(history.label, *seconds, f"{history.wall_seconds:.1f}", f"{split['beyond-training']:.0%}")
+        self.console.print(table)
+        self.console.print(
+            "Training is the mean of the client processes; idle, what they waited for the busiest of them. Beyond "
+            "training: how much longer it took than training alone."
+        )

@@ -52,11 +52,14 @@ class Folder:
     ) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
 
-    def publish(self, experiment: Any, histories: Sequence[Any]) -> None:
-        """Write the results and put them in place."""
+    def publish(
+        self, experiment: Any, histories: Sequence[Any], seconds_before: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the results and put them in place; what was done before the first strategy began is told in seconds."""
         from simulations import figures
 
-        text = json.dumps(_plain(summary(experiment, histories)), indent=1, allow_nan=False)
+        found = summary(experiment, histories) | {"seconds-before": dict(seconds_before or {})}
+        text = json.dumps(_plain(found), indent=1, allow_nan=False)
         (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
         figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
         figures.draw_updates(experiment, histories, self._staging / "updates.png")

@@ -56,9 +56,13 @@ def run(options: Options) -> Path:
         experiment = Experiment.prepare(options)
         narrator.settings(experiment)
         narrator.partition(experiment)
+        prepared = time.perf_counter()
         histories = simulate(experiment, narrator)
-        folder.publish(experiment, histories)
+        # until the first strategy sends its first message: Ray, its client processes, their data and model
+        before = {"preparing": prepared - start, "starting-ray": histories[0].started - prepared}
+        folder.publish(experiment, histories, before)
     narrator.table(experiment, histories)
+    narrator.seconds(histories, before, time.perf_counter() - start)
     narrator.say(
         f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
         f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"

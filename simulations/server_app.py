@@ -117,7 +117,7 @@ def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to
         evaluate_fn=recorder.evaluate,
     )
     history = recorder.finish(result)
-    history.wall_seconds = time.perf_counter() - start
+    history.started, history.wall_seconds = start, time.perf_counter() - start
     return history
 
 

@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -28,7 +29,7 @@ from benchmarks.adapters.contenders import (
     Optimum,
     sample,
 )
-from benchmarks.adapters.figures import draw, slope
+from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.adapters.timing import Shape, extra_memory, medians
 from fedfrom import merge
 from simulations.environment import machine
@@ -142,7 +143,21 @@ def growth(folder: Path, quick: bool, about: str) -> None:
     )
     write_table(folder, "adapters-growth", header, rows, text)
     if not quick:  # memory is half of the picture
-        draw(curves, folder / "adapters-growth.png")
+        draw(panels(curves), folder / "adapters-growth.png")
+
+
+def panels(curves: Mapping[str, Curve]) -> list[Panel]:
+    """Return the picture's columns: by clients, by rank and by width."""
+    titles = {"clients": "by clients", "rank": "by rank", "d": "by width d of a d x d layer"}
+    return [
+        Panel(
+            title,
+            quantity,
+            {name.split(", ", 1)[1]: curve for name, curve in curves.items() if name.split(",")[0] == quantity},
+            32 if quantity == "clients" else 0,
+        )
+        for quantity, title in titles.items()
+    ]
 
 
 def _cell(value: float | None) -> str:

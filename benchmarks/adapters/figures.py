@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from simulations.figures import COLOURS, MARKERS, STYLE
 
@@ -22,24 +24,54 @@ def slope(points: Curve, of: int) -> float:
     return float(np.polyfit(*np.log(np.array(shown)).T, 1)[0])
 
 
-def draw(curves: Mapping[str, Curve], path: Path) -> None:
-    """Draw the curves: by clients, by rank and by width, seconds above and memory below."""
-    kinds = ("clients", "rank", "d")
+@dataclass(frozen=True)
+class Panel:
+    """A column of the picture: curves over one quantity, whose slopes are fitted from a value of it on."""
+
+    title: str
+    quantity: str
+    curves: Mapping[str, Curve]
+    fitted_from: int = 0
+
+    def fitted(self, curve: Curve) -> Curve:
+        """Return the points that a slope is fitted to."""
+        return [point for point in curve if point[0] >= self.fitted_from]
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """Draw the panels side by side, seconds above and memory below."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(kinds), figsize=(12, 7), constrained_layout=True)
-        for column, kind in enumerate(kinds):
-            chosen = {name: curve for name, curve in curves.items() if name.split(",")[0] == kind}
+        figure, axes = plt.subplots(
+            2, len(panels), figsize=(4 * len(panels), 7), constrained_layout=True, squeeze=False
+        )
+        for column, panel in enumerate(panels):
             for row, unit in ((0, "seconds"), (1, "extra memory, MiB")):
                 axis = axes[row][column]
-                for (name, curve), colour, marker in zip(chosen.items(), COLOURS, MARKERS, strict=False):
-                    fitted = [point for point in curve if kind != "clients" or point[0] >= 32]
-                    label = f"{name.split(', ', 1)[1]}: slope {slope(fitted, row + 1):.2f}"
+                for (name, curve), colour, marker in zip(panel.curves.items(), COLOURS, MARKERS, strict=False):
+                    label = f"{name}: slope {round(slope(panel.fitted(curve), row + 1), 2) + 0.0:.2f}"  # never -0.00
                     shown = [point[row + 1] for point in curve]
                     axis.loglog([p[0] for p in curve], shown, color=colour, marker=marker, label=label)
-                axis.set(xlabel=kind, ylabel=unit)
-                axis.xaxis.set_minor_formatter(NullFormatter())
-                axis.legend(frameon=False)
-            axes[0][column].set_title(f"by {kind}" if kind != "d" else "by width d of a d x d layer")
+                axis.set(xlabel=panel.quantity, ylabel=unit)
+                _scales(axis, panel, row + 1)
+                axis.legend(frameon=False, loc="upper left")
+            axes[0][column].set_title(panel.title)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
         plt.close(figure)
+
+
+def _scales(axis: Axes, panel: Panel, of: int) -> None:
+    """Mark the values that were measured, and leave a decade at least, so that what hardly grows looks it."""
+    values = sorted({point[0] for curve in panel.curves.values() for point in curve})
+    axis.set_xticks(values, [f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,}" for value in values])
+    axis.xaxis.set_minor_locator(NullLocator())
+    shown = [point[of] for curve in panel.curves.values() for point in curve if point[of] > 0]
+    if shown:
+        low, high = np.log10(min(shown)), np.log10(max(shown))
+        room = max(0.5 - (high - low) / 2, 0.05)
+        low, high = low - room, high + room
+        # and the legend its own part
+        axis.set_ylim(10**low, 10 ** (high + (high - low) * 0.1 * len(panel.curves)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())

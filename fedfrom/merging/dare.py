@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedfrom.merging.entries import Entries
 from fedfrom.merging.frobenius import FroM
-from fedfrom.merging.lowrank import random_uniform
+from fedfrom.merging.lowrank import generator, random_uniform
 from fedfrom.merging.method import Context
 from fedfrom.merging.task_arithmetic import TaskArithmetic
 from fedfrom.merging.ties import check_density, elect_and_average
 
 
-def drop(delta: Tensor, density: float, seed: str) -> Tensor:
+def drop(delta: Tensor, density: float, seed: str | torch.Generator) -> Tensor:
     """Return the delta with each entry kept with probability `density` and divided by it: in the mean, the delta.
 
     Parameters
@@ -24,8 +26,8 @@ def drop(delta: Tensor, density: float, seed: str) -> Tensor:
         Any shape; not changed.
     density : float
         1 - p in the paper, 0 < density <= 1.
-    seed : str
-        The same mask on every machine for the same text.
+    seed : str | torch.Generator
+        The same mask on every machine for the same text; a generator that started from it draws block after block.
     """
     if density == 1:
         return delta
@@ -49,11 +51,16 @@ class Dare(TaskArithmetic):
     """
 
     linear: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
     density: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_density(self.density)
+
+    def prepare(self, entries: Entries, context: Context) -> Context:
+        """Return the context with a generator for each client's mask."""
+        return replace(context, draws=[generator(seed) for seed in _seeds(len(entries), self.seed, context)])
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta*."""
@@ -101,11 +108,16 @@ class DareFroM(FroM):
     """
 
     linear: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
     density: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_density(self.density)
+
+    def prepare(self, entries: Entries, context: Context) -> Context:
+        """Return the context with a generator for each client's mask."""
+        return replace(context, draws=[generator(seed) for seed in _seeds(len(entries), self.seed, context)])
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta*."""
@@ -113,4 +125,9 @@ class DareFroM(FroM):
 
 
 def _drop_all(deltas: list[Tensor], density: float, seed: int, context: Context) -> list[Tensor]:
-    return [drop(delta, density, f"{seed}:{context.name}:{i}") for i, delta in enumerate(deltas)]
+    seeds: Sequence[str | torch.Generator] = context.draws or _seeds(len(deltas), seed, context)
+    return [drop(delta, density, each) for delta, each in zip(deltas, seeds, strict=True)]
+
+
+def _seeds(clients: int, seed: int, context: Context) -> list[str]:
+    return [f"{seed}:{context.name}:{i}" for i in range(clients)]

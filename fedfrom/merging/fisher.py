@@ -30,6 +30,7 @@ class Fisher(Method):
     """
 
     linear: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
     on_factors: ClassVar[bool] = True
     needs: ClassVar[str | None] = "fisher"
 

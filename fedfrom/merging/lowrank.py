@@ -287,15 +287,19 @@ def complete(rows: Tensor, rank: int, name: str) -> Tensor:
 
 def random_normal(rows: int, columns: int, seed: str) -> Tensor:
     """Return a (rows, columns) float64 standard normal matrix from a text seed: the same on every device."""
-    return torch.randn(rows, columns, dtype=torch.float64, generator=_generator(seed))
+    return torch.randn(rows, columns, dtype=torch.float64, generator=generator(seed))
 
 
-def random_uniform(length: int, seed: str) -> Tensor:
-    """Return (length,) float32 numbers, uniform in [0, 1), from a text seed: the same on every device."""
-    return torch.rand(length, generator=_generator(seed))
+def random_uniform(length: int, seed: str | torch.Generator) -> Tensor:
+    """Return (length,) float32 numbers, uniform in [0, 1), from a text seed: the same on every device.
+
+    A generator goes on where it is: parts drawn one after the other are what is drawn at once.
+    """
+    return torch.rand(length, generator=generator(seed) if isinstance(seed, str) else seed)
 
 
-def _generator(seed: str) -> torch.Generator:
+def generator(seed: str) -> torch.Generator:
+    """Return a generator on the CPU that starts from a text."""
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
     # on the CPU, so that every device gets the same
     return torch.Generator().manual_seed(number)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fedfrom.merging.entries import Entries
 from fedfrom.merging.lowrank import LowRank
 from fedfrom.merging.solve import Solver
 from fedfrom.merging.weights import check_weighting, weights
@@ -42,7 +43,13 @@ class Context:
     statistics : list[Tensor] | None
         What the clients sent beside the layer, in the order of the deltas: see the method's `needs`.
     thresholds : list[float] | None
-        `Survey`'s, in the order and unit of the deltas.
+        One magnitude a client, which the entries that TIES keeps reach, in the order and unit of the deltas.
+    ends : list[int] | None
+        One position a client, in C order: entries that equal the threshold are kept before it alone. None: all are.
+    draws : list[torch.Generator] | None
+        One a client, where DARE's masks are drawn block by block; None: from the name.
+    start : int
+        Position of the deltas' first entry, where they are a block of a tensor.
     rank : int | None
         Rank that the adapter will be solved back to, where it is known.
     base : LowRank | None
@@ -54,9 +61,19 @@ class Context:
     name: str = ""
     statistics: list[Tensor] | None = None
     thresholds: list[float] | None = None
+    ends: list[int] | None = None
+    draws: list[torch.Generator] | None = None
+    start: int = 0
     rank: int | None = None
     base: LowRank | None = None
     server_lr: float = 1.0
+
+    def block(self, start: int, stop: int) -> Context:
+        """Return what a method may need to know of a block of a tensor's entries, in C order."""
+        statistics = self.statistics
+        if statistics is not None:
+            statistics = [each.reshape(-1)[start:stop] for each in statistics]
+        return replace(self, statistics=statistics, start=start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +90,8 @@ class Method:
     scope: ClassVar[str] = "layer"
     on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
     linear: ClassVar[bool] = True  # whether theta* is sum_i c_i theta_i, so that nothing else is ever formed
+    # whether an entry of theta* depends on the deltas' entries there alone, given `prepare`: so tensors go in blocks
+    entrywise: ClassVar[bool] = False
     needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
 
     examples_power: float = 0.0
@@ -97,6 +116,10 @@ class Method:
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of what a client sends beside a layer of this shape, (d_out, d_in) for a LoRA module."""
         return shape
+
+    def prepare(self, entries: Entries, context: Context) -> Context:
+        """Return the context with what `combine` has to know of the whole tensor before it is given blocks of it."""
+        return context
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta* of one layer's deltas, dense tensors of one shape; they may be overwritten."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.entries import Entries, Histogram, kth_largest
 from fedfrom.merging.method import Method, Survey
 from fedfrom.merging.sources import Inputs, check_norms
 from fedfrom.merging.tensors import delta_norms, plain_tensors
@@ -44,21 +47,45 @@ def _norms(inputs: Inputs, name: str) -> list[float]:
 
 
 def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]:
-    """Return the magnitude that each client's largest entries reach; holds one client's whole update at a time."""
-    thresholds = []
+    """Return the magnitude that each client's largest entries reach; holds one dense adapter layer at a time."""
     names = updated(inputs)
     factors = {name: clip_factors([] if clip is None else _norms(inputs, name), clip) for name in names}
+    layers = inputs.sent[0].layers
+    wide = any(layers[name].is_adapter or _dtype(inputs, name) == torch.float64 for name in names)
+    dtype = torch.float64 if wide else torch.float32
+    thresholds = []
     for i in range(len(inputs.sent)):
-        magnitudes = []
-        for name in names:
-            if inputs.sent[0].layers[name].is_adapter:
-                magnitude = adapter_deltas(inputs, name)[2][i].dense().abs()
-            else:
-                _, values, references = plain_tensors(inputs, name)
-                magnitude = blocks.delta(values[i], references[i]).to(torch.float64).abs()
-            magnitudes.append(magnitude if clip is None else magnitude * factors[name][i])
-        thresholds.append(method.threshold(magnitudes))
+        own = {name: 1.0 if clip is None else factors[name][i] for name in names}
+        kept = method.kept(sum(_numel(inputs, name) for name in names))
+
+        def counts(histogram: Histogram, i: int = i, own: dict[str, float] = own) -> Iterator[Tensor]:
+            for name in names:
+                yield from _counts(inputs, name, i, own[name], histogram, dtype)
+
+        thresholds.append(float("inf") if kept == 0 else kth_largest(counts, kept, dtype)[0])
     return thresholds
+
+
+def _numel(inputs: Inputs, name: str) -> int:
+    """Return how many entries a layer's update has."""
+    if inputs.sent[0].layers[name].is_adapter:
+        return math.prod(inputs.sent[0].adapter(name).shape)
+    return inputs.sent[0].values(name).numel()
+
+
+def _dtype(inputs: Inputs, name: str) -> torch.dtype:
+    """Return the dtype that a plain layer's updates are formed in."""
+    return blocks.arithmetic(inputs.template(name).values(name).dtype)
+
+
+def _counts(
+    inputs: Inputs, name: str, i: int, factor: float, histogram: Histogram, dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """Return counts of the magnitudes of client i's update of one layer, clipped, in that dtype."""
+    if inputs.sent[0].layers[name].is_adapter:
+        return [histogram(adapter_deltas(inputs, name)[2][i].dense().to(dtype).abs().reshape(-1).mul_(factor))]
+    _, values, references = plain_tensors(inputs, name)
+    return Entries([values[i]], [references[i]], [factor], _dtype(inputs, name)).counts(0, histogram, dtype)
 
 
 def updated(inputs: Inputs) -> list[str]:

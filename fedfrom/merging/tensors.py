@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
-from fedfrom.merging.blocks import Empty, Values
+from fedfrom.merging.blocks import BLOCK, Empty, Values
+from fedfrom.merging.entries import Entries
 from fedfrom.merging.method import Context, Method, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_result, summing_order
+from fedfrom.merging.threads import each_block
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each
 
 
@@ -62,7 +64,8 @@ def merge_tensor(
         if weighing.method.linear:
             result, size, inner, finite = _linear(updates, weighing, sent, received, base, empty, rows)
         else:
-            result, size, inner, finite = _combined(inputs, name, updates, weighing, survey, sent, received, base)
+            combine = _in_blocks if weighing.method.entrywise else _combined
+            result, size, inner, finite = combine(inputs, name, updates, weighing, survey, sent, received, base)
         check_result(key, result, finite)
         squares = math.fsum(w * size**2 for w, size in zip(weighing.weights.tolist(), sizes, strict=True))
         spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
@@ -115,20 +118,15 @@ def _combined(
     base: Tensor | None,
 ) -> tuple[Tensor, float, float, bool]:
     """Return what `_linear` does, of any other method."""
-    method, order = weighing.method, updates.order
+    method = weighing.method
     # changes may have come in a narrower dtype than the others' values
     dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
     thetas = [blocks.delta(x, r).to(dtype) for x, r in zip(sent, received, strict=True)]
-    for theta, i in zip(thetas, order, strict=True):
+    for theta, i in zip(thetas, updates.order, strict=True):
         if updates.factors[i] != 1.0:
             theta.mul_(updates.factors[i])
     mean, _, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
-    shape = method.statistics_shape(tuple(sent[0].shape))
-    context = Context(
-        name,
-        statistics=inputs.statistics_of(_statistics_name(name, method), order, shape) if method.needs else None,
-        thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
-    )
+    context = _context(inputs, name, updates, method, survey)
     change = method.combine(thetas, method.coefficients(weighing.weights), context)
     unit = updates.unit
     inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
@@ -136,6 +134,54 @@ def _combined(
     result, size, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
     result = result.to(inputs.template(name).values(name).dtype)
     return result, size / unit, inner, blocks.is_finite(result)
+
+
+def _in_blocks(
+    inputs: Inputs,
+    name: str,
+    updates: Updates,
+    weighing: Weighing,
+    survey: Survey,
+    sent: list[Values],
+    received: list[Tensor | None],
+    base: Tensor | None,
+) -> tuple[Tensor, float, float, bool]:
+    """Return what `_combined` does, of a method that works entry by entry: no temporary is larger than n blocks."""
+    method, unit = weighing.method, updates.unit
+    dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
+    entries = Entries(sent, received, [updates.factors[i] for i in updates.order], dtype)
+    context = method.prepare(entries, _context(inputs, name, updates, method, survey))
+    coefficients, weights = method.coefficients(weighing.weights), weighing.weights.tolist()
+    out = torch.empty(sent[0].shape, dtype=inputs.template(name).values(name).dtype, device=sent[0].device)
+    result, W = out.reshape(-1), None if base is None else base.detach().reshape(-1)
+
+    def combine_block(start: int, stop: int) -> tuple[float, float, bool]:
+        thetas = [entries.block(i, start, stop) for i in range(len(entries))]
+        nothing: list[Tensor | None] = [None] * len(thetas)
+        mean, _, _ = blocks.weighted_sum(thetas, nothing, weights, None, 1.0)
+        change = method.combine(thetas, coefficients, context.block(start, stop))
+        inner = float((mean.to(torch.float64) / unit) @ (change.to(torch.float64) / unit))
+        own = None if W is None else W[start:stop].to(change)
+        result[start:stop], size, _ = blocks.weighted_sum([change], [None], [1.0], own, weighing.server_lr)
+        return size / unit, inner, blocks.is_finite(result[start:stop])
+
+    length = out.numel()
+    if context.draws is None:
+        found = each_block(length, BLOCK, combine_block, entries.is_read)
+    else:  # a generator draws its blocks in their order
+        found = [combine_block(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    sizes, inners, finite = zip(*found, strict=True) if found else ((), (), ())
+    return out, math.hypot(*sizes), math.fsum(inners), all(finite)
+
+
+def _context(inputs: Inputs, name: str, updates: Updates, method: Method, survey: Survey) -> Context:
+    """Return what a method may need to know of the tensor beside its deltas."""
+    order, shape = updates.order, method.statistics_shape(tuple(inputs.sent[0].values(name).shape))
+    return Context(
+        name,
+        statistics=inputs.statistics_of(_statistics_name(name, method), order, shape) if method.needs else None,
+        thresholds=None if survey.thresholds is None else [survey.thresholds[i] for i in order],
+    )
 
 
 def _statistics_name(name: str, method: Method) -> str:

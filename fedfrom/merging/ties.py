@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedfrom.merging.entries import Entries
 from fedfrom.merging.method import Context, ProductMethod
 from fedfrom.merging.weights import SCOPES
 
@@ -21,12 +22,31 @@ def check_density(density: float) -> None:
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """Return the delta with its floor(density * numel) largest entries by magnitude, 0 elsewhere; new memory."""
+    """Return the delta with its floor(density * numel) largest entries by magnitude, 0 elsewhere; new memory.
+
+    float32 or float64. Of entries that are equally large, the first in C order are kept.
+    """
     flat = delta.reshape(-1)
-    kept = torch.topk(flat.abs(), int(density * flat.numel())).indices
-    result = torch.zeros_like(flat)
-    result[kept] = flat[kept]
-    return result.reshape(delta.shape)
+    least, end = Entries([flat], [None], [1.0], flat.dtype).threshold(0, int(density * flat.numel()))
+    return keep_from(flat, least, end).reshape(delta.shape)
+
+
+def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor:
+    """Return the delta with its entries of at least that magnitude, 0 elsewhere; new memory.
+
+    Parameters
+    ----------
+    delta : Tensor
+        A row, where an end is given.
+    end : int | None
+        Those that equal the threshold are kept before this position, in C order, alone; None: all are.
+    """
+    magnitudes = delta.abs()
+    kept = magnitudes >= threshold
+    if end is not None and end < delta.numel():
+        end = max(0, end)
+        kept.view(-1)[end:] = magnitudes.view(-1)[end:] > threshold
+    return delta * kept
 
 
 def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float], majority: str = "total") -> Tensor:
@@ -50,6 +70,9 @@ def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float], m
 class Ties(ProductMethod):
     """TIES-Merging (Yadav et al., 2023, arXiv 2306.01708, Algorithm 1), in PEFT's convention.
 
+    A tensor is merged a block at a time, in two passes over it for the thresholds and one for the rest. Of entries that
+    are equally large the first are kept, in C order; in the scope "model" all of them.
+
     Elementwise, so adapters go through their dense products: O(n d_out d_in) time and memory a layer, and a dense SVD
     to solve them back. Clients send nothing more than their state.
 
@@ -70,6 +93,7 @@ class Ties(ProductMethod):
     """
 
     linear: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
 
     density: float = 0.2
     scope: str = "layer"  # type: ignore[misc]
@@ -90,16 +114,25 @@ class Ties(ProductMethod):
         """Return (n,) float64: lambda each where all weights are equal."""
         return self.coefficient * weights * len(weights)
 
-    def threshold(self, magnitudes: Sequence[Tensor]) -> float:
-        """Return the magnitude that the largest entries of a whole update reach, from all its layers' entries."""
-        flat = torch.cat([magnitude.reshape(-1) for magnitude in magnitudes])
-        kept = int(self.density * flat.numel())
-        return float("inf") if kept == 0 else float(torch.topk(flat, kept).values[-1])
+    def kept(self, entries: int) -> int:
+        """Return how many of so many entries are kept."""
+        return int(self.density * entries)
+
+    def prepare(self, entries: Entries, context: Context) -> Context:
+        """Return the context with the thresholds of this tensor, where the whole model has none.
+
+        Exact, and a block at a time: see `kth_largest`.
+        """
+        if context.thresholds is not None:
+            return context
+        found = [entries.threshold(i, self.kept(entries.numel())) for i in range(len(entries))]
+        return replace(context, thresholds=[least for least, _ in found], ends=[end for _, end in found])
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta* by trim, elect and disjoint mean."""
         if context.thresholds is None:
             deltas = [trim(delta, self.density) for delta in deltas]
         else:
-            deltas = [d * (d.abs() >= least) for d, least in zip(deltas, context.thresholds, strict=True)]
+            ends = [None] * len(deltas) if context.ends is None else [end - context.start for end in context.ends]
+            deltas = list(map(keep_from, deltas, context.thresholds, ends))
         return elect_and_average(deltas, coefficients.tolist(), self.majority)

@@ -351,6 +351,53 @@ def test_overhead_is_what_the_busiest_process_and_the_evaluation_leave() -> None
     assert history.overhead == pytest.approx(1 - (3 + 2 + 1) / 8) == history.to_dict(0.6)["overhead"]
 
 
+def recorded() -> History:
+    """Two rounds of three clients in two processes: 2 + 3 seconds and 1 second, then 4 seconds and 2 + 2."""
+    trained = [{0: (7.0, 2.0), 1: (7.0, 3.0), 2: (8.0, 1.0)}, {0: (7.0, 4.0), 1: (8.0, 2.0), 2: (8.0, 2.0)}]
+    rounds = [Round(0, {"score": 0.5}, evaluation_seconds=1.0)]
+    for number, clients in enumerate(trained, 1):
+        by_client = {client: {"process": process, "seconds": seconds} for client, (process, seconds) in clients.items()}
+        rounds.append(Round(number, {"score": 0.5}, evaluation_seconds=1.0, server_seconds=0.25, clients=by_client))
+    return History("from", rounds, wall_seconds=14.0)
+
+
+def test_the_wall_time_is_split_into_parts_that_add_up_to_it() -> None:
+    split = recorded().split
+    training = (2 + 3 + 1 + 4 + 2 + 2) / 2
+    assert split["processes"] == 2 and split["training"] == training
+    assert split["idle"] == (5 - 6 / 2) + (4 - 8 / 2)
+    assert (split["merging"], split["evaluation"]) == (0.5, 3.0)
+    assert split["transport"] == 14.0 - (5 + 4) - 0.5 - 3.0
+    parts = ("training", "idle", "transport", "merging", "evaluation")
+    assert sum(split[part] for part in parts) == pytest.approx(recorded().wall_seconds)
+    assert split["beyond-training"] == pytest.approx(14.0 / training - 1)
+    assert recorded().to_dict(0.6)["split"] == split
+
+
+def test_a_strategy_that_has_not_trained_has_a_split_too() -> None:
+    split = History("from", [Round(0, {"score": 0.5}, evaluation_seconds=1.0)], wall_seconds=1.5).split
+    assert (split["training"], split["transport"], split["beyond-training"]) == (0.0, 0.5, 0.0)
+
+
+def test_the_split_is_said_with_what_came_before_and_after() -> None:
+    narrator = Narrator(Console(file=io.StringIO(), width=200))
+    narrator.seconds([recorded()], {"preparing": 10.0, "starting-ray": 20.0}, 50.0)
+    said = narrator.console.file.getvalue()
+    assert "50 in all; 10 to prepare, 20 until Ray's clients were ready, 6 to stop it" in said
+    row = next(line for line in said.splitlines() if "from" in line and "7.0" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
+        *("from", "7.0", "2.0", "1.5", "0.5", "3.0", "14.0", "100%")
+    ]
+
+
+def test_a_finished_run_splits_its_own_time(tiny: dict) -> None:
+    ran = Ran({**tiny, "strategies": "from"})
+    written = ran.json["strategies"]["from"]
+    assert written["split"] == ran.histories[0].split and written["split"]["processes"] == 1
+    assert written["split"]["training"] == pytest.approx(written["training-seconds"]) and written["split"]["idle"] == 0
+    assert ran.histories[0].started > 0 and ran.json["seconds-before"] == {}
+
+
 def test_client_weights_are_means_over_the_layers_that_weigh() -> None:
     layers = [{"weights": [0.2, 0.8]}, {"weights": [0.4, 0.6]}, {"weights": []}]
     found = client_weights({"nodes": [70, 50], "merge": {"layers": layers}}, {50: 0, 70: 1})

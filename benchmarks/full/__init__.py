@@ -1,0 +1,1 @@
+"""Full models: a round's merge against FedAvg, mergekit and a plain copy, in one run: `python -m benchmarks.full`."""

@@ -1,0 +1,208 @@
+"""Full models: a round's `aggregate_train` of FedFroM, Flower's FedAvg and a plain copy of the same bytes, in one run.
+
+    python -m benchmarks.full                       # all that memory and disk allow; writes results/speed/full-*
+    python -m benchmarks.full --only growth         # how time and memory grow, with a picture
+    python -m benchmarks.full --mergekit PYTHON     # mergekit's linear too, by an interpreter that has mergekit
+    python -m benchmarks.full --quick               # a minute or two, writes nothing but to --out
+
+memory: the contenders take turns on the same replies, so that a busy machine slows all of them; medians, and ratios
+to the copy. `copy` writes into fresh memory, as a tensor's clone() does; `copy, warm` into memory that was written
+before, with no page to be had from the system. mergekit's linear has the same tensors in a process of its own, and
+waits there while others have their turn; it starts from tensors, which the strategies decode first. The peak of each
+contender, beyond the replies and the global model, is that of a process of its own.
+spooled: FedFroM with no memory for replies, which come one by one and go to disk, against writing as many bytes to
+files there and reading them back; the peak of a process that starts with the global model.
+growth: FedFroM and FedAvg in memory, and FedFroM spooled, against clients, parameters and layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full import growth
+from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
+from benchmarks.full.measure import in_process, peak_of_linear
+from benchmarks.full.models import numel
+from simulations.environment import machine
+
+OUT = ROOT / "results" / "speed"
+IN_MEMORY = [("22M", 4), ("110M", 4), ("350M", 4), ("22M", 16), ("110M", 16), ("350M", 16), ("22M", 64)]
+IN_MEMORY += [("110M", 64), ("350M", 64)]
+SPOOLED = [("110M", 4), ("110M", 16), ("350M", 4), ("22M", 64), ("350M", 16), ("110M", 64), ("350M", 64)]
+QUICK = [("22M", 4), ("22M", 16)]
+LIMIT = 0.6  # of the free memory, what all of a case's replies may take
+COLUMNS = ["model", "clients", "contender", "seconds", "to FedAvg", "to copy", "to copy, warm", "replies MiB"]
+COLUMNS += ["peak MiB"]
+Case = tuple[str, int]
+
+
+def memory() -> int:
+    """Return the bytes of memory that are free for us."""
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])  # type: ignore[index]
+
+
+class Bounds:
+    """What memory and disk allow; remembers what they did not."""
+
+    def __init__(self, largest: float, spool: str, copies: int) -> None:
+        self.largest, self.spool, self.copies = largest * 2**30, spool, copies
+        self.skipped: list[str] = []
+
+    def in_memory(self, model: str, clients: int) -> bool:
+        """Return whether a case's replies fit, as often as contenders hold them."""
+        size = 4 * numel(model) * clients
+        return self._fits(f"{model} x {clients} in memory", size * self.copies, self.largest, LIMIT * memory(), size)
+
+    def on_disk(self, model: str, clients: int) -> bool:
+        """Return whether they fit on disk, twice: FedFroM's and the plain files."""
+        size = 4 * numel(model) * clients
+        free = shutil.disk_usage(self.spool).free
+        return self._fits(f"{model} x {clients} spooled", size, 2 * self.largest, free / 2, size)
+
+    def _fits(self, what: str, needed: float, largest: float, free: float, size: int) -> bool:
+        fits = needed <= min(largest, free)
+        if not fits:
+            limit = f"{min(largest, free) / 2**30:.1f} GiB {'are the limit' if largest < free else 'may be taken'}"
+            self.skipped.append(f"{what}: {size / 2**30:.1f} GiB of replies, {needed / 2**30:.1f} needed, {limit}")
+        return fits
+
+
+def environment() -> list[str]:
+    """Return what a reader of the numbers wants to know."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("fedfrom", "flwr", "torch", "numpy"))
+    load = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
+    words = re.sub(r"(--mergekit[ =])\S+", r"\1PYTHON", " ".join(sys.argv[1:]))
+    return [
+        f"Command: `python -m benchmarks.full {words}`",
+        f"Machine: {machine()}; {torch.get_num_threads()} threads; load average before: {load}",
+        f"Versions: Python {platform.python_version()}, {versions}",
+    ]
+
+
+def in_memory(cases: list[Case], repeats: int, bounds: Bounds, mergekit: str | None, table: Table) -> None:
+    """Time all contenders on replies in memory."""
+    table.about.append(f"{LINEAR}: left out, no interpreter that has mergekit was given" if mergekit is None else "")
+    for model, clients in cases:
+        if not bounds.in_memory(model, clients):
+            continue
+        found = in_process("timed", model, clients, repeats, list(CONTENDERS), mergekit)
+        if mergekit is not None:
+            table.about[-1] = f"{LINEAR}: {found.pop('versions')}, {repeats} runs in a process of its own"
+        for name, seconds in found.items():
+            own = None
+            if name in (FEDFROM, FEDAVG):
+                own = in_process("peak", name, model, clients)
+            elif name == LINEAR and mergekit is not None:
+                own = peak_of_linear(mergekit, model, clients)
+            row = {"model": model, "clients": clients, "contender": name, "seconds": seconds}
+            row |= {"to copy": seconds / found[COPY], "to copy, warm": seconds / found[WARM]}
+            row |= {"to FedAvg": seconds / found[FEDAVG], "replies MiB": 4 * numel(model) * clients / 2**20}
+            table.add(row | {"peak MiB": None if own is None else own / 2**20})
+        table.write(bounds.skipped)  # each case as it is done: the rest takes hours on a small machine
+
+
+def on_disk(cases: list[Case], spool: str, bounds: Bounds, table: Table) -> None:
+    """Time FedFroM on replies that go to disk."""
+    for model, clients in cases:
+        if not bounds.on_disk(model, clients):
+            continue
+        found = in_process("spooled", model, clients, spool)
+        disk = in_process("disk", 4 * numel(model), clients, spool)
+        row = {"model": model, "clients": clients, "replies MiB": 4 * numel(model) * clients / 2**20}
+        table.add({**row, "contender": growth.SPOOLED, "seconds": found["seconds"], "peak MiB": found["peak"] / 2**20})
+        table.add({**row, "contender": "files, written and read", "seconds": disk})
+        table.write(bounds.skipped)
+
+
+class Table:
+    """Rows that are printed as they come, and written to a folder where there is one."""
+
+    def __init__(self, name: str, about: list[str], folder: Path | None) -> None:
+        self.name, self.about, self.folder = name, list(about), folder
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row and print it."""
+        self.rows.append(row)
+        print(" ".join(f"{key}={show(value)}" for key, value in row.items() if value is not None), flush=True)
+
+    def write(self, skipped: list[str]) -> None:
+        """Write the table so far."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{self.name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        lines = ["# Full models: one round's merge", "", *(f"- {line}" for line in self.about)]
+        lines += [f"- Skipped: {line}" for line in skipped] + [""]
+        lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+        lines += [f"| {' | '.join(show(row.get(column)) for column in COLUMNS)} |" for row in self.rows]
+        (self.folder / f"{self.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def show(value: Any) -> str:
+    """Return a cell's text."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest cases, each once")
+    parser.add_argument("--repeats", type=int, help="runs that a median is of [default: 3; with --quick 1]")
+    parser.add_argument("--spool", default=tempfile.gettempdir(), help="where spooled replies go")
+    parser.add_argument("--only", choices=["memory", "spooled", "growth"], help="one part [default: all]")
+    parser.add_argument("--cases", nargs="+", help="such as 22M:4 110M:16, for memory and spooled [default: all]")
+    parser.add_argument("--largest", type=float, default=16, help="GiB of replies in memory, and twice as much on disk")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter that has mergekit [default: this, if it has]")
+    parser.add_argument("--out", type=Path, help="folder to write to [default: results/speed; --quick: none]")
+    options = parser.parse_args()
+    here = sys.executable if importlib.util.find_spec("mergekit") else None
+    mergekit = options.mergekit or here
+    repeats = options.repeats or (1 if options.quick else 3)
+    folder = options.out or (None if options.quick else OUT)
+    named = [(model, int(n)) for model, n in (case.split(":") for case in options.cases)] if options.cases else None
+    if options.only in (None, "memory"):
+        bounds = Bounds(options.largest, options.spool, copies=1 if mergekit is None else 2)
+        table = Table("full-memory", environment(), folder)
+        in_memory(named or (QUICK if options.quick else IN_MEMORY), repeats, bounds, mergekit, table)
+        finish(table, bounds)
+    if options.only in (None, "spooled"):
+        bounds = Bounds(options.largest, options.spool, copies=1)
+        table = Table("full-spooled", environment(), folder)
+        on_disk(named or (QUICK if options.quick else SPOOLED), options.spool, bounds, table)
+        finish(table, bounds)
+    if options.only in (None, "growth"):
+        bounds = Bounds(options.largest, options.spool, copies=1)
+        about = environment()
+        panels = growth.growth(repeats, options.quick, bounds.in_memory, options.spool)
+        if folder is not None:
+            growth.write(panels, folder, ". ".join([*about, *bounds.skipped, growth.ABOUT]))
+
+
+def finish(table: Table, bounds: Bounds) -> None:
+    """Write a table for the last time, and print what was skipped."""
+    table.write(bounds.skipped)
+    for line in bounds.skipped:
+        print("skipped:", line)
+
+
+if __name__ == "__main__":
+    main()
