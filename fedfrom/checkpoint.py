@@ -39,7 +39,7 @@ from fedfrom.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
-FORMAT = 1
+FORMAT = 2
 """Of the files below; another one is refused."""
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
@@ -147,7 +147,10 @@ class Checkpoints:
             )
             raise ValueError(f"checkpoint {folder}, {error}; {way_on}") from error
         if state["format"] != FORMAT:
-            raise ValueError(f"checkpoint {folder}: expected format {FORMAT}, found {state['format']}")
+            raise ValueError(
+                f"checkpoint {folder}: expected format {FORMAT}, found {state['format']}: finish that run with the "
+                "version of fedfrom that wrote it, or start a new one in another folder"
+            )
         if differences := _differences(state["settings"], self.settings):
             more = len(differences) - _SHOWN
             raise ValueError(

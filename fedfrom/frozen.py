@@ -92,12 +92,18 @@ def leave_out(state: Mapping[str, Tensor], frozen: Collection[str], sent: Mappin
     """
     for layer in L.find_layers([key for key in state if key in frozen], "this model").values():
         key = layer.keys.get("tensor", "")
-        if key in sent and not torch.equal(state[key].detach().cpu(), sent[key].to(state[key].dtype)):
+        if key in sent and not _are_same(state[key].detach().cpu(), sent[key].to(state[key].dtype)):
             raise ValueError(
                 f"this model, {key!r}: expected the values that were sent, since the strategy says it is frozen, found "
                 "others: don't train it, or leave it out of frozen="
             )
     return {key: tensor for key, tensor in state.items() if key not in frozen}
+
+
+def _are_same(found: Tensor, sent: Tensor) -> bool:
+    """Return whether two tensors have the same shape and numbers, NaN being the same as NaN."""
+    same = found.shape == sent.shape and (found == sent) | ((found != found) & (sent != sent))
+    return bool(torch.as_tensor(same).all())
 
 
 def statistics_of(frozen: Collection[str]) -> set[str]:

@@ -71,20 +71,26 @@ class NodeRanks:
     def cut(self, arrays: ArrayRecord, node_ids: Collection[int]) -> dict[int, ArrayRecord]:
         """Return the global arrays that each node is sent: of factors the leading ranks, where it has fewer.
 
-        Nodes of the same ranks share a record, and all share the arrays that are not cut.
+        Nodes of the same ranks share a record, and all share arrays: those that are not cut, and those cut to one rank.
         """
         if self._known.keys().isdisjoint(node_ids):
             return dict.fromkeys(node_ids, arrays)
         state, adapters = to_state(arrays, "global arrays"), _adapters(arrays)
         made: dict[tuple[tuple[str, int], ...], ArrayRecord] = {(): arrays}
+        cuts: dict[tuple[str, int], ArrayRecord] = {}
         found = {}
         for node_id in node_ids:
             ranks = {name: rank for name, rank in self._known.get(node_id, {}).items() if name in adapters}
             key = tuple(ranks.items())
             if key not in made:
-                leading = L.leading(state, adapters, ranks)
-                factors = to_record({k: tensor for k, tensor in leading.items() if tensor is not state[k]})
-                made[key] = ArrayRecord({**arrays, **factors})
+                made[key] = record = ArrayRecord(dict(arrays))
+                for cut in ranks.items():  # each module at each rank once, whatever patterns nodes make up
+                    if cut not in cuts:
+                        layer = adapters[cut[0]]
+                        factors = {k: state[k] for k in layer.keys.values()}
+                        leading = L.leading(factors, {cut[0]: layer}, dict([cut]))
+                        cuts[cut] = to_record({k: tensor for k, tensor in leading.items() if tensor is not state[k]})
+                    record.update(cuts[cut])
             found[node_id] = made[key]
         return found
 

@@ -17,7 +17,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.frozen import frozen_keys
+from fedfrom.frozen import frozen_keys, statistics_of
 from fedfrom.merging import blocks
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import check_config, rank_and_scaling
@@ -519,8 +519,9 @@ def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, T
             f"expected {needs} statistics beside the arrays, in a record {STATISTICS_KEY!r}, found none: the client "
             f"computes them with fedfrom.client.{needs} and sends them with fedfrom.client.reply(statistics=)"
         )
-    statistics = to_state(record, "statistics")
     shapes: Mapping[str, tuple[int, ...]] = _gram_shapes(sent) if needs == "gram" else _fisher_shapes(sent)
+    unread = statistics_of(sent.frozen) - shapes.keys()
+    statistics = to_state(ArrayRecord({n: array for n, array in record.items() if n not in unread}), "statistics")
     for name, tensor in statistics.items():
         if name not in shapes:
             raise ValueError(

@@ -626,7 +626,7 @@ class FedMerge(FedAvg):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned when the checkpoint was written."""
         self._warned = state["warned"]
-        self._ranks.restore(state["ranks"])
+        self._ranks.restore(state.get("ranks", NodeRanks().state()))  # a subclass may keep a state of its own
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
 
     def _settings(

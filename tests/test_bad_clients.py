@@ -7,8 +7,9 @@ import pytest
 import torch
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
+from torch import Tensor
 
-from fedfrom import FedFroM, FedMerge, client, to_record
+from fedfrom import FedFroM, FedMerge, client, merge, to_record
 from fedfrom.merging import blocks
 from fedfrom.records import ADAPTER_KEY, DELTA, STATISTICS_KEY, config_to_record, delta_array
 from tests import hostile
@@ -150,3 +151,27 @@ def test_one_client_with_other_metrics_takes_nobody_elses_away() -> None:
 
     result, _ = start(faulty({0: other}, "evaluate"), 5, FedFroM(), rounds=1)
     assert set(result.evaluate_metrics_clientapp[1]) == {"loss"}
+
+
+@pytest.mark.parametrize(("d", "rank", "clients"), [(384, 16, 24), (384, 8, 40)])
+def test_factors_of_any_scale_whose_product_is_honest_cost_nobody_the_round(d: int, rank: int, clients: int) -> None:
+    """Where many clients' sum is taken by products in float32, scales of 1e36 and 1e-36 are beyond its range."""
+    g = torch.Generator().manual_seed(0)
+    a, b = "m.q.lora_A.weight", "m.q.lora_B.weight"
+    sent = {a: torch.randn(rank, d, generator=g) / d**0.5, b: torch.zeros(d, rank)}
+
+    def reply(i: int, stretched: bool) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(i)
+        A, B = sent[a] + 1e-2 * torch.randn(rank, d, generator=g), 1e-2 * torch.randn(d, rank, generator=g)
+        for column, scale in ((0, 1e10), (1, 1e-36)) if stretched else ():
+            B[:, column] *= scale
+            A[column] /= scale
+        return {a: A, b: B}
+
+    def product(stretched: int) -> Tensor:
+        states = [reply(i, i < stretched) for i in range(clients)]
+        merged, _ = merge(states, sent, as_reference=True, clip=1.0)
+        return merged[b].double() @ merged[a].double()
+
+    honest = product(0)
+    torch.testing.assert_close(product(1), honest, rtol=0, atol=1e-5 * float(honest.abs().max()))

@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp.strategy import Result
 
 from fedfrom import Average, FedFroM, FedMerge, FroM, checkpoint
-from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.checkpoint import ARRAYS, FORMAT, STATE, SUMS, Checkpoint, Checkpoints, random_states, set_random_states
 from tests import killed
 from tests.conftest import ROOT
 from tests.inprocess import InProcessGrid
@@ -449,10 +449,10 @@ def test_a_renamed_checkpoint_and_another_format_are_refused(tmp_path: Path) -> 
     os.rename(tmp_path / "round-0007", tmp_path / "round-0001")
     state = tmp_path / "round-0001" / STATE
     old = digest(state)
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": FORMAT + 1}))
     sums = tmp_path / "round-0001" / SUMS
     sums.write_text(sums.read_text().replace(old, digest(state)))
-    with pytest.raises(ValueError, match="expected format 1, found 2"):
+    with pytest.raises(ValueError, match=f"expected format {FORMAT}, found {FORMAT + 1}"):
         start(tmp_path)
 
 

@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import Result
 
 from benchmarks import bytes as measured
 from fedfrom import FedFroM, FedMerge, client, to_record
-from fedfrom.frozen import FROZEN_KEY
-from fedfrom.records import to_state_dict
+from fedfrom.frozen import FROZEN_KEY, leave_out
+from fedfrom.records import STATISTICS_KEY, to_state_dict
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,
@@ -263,6 +263,28 @@ def test_statistics_of_it_are_left_out_too(method: str) -> None:
 
 
 # --- What is measured in docs/performance.md -------------------------------------------------------------------------
+
+
+def test_statistics_of_it_that_other_clients_send_are_not_looked_at() -> None:
+    def telling(message: Message, context: Context) -> Message:
+        reply = noisy(message, context)
+        if message.metadata.message_type == "train":
+            fisher = {key: np.ones_like(array) for key, array in arrays_of(reply.content["arrays"]).items()}
+            reply.content[STATISTICS_KEY] = record_of(fisher)
+        return reply
+
+    start = record_of({"a.weight": np.ones((3, 4), np.float32), "b.weight": np.ones((2, 3), np.float32)})
+    strategy = FedMerge("fisher", frozen=["b.*"])
+    result = strategy.start(InProcessGrid(telling, 3), start, num_rounds=1)
+    assert strategy.reports[1].valid == 3 and not strategy.reports[1].rejected
+    assert same_bits(ArrayRecord({"b.weight": result.arrays["b.weight"]}), ArrayRecord({"b.weight": start["b.weight"]}))
+
+
+def test_nan_in_it_is_not_training() -> None:
+    sent = {"mask": torch.tensor([float("nan"), 0.0, 1.0]), "head": torch.ones(2)}
+    assert list(leave_out(sent, {"mask"}, {key: value.clone() for key, value in sent.items()})) == ["head"]
+    with pytest.raises(ValueError, match="mask"):
+        leave_out({**sent, "mask": torch.tensor([float("nan"), 0.0, float("nan")])}, {"mask"}, sent)
 
 
 def test_the_bytes_that_are_saved() -> None:

@@ -237,3 +237,19 @@ def test_a_lie_about_ranks_costs_its_teller_alone() -> None:
     ]
     assert sent_ranks(grid) == [{0: 8, 1: 8, 2: 8}, {0: 4, 1: 4, 2: 4}, {0: 8, 1: 4, 2: 4}]
     assert sent_ranks(grid, "evaluate")[2] == {0: 8, 1: 4, 2: 4}
+
+
+def test_nodes_of_many_patterns_share_what_is_cut_alike() -> None:
+    modules = [f"m.{i}.q" for i in range(4)]
+    state = {
+        f"{name}.lora_{part}.weight": np.ones((8, 32) if part == "A" else (32, 8), np.float32)
+        for name in modules
+        for part in "AB"
+    }
+    nodes = NodeRanks()
+    patterns = [{name: 1 + (i >> j & 1) for j, name in enumerate(modules)} for i in range(16)]
+    nodes.restore({"ranks": patterns, "nodes": [[i, i] for i in range(16)]})
+    found = nodes.cut(record_of(state), range(16))
+    data = {id(array.data): len(array.data) for record in found.values() for array in record.values()}
+    assert all(widths(found[i]) == patterns[i] for i in range(16))
+    assert len(data) == 2 * 2 * len(modules)  # A and B at ranks 1 and 2, not of 16 patterns

@@ -84,7 +84,7 @@ def environment() -> list[str]:
     """Return what a reader of the numbers wants to know."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("fedfrom", "flwr", "torch", "numpy"))
     load = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
-    words = re.sub(r"(--mergekit[ =])\S+", r"\1PYTHON", " ".join(sys.argv[1:]))
+    words = re.sub(r"(--(?:mergekit|spool|out)[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
     return [
         f"Command: `python -m benchmarks.full {words}`",
         f"Machine: {machine()}; {torch.get_num_threads()} threads; load average before: {load}",

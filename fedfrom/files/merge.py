@@ -142,8 +142,8 @@ def merge_folders(
     """Merge adapters or checkpoints on disk into a new folder, which PEFT or transformers load.
 
     A checkpoint is written a tensor at a time, in the first input's files: of all models one layer is in memory, and of
-    the inputs' large tensors blocks alone where the method is an average or FroM. An adapter, which is small, is
-    written at the end, when its ranks are known.
+    the inputs' large tensors blocks alone, but for RegMean and LoRM. An adapter, which is small, is written at the end,
+    when its ranks are known.
 
     Parameters
     ----------

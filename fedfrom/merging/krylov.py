@@ -68,7 +68,8 @@ class Leading(NamedTuple):
 
 
 def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Tensor, probes: Tensor) -> Leading | None:
-    """Return the first `rank` singular triplets of T; None where so many steps do not find them.
+    """Return the first `rank` singular triplets of T; None where so many steps do not find them, or
+    products leave the range of what they are summed in.
 
     Algorithm 1 is subspace iteration: T^T T once in each step, the last columns alone kept. Here all columns are kept,
     V, T^T T V, (T^T T)^2 V, ..., orthonormal, and T is solved in their span. What is found is checked: with rho_i =
@@ -112,6 +113,8 @@ def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Ten
         m += b
         H[block, :m] = TQ[block] @ TQ[:m].T
         H[:m, block] = H[block, :m].T
+        if not bool(torch.isfinite(H[block, :m]).all()):  # factors whose scales leave the products' range
+            return None
         full, R = m + b > most_columns, torch.eye(b, dtype=W.dtype, device=W.device)
         for _ in range(2):  # once is not orthogonal to rounding, least of all where little is left
             last, left = torch.linalg.qr((W - (W @ Q[:m].T) @ Q[:m]).T)

@@ -317,12 +317,12 @@ class Stack:
         """
         X, Y = self.left, self.right
         d_out, d_in = X.height, Y.height
-        way = cheapest(d_out, d_in, max(X.width, Y.width), columns)
+        way = cheapest(d_out, d_in, max(X.width, Y.width), columns, len(terms) <= _FEW)
         if way == "core":
             return None
         M = self.mixture(terms)
         left, right = X.columns_in(dtype), Y.columns_in(dtype)
-        if way == "matrix" or len(terms) <= _FEW:
+        if way == "matrix":
             formed = left.new_empty(d_out, d_in)
             half = M.times(right.T, X.width)
             return Operator.of(torch.matmul(left, half, out=formed))
@@ -392,7 +392,7 @@ def is_wide(d_out: int, d_in: int, columns: int) -> bool:
     return columns * (d_out + d_in) > d_out * d_in
 
 
-def cheapest(d_out: int, d_in: int, width: int, columns: int) -> str:
+def cheapest(d_out: int, d_in: int, width: int, columns: int, few: bool = False) -> str:
     """Return the way to the leading triplets of a matrix of stacked factors that takes the least time.
 
     Parameters
@@ -403,6 +403,8 @@ def cheapest(d_out: int, d_in: int, width: int, columns: int) -> str:
         Columns of the stacked factors.
     columns : int
         Of one product in an iteration for the leading triplets.
+    few : bool (default: False)
+        All numbers are to be exact: "factors" is none of the ways.
 
     Returns
     -------
@@ -417,6 +419,8 @@ def cheapest(d_out: int, d_in: int, width: int, columns: int) -> str:
         "factors": _EXACT * iteration * width * both,
         "matrix": (width + iteration) * d_out * d_in,
     }
+    if few:
+        del times["factors"]
     return min(times, key=lambda way: times[way])
 
 

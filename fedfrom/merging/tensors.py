@@ -160,7 +160,8 @@ def _in_blocks(
         nothing: list[Tensor | None] = [None] * len(thetas)
         mean, _, _ = blocks.weighted_sum(thetas, nothing, weights, None, 1.0)
         change = method.combine(thetas, coefficients, context.block(start, stop))
-        inner = float((mean.to(torch.float64) / unit) @ (change.to(torch.float64) / unit))
+        products = (mean.to(torch.float64) / unit).mul_(change.to(torch.float64) / unit)
+        inner = float(products.cpu().numpy().sum())  # on one thread, however many torch has: so the bits are the same
         own = None if W is None else W[start:stop].to(change)
         result[start:stop], size, _ = blocks.weighted_sum([change], [None], [1.0], own, weighing.server_lr)
         return size / unit, inner, blocks.is_finite(result[start:stop])

@@ -77,11 +77,12 @@ def each_block(length: int, block: int, work: Callable[[int, int], _T], read: bo
     if pool is None or length < (_LARGE if read else _SHARED):
         return run(starts)
     if not read:
+        before = torch.get_num_threads()  # more than one inside another `each_block`
         torch.set_num_threads(pool[1])
         try:
             return run(starts)
         finally:
-            torch.set_num_threads(1)
+            torch.set_num_threads(before)
     # some parts a thread: who is held up by other programs leaves more of them to the others
     size = -(-len(starts) // (4 * pool[1]))
     parts = [starts[i : i + size] for i in range(0, len(starts), size)]

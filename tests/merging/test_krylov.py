@@ -225,6 +225,8 @@ def test_the_way_is_the_cheapest() -> None:
     clients = (3, 32, 316, 1000)
     assert [cheapest(4096, 4096, 8 * n, 16) for n in clients] == ["core", "core", "factors", "factors"]
     assert [cheapest(1024, 1024, 8 * n, 16) for n in clients] == ["core", "core", "matrix", "matrix"]
+    # few wide factors of a long layer, where all numbers are to be exact: forming it would cost more than its core
+    assert cheapest(40_000, 2048, 7 * 256, 8) == "factors" and cheapest(40_000, 2048, 7 * 256, 8, True) == "core"
 
 
 def test_no_matrix_of_the_layers_size_is_formed() -> None:

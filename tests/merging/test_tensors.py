@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfrom import merge
+from fedfrom.merging.threads import each_block, one_thread_each
 from tests.merging import oracle
 from tests.merging.samples import DTYPES, POWERS, TENSOR, normal, tensor_case, tensor_cases
 
@@ -176,3 +177,21 @@ def test_strided_inputs_and_parameters_that_require_gradients():
     layer = oracle.Layer([state[TENSOR].detach() for state in states], [W] * 2, W)
     assert oracle.relative_error(merged[TENSOR], layer.target(layer.weights(1.0))) <= 1e-14
     assert not merged[TENSOR].requires_grad
+
+
+def test_blocks_inside_of_blocks_leave_the_threads_as_they_were() -> None:
+    before, counts = torch.get_num_threads(), []
+
+    def work(start: int, stop: int) -> None:
+        counts.append(torch.get_num_threads())
+        each_block(1 << 20, 1 << 19, lambda start, stop: None)
+
+    torch.set_num_threads(3)
+    try:
+        with one_thread_each():
+            assert torch.get_num_threads() == 1
+            each_block(1 << 20, 1 << 18, work)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3 and counts == [3] * 4
+    finally:
+        torch.set_num_threads(before)
