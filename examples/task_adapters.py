@@ -2,7 +2,7 @@
 
 A small network with random weights stands in for a pretrained model, so that this runs in seconds; with a real one only
 `pretrained` and `train` change. Run it with `python examples/task_adapters.py [FOLDER]`: FOLDER then holds the adapters
-and the merged ones, and `fedfrom inspect FOLDER/task-*` shows how the adapters compare.
+and the merged ones, and `fedfrom inspect FOLDER/task-[0-9]` shows how the adapters compare.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What each round did, in TensorBoard: the strategy's on_round hook.
 
     python examples/tensorboard_rounds.py
-    tensorboard --logdir runs
+    tensorboard --logdir runs/tensorboard
 
 The hook gets each round's report once the round is over. Weights & Biases and MLflow take the same numbers:
 `wandb.log(numbers, step=report.server_round)` and `mlflow.log_metrics(numbers, step=report.server_round)`.
@@ -24,7 +24,7 @@ server_app = ServerApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Three rounds, told to TensorBoard."""
-    with SummaryWriter(str(context.run_config.get("logdir", "runs"))) as writer:
+    with SummaryWriter(str(context.run_config.get("logdir", "runs/tensorboard"))) as writer:
 
         def on_round(report):
             for name, number in report.numbers().items():

@@ -321,6 +321,13 @@ def test_force_replaces_an_earlier_result_and_nothing_else(tmp_path, capsys):
     (mine / "chapters").mkdir()
     assert "other files" in refused(capsys, "merge", str(mine), *inputs, "--force")
     assert (mine / "thesis.txt").is_file()
+    # OUT forgotten: the first input is taken for it, which nobody merged
+    assert "other files" in refused(capsys, "merge", *inputs, "--force")
+    assert load(Path(inputs[0]))
+    (out / "notes.txt").write_text("a note of mine")
+    assert "notes.txt" in refused(capsys, "merge", str(out), *inputs, "--force")
+    (out / "notes.txt").unlink()
+    done(capsys, "merge", str(out), *inputs[1:], "--force")
     assert not list(tmp_path.glob(".*")), "nothing hidden is left"
 
 
@@ -370,7 +377,8 @@ def test_a_stopped_command_leaves_nothing(tmp_path, number):
     before = sorted(tmp_path.iterdir())
     # stops itself after the first layer, when the folder is half full
     code = (
-        "import os, sys; from fedfrom.files import merge\n"
+        "import os, signal, sys; from fedfrom.files import merge\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which tests in the background do not have
         "def stop(done, total):\n"
         f" if done: os.kill(os.getpid(), {int(number)})\n"
         "original = merge.merge_folders\n"

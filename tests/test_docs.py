@@ -72,7 +72,7 @@ def test_readmes_merge_of_folders_runs(tmp_path: Path) -> None:
     (code,) = [code for code in blocks(ROOT / "README.md", "python") if "adapter-a" in code]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["r"] == 4
+    assert json.loads((tmp_path / "merged-here" / "adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page)

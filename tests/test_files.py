@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fedfrom.files import folders as F
 from fedfrom.files.errors import BadInput
 from fedfrom.files.inspection import stable_rank
-from fedfrom.files.output import Output
+from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import DTYPES, Spec, Tensors, Writer
 from fedfrom.merging.blocks import sampled
 from fedfrom.merging.lowrank import LowRank
@@ -262,7 +262,7 @@ def test_an_output_that_can_not_replace_puts_the_old_one_back(tmp_path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
-    (out / "model.safetensors").write_bytes(b"")
+    write_card(out, "a card")
     rename = Path.rename
 
     def failing(self, target):

@@ -52,7 +52,9 @@ def check_alike(models: Sequence[Model], base: Model | None, force_base: bool) -
 def _check_configs(model: Model, first: Model, force_base: bool) -> None:
     if bool(model.config.get("use_dora")) != bool(first.config.get("use_dora")):
         kinds = ["DoRA" if each.config.get("use_dora") else "LoRA" for each in (first, model)]
-        raise BadInput(f"{model.name}: expected {kinds[0]} as {first.name}, found {kinds[1]}: they can't be merged")
+        raise BadInput(
+            f"{model.name}: expected {kinds[0]} as {first.name}, found {kinds[1]}: merge each kind by itself"
+        )
     for field in _SAME:
         expected, found = first.config.get(field), model.config.get(field)
         if (expected or None) != (found or None):
@@ -136,7 +138,7 @@ def _without(spec: Spec, dimension: int | None) -> Spec:
 
 def _other(model: Model, key: str, found: Spec, first: Model, expected: Spec) -> str:
     text = f"{model.name}, {key!r}: expected {expected} as in {first.name}, found {found}: "
-    if found.shape == expected.shape:
+    if found.shape == expected.shape or (found.dtype != expected.dtype and "lora_" in key):  # whose ranks may differ
         return text + "pass --dtype to bring all to one"
     vocabulary = len(found.shape) == 2 and found.shape[1:] == expected.shape[1:]
     if vocabulary and any(word in key.lower() for word in ("emb", "head", "wte", "decoder", "words")):

@@ -25,7 +25,7 @@ from fedfrom.files.folders import (
     copy_files,
     open_model,
 )
-from fedfrom.files.output import Output
+from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
 from fedfrom.merging import blocks
 from fedfrom.merging.average import Average
@@ -190,7 +190,7 @@ def merge_folders(
             report = _write_checkpoint(folder, layers, watch, models[0], dtype)
             _write_config(folder / CONFIG, models[0].config, dtype)
         card = model_card(report, models, pretrained, examples, command)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, card)
     return report
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,8 +13,8 @@ from types import TracebackType
 
 from fedfrom.files.errors import BadInput
 
-# what says of a folder that it holds a model or an adapter, and nothing that --force should not remove
-_MARKS = ("adapter_config.json", "config.json")
+_CARD = "README.md"
+_LIST = re.compile(r"<!-- files that fedfrom wrote: (.*) -->")
 
 
 class Output:
@@ -45,10 +47,11 @@ class Output:
         if os.path.isdir(path):
             if not force:
                 raise BadInput(f"{path}: already there: name another OUT, or pass --force to replace it")
-            held = os.listdir(path)
-            weights = any(name.endswith(".safetensors") for name in held) and any(mark in held for mark in _MARKS)
-            if held and (not weights or any(os.path.isdir(path / name) for name in held)):
-                raise BadInput(f"{path}: expected a model or an adapter to replace, found other files: remove them")
+            if strange := sorted(set(os.listdir(path)) - _written(path)):
+                raise BadInput(
+                    f"{path}: expected a folder that fedfrom merge wrote, and nothing else in it, found other files "
+                    f"({strange[0]}): remove them, or name another OUT"
+                )
 
     def __enter__(self) -> Path:
         """Return the folder to fill."""
@@ -94,6 +97,21 @@ class Output:
     def _unwritable(self, error: OSError | ValueError) -> BadInput:
         reason = getattr(error, "strerror", None) or error
         return BadInput(f"{str(self.path)!r}: can't be written: {reason}; nothing was left behind")
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Write a folder's model card, its last file, with the names of all: --force removes no others."""
+    names = json.dumps(sorted([_CARD, *os.listdir(folder)])).replace(">", "\\u003e")
+    (folder / _CARD).write_text(f"{card}\n<!-- files that fedfrom wrote: {names} -->\n", encoding="utf-8")
+
+
+def _written(folder: Path) -> set[str]:
+    """Return the names of the files that the folder's card says were written with it."""
+    try:
+        lists = _LIST.findall((folder / _CARD).read_text(encoding="utf-8", errors="replace"))
+        return {name for name in json.loads(lists[-1]) if os.path.isfile(folder / name)}
+    except (OSError, IndexError, ValueError, TypeError):
+        return set()
 
 
 def _real(path: Path) -> Path:

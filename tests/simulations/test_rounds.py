@@ -212,6 +212,7 @@ def test_evaluate_refuses_what_is_no_weights_of_the_run(tiny: dict, tmp_path: Pa
         bad[-1].mkdir()
         for path in (ran.folder / "from").iterdir():
             (bad[-1] / path.name).write_bytes(b"" if path.name == file else path.read_bytes())
+    capsys.readouterr()  # bars of what was loaded
     for arguments in [(tmp_path / "none", []), *((ran.folder, [folder]) for folder in bad)]:
         with pytest.raises(typer.Exit) as ended:
             evaluate.run(*arguments)
