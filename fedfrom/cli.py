@@ -121,7 +121,7 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"--config {path}: expected YAML, found: {reason}") from None
+        raise BadInput(f"--config {path}: expected YAML, found: {reason}; see fedfrom merge --help") from None
     if not isinstance(found, dict):
         raise BadInput(f"--config {path}: expected option: value, found {type(found).__name__}")
     known = {

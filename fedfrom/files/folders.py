@@ -142,7 +142,9 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: expected JSON, found {type(error).__name__}: {reason}") from None
+        raise BadInput(
+            f"{path}: expected JSON, found {type(error).__name__}: {reason}; save or download it again"
+        ) from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
