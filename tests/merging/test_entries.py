@@ -170,4 +170,5 @@ def test_the_peak_is_the_result_and_some_blocks(options: dict[str, Any]) -> None
     command = [sys.executable, "-c", MEASURE, repr(options)]
     kib = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     print(f"{options}: {kib / 1024:.1f} MiB")
-    assert 0 < kib < (64 + 32) * 1024, f"{kib / 1024:.1f} MiB"
+    # blocks of 2 MiB, some of each client: less than any temporary of the whole
+    assert 0 < kib < (64 + 48) * 1024, f"{kib / 1024:.1f} MiB"
