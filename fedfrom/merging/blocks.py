@@ -28,6 +28,7 @@ _FEW = 1 << 13
 _WHOLE, _RUNS, _RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
 _SAFE = (1e-12, 1e18)
+# norms of updates whose entries float32 holds with all their digits
 _SMALLEST = 1e-30
 _buffers = threading.local()
 

@@ -68,8 +68,7 @@ class Leading(NamedTuple):
 
 
 def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Tensor, probes: Tensor) -> Leading | None:
-    """Return the first `rank` singular triplets of T; None where so many steps do not find them, or
-    products leave the range of what they are summed in.
+    """Return the first `rank` singular triplets of T, or None: not found in so many steps, or products overflow.
 
     Algorithm 1 is subspace iteration: T^T T once in each step, the last columns alone kept. Here all columns are kept,
     V, T^T T V, (T^T T)^2 V, ..., orthonormal, and T is solved in their span. What is found is checked: with rho_i =

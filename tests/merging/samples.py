@@ -245,3 +245,17 @@ def tensor_cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "examples": draw(st.booleans()),
     }
     return tensor_case(draw(st.integers(0, 10**6)), **{**drawn, **fixed})
+
+
+def singular_values(spectrum: str, m: int, r: int) -> Tensor:
+    """Return (m,) float64, descending, of which the first r are asked for: easy spectra and hard ones."""
+    j = torch.arange(1.0, m + 1, dtype=torch.float64)
+    return {
+        "1/j": 1 / j,
+        "0.9^j": 0.9**j,
+        "0.999^j": 0.999**j,
+        "steps": 2.0 ** -torch.div(j, 6, rounding_mode="floor"),
+        "cliff": torch.where(j <= r, 1 + 1e-2 * j, torch.ones_like(j)).sort(descending=True).values,
+        "equal": torch.ones_like(j),
+        "rank 3": (j <= 3).to(torch.float64),
+    }[spectrum]

@@ -18,7 +18,7 @@ from fedfrom.merging.leading import columns_of
 from fedfrom.merging.solve import energy_probes
 from fedfrom.merging.stack import Stack, cheapest
 from tests.merging import oracle, properties
-from tests.merging.samples import A_KEY, B_KEY, adapter_case, generator, normal
+from tests.merging.samples import A_KEY, B_KEY, adapter_case, generator, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target
 from tests.merging.test_memory import LargestResult
 
@@ -152,16 +152,7 @@ SPECTRA = ["1/j", "0.9^j", "0.999^j", "steps", "cliff", "equal", "rank 3"]
 @DTYPES
 def test_triplets_are_those_of_the_full_svd(spectrum: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     m, r, g = min(shape), 8, generator(12)
-    j = torch.arange(1.0, m + 1, dtype=torch.float64)
-    S = {
-        "1/j": 1 / j,
-        "0.9^j": 0.9**j,
-        "0.999^j": 0.999**j,
-        "steps": 2.0 ** -torch.div(j, 6, rounding_mode="floor"),
-        "cliff": torch.where(j <= r, 1 + 1e-2 * j, torch.ones_like(j)).sort(descending=True).values,
-        "equal": torch.ones_like(j),
-        "rank 3": (j <= 3).to(torch.float64),
-    }[spectrum]
+    S = singular_values(spectrum, m, r)
     U, V = (torch.linalg.qr(normal(d, m, g=g)).Q for d in shape)
     C = ((U * S) @ V.T).to(dtype).double()
     lost, turned, allowed, matrix = (

@@ -15,7 +15,7 @@ from fedfrom.merging.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.lowrank import norms_and_cosines
 from fedfrom.merging.stack import Stack
 from tests.merging import oracle, properties
-from tests.merging.samples import A_KEY, B_KEY, Case, adapter_case, generator, merged_product, normal
+from tests.merging.samples import A_KEY, B_KEY, Case, adapter_case, generator, merged_product, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target
 from tests.merging.test_gauge import assert_gauge
 
@@ -173,15 +173,7 @@ def test_a_part_in_the_same_memory_is_held_once() -> None:
 @pytest.mark.parametrize("shape", [(200, 170), (170, 400)])
 def test_leading_triplets_are_those_of_the_full_svd(spectrum: str, shape: tuple[int, int]) -> None:
     m, r, g = min(shape), 8, generator(12)
-    j = torch.arange(1.0, m + 1, dtype=torch.float64)
-    S = {
-        "1/j": 1 / j,
-        "0.9^j": 0.9**j,
-        "0.999^j": 0.999**j,
-        "steps": 2.0 ** -torch.div(j, 6, rounding_mode="floor"),
-        "cliff": torch.where(j <= r, 1 + 1e-2 * j, torch.ones_like(j)).sort(descending=True).values,
-        "equal": torch.ones_like(j),
-    }[spectrum]
+    S = singular_values(spectrum, m, r)
     U, V = (torch.linalg.qr(normal(d, m, g=g)).Q for d in shape)
     C = (U * S) @ V.T
     assert takes_few(C.shape, r)
