@@ -1,17 +1,12 @@
 """d = 4096, r = 16, 3 clients: no d x d matrix is formed, in less than 64 MiB."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedfrom import merge
 from tests.merging.samples import A_KEY, B_KEY
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.peaks import printed_last, reads_peaks
 
 
 class LargestResult(TorchDispatchMode):
@@ -42,9 +37,8 @@ def test_no_matrix_of_the_layers_size_is_formed(solver, with_reference):
     assert largest.numel <= d * (n + 1) * r  # the stack of all factors
 
 
-# In a process of its own: the peak of its resident memory only ever rises.
 MEASURE = """
-import re, sys
+import sys
 import torch
 from fedfrom import merge
 torch.set_num_threads(1)
@@ -53,9 +47,6 @@ def states(d, seed):
     g = torch.Generator().manual_seed(seed)
     return [{"l.lora_A.weight": torch.randn(16, d, generator=g), "l.lora_B.weight": torch.randn(d, 16, generator=g)}
             for _ in range(4)]
-
-def peak():  # getrusage would count what the parent had before exec
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 *small, reference = states(128, 0)
 merge(small, reference, solver=sys.argv[1])  # loads LAPACK and all else that is loaded once
@@ -67,13 +58,10 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@reads_peaks
 @pytest.mark.parametrize("solver", ["svd", "alternating"])
 def test_extra_memory(solver):
-    command = [sys.executable, "-c", MEASURE, solver]
-    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    kib = int(found)
-    assert 0 < kib < 64 * 1024, f"{kib / 1024:.1f} MiB"
+    assert 0 < printed_last(MEASURE, solver) < 64
 
 
 def largest_result(states, reference, **options):
@@ -115,12 +103,10 @@ MEASURE_METHODS = MEASURE.replace("range(4)", "range(9)").replace("solver=sys.ar
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@reads_peaks
 @pytest.mark.parametrize("method", ["from", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"])
 def test_extra_memory_of_methods(method):
     """8 clients at d = 4096, r = 16, each delta against a reference."""
-    command = [sys.executable, "-c", MEASURE_METHODS, method]
-    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    kib = int(found)
-    print(f"{method}: {kib / 1024:.1f} MiB")
-    assert 0 < kib < 256 * 1024, f"{kib / 1024:.1f} MiB"
+    mib = printed_last(MEASURE_METHODS, method)
+    print(f"{method}: {mib:.1f} MiB")
+    assert 0 < mib < 256
