@@ -104,12 +104,14 @@ class _Flat:
         return block if self.dtype == dtype else _buffer(slot, stop - start, dtype, self.device).copy_(block)
 
 
-def _theta(value: _Flat, reference: Tensor | None, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Return a block of value - reference (None: zero): the buffer "theta", or a view of what may not be changed."""
+def _theta(
+    value: _Flat, reference: Tensor | None, dtype: torch.dtype, start: int, stop: int, slot: str = "theta"
+) -> Tensor:
+    """Return a block of value - reference (None: zero): the buffer of that name, or a view of what may not change."""
     if reference is None:
-        return value.block_as(dtype, start, stop, "theta")
+        return value.block_as(dtype, start, stop, slot)
     block = value.block_as(dtype, start, stop, "value")
-    return torch.sub(block, reference, out=_buffer("theta", stop - start, dtype, value.device))
+    return torch.sub(block, reference, out=_buffer(slot, stop - start, dtype, value.device))
 
 
 def _blocks(tensors: Sequence[Values | None], dtype: torch.dtype) -> Iterator[list[Any]]:
@@ -303,11 +305,10 @@ def weighted_sum(
         for i, (w, x, r) in enumerate(terms):
             if r is not last:
                 ref, last = None if r is None else r.block_as(dtype, start, stop, "reference"), r
-            theta = _theta(x, ref, dtype, start, stop)
-            if i == 0:
-                torch.mul(theta, w, out=total)
+            if i == 0:  # in place, where there is a reference
+                torch.mul(_theta(x, ref, dtype, start, stop, "total"), w, out=total)
             else:
-                total.add_(theta, alpha=w)
+                total.add_(_theta(x, ref, dtype, start, stop), alpha=w)
         norm, block = _block_norm(total), result[start:stop]
         if server_lr != 1.0:
             total.mul_(server_lr)
