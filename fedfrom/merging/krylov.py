@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedfrom.merging.threads import each_block
+
 # Steps before the space is cut back to its best quarter, and in all.
 _SPACE = 32
 _STEPS = 96
@@ -181,9 +183,14 @@ def _beyond(T: Operator, Q: Tensor, probes: Tensor) -> float:
 def product(matrix: Tensor, few: Tensor) -> Tensor:
     """Return matrix @ few, a few columns, in the matrix's dtype.
 
-    As few rows times a matrix, some of its rows at a time where it lies by rows: up to three times as fast.
+    As few rows times a matrix, some of its rows at a time: up to three times as fast. Large ones on several threads.
     """
-    rows = few.T.to(matrix.dtype)
-    if matrix.stride(1) != 1:
-        return (rows @ matrix.T).T
-    return torch.cat([rows @ part.T for part in matrix.split(_PART)], dim=1).T
+    rows, (height, width) = few.T.to(matrix.dtype), matrix.shape
+    found = rows.new_empty(len(rows), height)
+
+    def part(start: int, stop: int) -> None:
+        some = slice(start // width, stop // width)
+        torch.mm(rows, matrix[some].T, out=found[:, some])
+
+    each_block(matrix.numel(), _PART * width, part, apart=True)
+    return found.T

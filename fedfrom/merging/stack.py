@@ -368,10 +368,10 @@ class Stack:
         """Return (n, a b) float64: P M_i Q of n matrices, P (a, d_out) and Q (d_in, b); time linear in n."""
         dtype = torch.float32 if self.is_narrow else torch.float64
         left, right = (
-            (some.to(dtype) @ side.columns_in(dtype)).to(torch.float64)
-            for some, side in ((left, self.left), (right.T, self.right))
+            product(side.columns_in(dtype).T, some).to(torch.float64)
+            for some, side in ((left.T, self.left), (right, self.right))
         )
-        found = [(left.T[some.rows].mT * some.values[:, None]) @ right.T[some.columns] for some in _batches(mixtures)]
+        found = [(left[some.rows].mT * some.values[:, None]) @ right[some.columns] for some in _batches(mixtures)]
         return torch.cat(found).flatten(1)
 
     def _inner_of_rows(self, mixtures: Sequence[Mixture]) -> Tensor:

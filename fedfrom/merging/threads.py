@@ -1,7 +1,8 @@
-"""What runs on several threads: operations on blocks in memory, and the reading of others. No bit depends on how many.
+"""What runs on several threads: work on large tensors, a block at a time. No bit depends on how many.
 
 Blocks in memory are taken one after the other, each operation on all of torch's threads. Blocks that are read from
-elsewhere are shared out to threads of our own, so that some are read while others are reckoned with.
+elsewhere are shared out to threads of our own, so that some are read while others are reckoned with; and blocks of
+matrices that are multiplied, since what threads a product is shared out to may decide its bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 
 _T = TypeVar("_T")
-# entries of what is read: below, handing it out costs more than it gains; from the larger on, its blocks are handed out
+# entries: of what is read, below it handing out costs more than it gains; from the larger on, blocks are handed out
 _SMALL, _LARGE = 1 << 15, 1 << 21
 # entries that torch shares out to its threads in any case
 _SHARED = 1 << 16
@@ -66,17 +67,17 @@ def begin(entries: int, work: Callable[[], _T]) -> Callable[[], _T]:
     return work if pool is None or not _SMALL <= entries < _LARGE else pool[0].submit(work).result
 
 
-def each_block(length: int, block: int, work: Callable[[int, int], _T], read: bool = False) -> list[_T]:
-    """Return work(start, stop) of each block of `length` entries, in their order; `read` says that it reads them."""
+def each_block(length: int, block: int, work: Callable[[int, int], _T], apart: bool = False) -> list[_T]:
+    """Return work(start, stop) of each block of `length` entries, in their order; `apart` has each on one thread."""
     starts = range(0, length, block)
     pool = _pool.get()
 
     def run(part: range) -> list[_T]:
         return [work(start, min(start + block, length)) for start in part]
 
-    if pool is None or length < (_LARGE if read else _SHARED):
+    if pool is None or length < (_LARGE if apart else _SHARED):
         return run(starts)
-    if not read:
+    if not apart:
         before = torch.get_num_threads()  # more than one inside another `each_block`
         torch.set_num_threads(pool[1])
         try:

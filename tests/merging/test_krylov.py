@@ -17,6 +17,7 @@ from fedfrom.merging.krylov import Operator, energy_of, krylov_svd
 from fedfrom.merging.leading import columns_of
 from fedfrom.merging.solve import energy_probes
 from fedfrom.merging.stack import Stack, cheapest
+from fedfrom.merging.threads import one_thread_each
 from tests.merging import oracle, properties
 from tests.merging.samples import A_KEY, B_KEY, adapter_case, generator, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target
@@ -210,6 +211,26 @@ def test_the_operator_is_the_matrix(dtype: torch.dtype) -> None:
         limit = 1e-13 if dtype == torch.float64 else 1e-6
         assert oracle.relative_error(T.times(V), total.dense() @ V) <= limit
         assert oracle.relative_error(T.transposed_times(U), total.dense().T @ U) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_products_are_the_same_on_any_threads(by_rows: bool, dtype: torch.dtype) -> None:
+    """More rows than one part has, and not a multiple of them; large enough to be shared out."""
+    g = generator(3)
+    matrix = normal(2000, 1200, g=g, dtype=dtype) if by_rows else normal(1200, 2000, g=g, dtype=dtype).T
+    few = normal(1200, 5, g=g)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with one_thread_each():
+                found.append(krylov.product(matrix, few))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found[0].double(), matrix.double() @ few, rtol=tolerance, atol=40 * tolerance)
 
 
 def test_the_way_is_the_cheapest() -> None:
