@@ -11,7 +11,7 @@ from benchmarks.full import growth
 from benchmarks.full.__main__ import Bounds
 from benchmarks.full.contenders import FEDAVG, LINEAR
 from benchmarks.full.measure import timed
-from benchmarks.full.models import MODELS, States, numel, shapes
+from benchmarks.full.models import BF16, MODELS, States, bytes_of, numel, shapes
 
 SMALL = "8x2x16"
 
@@ -34,6 +34,14 @@ def test_clients_have_the_same_state_in_every_process_and_none_has_another_ones(
         assert all(torch.equal(state[key], tensor) for key, tensor in second.of(client).items())
         assert not any(torch.equal(state[key], tensor) for key, tensor in first.of(client + 3).items())
         assert not any(torch.equal(state[key], tensor) for key, tensor in first.reference.items())
+
+
+def test_bfloat16_is_half_the_bytes_of_the_same_numbers() -> None:
+    whole, half = States(SMALL), States(SMALL + BF16)
+    assert bytes_of(SMALL + BF16) == numel(SMALL) * 2 == bytes_of(SMALL) / 2
+    for key, tensor in half.of(1).items():
+        assert tensor.dtype == half.reference[key].dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), whole.of(1)[key], rtol=0.02, atol=0.02)
 
 
 MERGEKIT = """

@@ -35,15 +35,17 @@ import torch
 from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
-from benchmarks.full.models import numel
+from benchmarks.full.models import bytes_of
 from simulations.environment import machine
 
 OUT = ROOT / "results" / "speed"
 IN_MEMORY = [("22M", 4), ("110M", 4), ("350M", 4), ("22M", 16), ("110M", 16), ("350M", 16), ("22M", 64)]
 IN_MEMORY += [("110M", 64), ("350M", 64)]
 SPOOLED = [("110M", 4), ("110M", 16), ("350M", 4), ("22M", 64), ("350M", 16), ("110M", 64), ("350M", 64)]
+SPOOLED += [("350M-bf16", 4), ("350M-bf16", 64)]
 QUICK = [("22M", 4), ("22M", 16)]
 LIMIT = 0.6  # of the free memory, what all of a case's replies may take
+LIMIT_OF_DISK = 0.8  # likewise
 COLUMNS = ["model", "clients", "contender", "seconds", "to FedAvg", "to copy", "to copy, warm", "replies MiB"]
 COLUMNS += ["peak MiB"]
 Case = tuple[str, int]
@@ -63,14 +65,14 @@ class Bounds:
 
     def in_memory(self, model: str, clients: int) -> bool:
         """Return whether a case's replies fit, as often as contenders hold them."""
-        size = 4 * numel(model) * clients
+        size = bytes_of(model) * clients
         return self._fits(f"{model} x {clients} in memory", size * self.copies, self.largest, LIMIT * memory(), size)
 
     def on_disk(self, model: str, clients: int) -> bool:
-        """Return whether they fit on disk, twice: FedFroM's and the plain files."""
-        size = 4 * numel(model) * clients
-        free = shutil.disk_usage(self.spool).free
-        return self._fits(f"{model} x {clients} spooled", size, 2 * self.largest, free / 2, size)
+        """Return whether they fit on disk: FedFroM's are gone before as many plain bytes are written."""
+        size = bytes_of(model) * clients
+        free = LIMIT_OF_DISK * shutil.disk_usage(self.spool).free
+        return self._fits(f"{model} x {clients} spooled", size, 2 * self.largest, free, size)
 
     def _fits(self, what: str, needed: float, largest: float, free: float, size: int) -> bool:
         fits = needed <= min(largest, free)
@@ -109,7 +111,7 @@ def in_memory(cases: list[Case], repeats: int, bounds: Bounds, mergekit: str | N
                 own = peak_of_linear(mergekit, model, clients)
             row = {"model": model, "clients": clients, "contender": name, "seconds": seconds}
             row |= {"to copy": seconds / found[COPY], "to copy, warm": seconds / found[WARM]}
-            row |= {"to FedAvg": seconds / found[FEDAVG], "replies MiB": 4 * numel(model) * clients / 2**20}
+            row |= {"to FedAvg": seconds / found[FEDAVG], "replies MiB": bytes_of(model) * clients / 2**20}
             table.add(row | {"peak MiB": None if own is None else own / 2**20})
         table.write(bounds.skipped)  # each case as it is done: the rest takes hours on a small machine
 
@@ -120,8 +122,8 @@ def on_disk(cases: list[Case], spool: str, bounds: Bounds, table: Table) -> None
         if not bounds.on_disk(model, clients):
             continue
         found = in_process("spooled", model, clients, spool)
-        disk = in_process("disk", 4 * numel(model), clients, spool)
-        row = {"model": model, "clients": clients, "replies MiB": 4 * numel(model) * clients / 2**20}
+        disk = in_process("disk", bytes_of(model), clients, spool)
+        row = {"model": model, "clients": clients, "replies MiB": bytes_of(model) * clients / 2**20}
         table.add({**row, "contender": growth.SPOOLED, "seconds": found["seconds"], "peak MiB": found["peak"] / 2**20})
         table.add({**row, "contender": "files, written and read", "seconds": disk})
         table.write(bounds.skipped)
@@ -169,7 +171,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="runs that a median is of [default: 3; with --quick 1]")
     parser.add_argument("--spool", default=tempfile.gettempdir(), help="where spooled replies go")
     parser.add_argument("--only", choices=["memory", "spooled", "growth"], help="one part [default: all]")
-    parser.add_argument("--cases", nargs="+", help="such as 22M:4 110M:16, for memory and spooled [default: all]")
+    parser.add_argument(
+        "--cases", nargs="+", help="such as 22M:4 110M:16 350M-bf16:64, for memory and spooled [default: all]"
+    )
     parser.add_argument("--largest", type=float, default=16, help="GiB of replies in memory, and twice as much on disk")
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter that has mergekit [default: this, if it has]")
     parser.add_argument("--out", type=Path, help="folder to write to [default: results/speed; --quick: none]")

@@ -10,9 +10,13 @@ from torch import Tensor
 MODELS = {"22M": (384, 6, 30522), "110M": (768, 12, 30522), "350M": (1024, 24, 50257)}
 """Width, layers and vocabulary of transformers of about these sizes."""
 
+BF16 = "-bf16"
+"""Ends the names of models whose numbers are bfloat16, not float32."""
+
 
 def size_of(model: str) -> tuple[int, int, int]:
     """Return width, layers and vocabulary of a model by its name, or written as such: "512x6x30522"."""
+    model = model.removesuffix(BF16)
     if model in MODELS:
         return MODELS[model]
     width, layers, vocabulary = map(int, model.split("x"))
@@ -40,6 +44,16 @@ def numel(model: str) -> int:
     return sum(math.prod(shape) for shape in shapes(model).values())
 
 
+def dtype_of(model: str) -> torch.dtype:
+    """Return what its numbers are."""
+    return torch.bfloat16 if model.endswith(BF16) else torch.float32
+
+
+def bytes_of(model: str) -> int:
+    """Return how many bytes its parameters take."""
+    return numel(model) * dtype_of(model).itemsize
+
+
 def examples(client: int) -> int:
     """Return how many examples a client trained on."""
     return 100 + client
@@ -49,8 +63,11 @@ class States:
     """The global model, and what clients have who moved each number a little; client i always has the same."""
 
     def __init__(self, model: str) -> None:
+        self.dtype = dtype_of(model)
         self.noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-        self.reference = {key: self._draw(shape, i) for i, (key, shape) in enumerate(shapes(model).items())}
+        self.reference = {
+            key: self._draw(shape, i).to(self.dtype) for i, (key, shape) in enumerate(shapes(model).items())
+        }
 
     def _draw(self, shape: tuple[int, ...], seed: int) -> Tensor:
         """Return numbers that repeat after 4 million: drawing them all would take longer than what is measured."""
@@ -66,6 +83,6 @@ class States:
         """Return client i's state."""
         moved = 0.01 * (1 + client % 3)
         return {
-            key: self._draw(tuple(W.shape), 1000 * client + j).mul_(moved).add_(W)
+            key: self._draw(tuple(W.shape), 1000 * client + j).mul_(moved).add_(W).to(self.dtype)
             for j, (key, W) in enumerate(self.reference.items())
         }
