@@ -1,6 +1,6 @@
 """`python -m benchmarks.adapters [--quick] [--out results/speed]`: medians and ratios in one run.
 
-Contenders have one thread each, which is fastest for factors; FedFroM alone, as it grows, has all that torch takes.
+Contenders have one thread each, which is fastest for factors; FedFroM alone, as it grows, has one a core.
 """
 
 from __future__ import annotations
@@ -185,13 +185,12 @@ def main() -> None:
     parser.add_argument("--only", choices=list(parts), help="one part [default: all]")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of tables and pictures")
     options = parser.parse_args()
-    own = torch.get_num_threads()
     for name, part in parts.items():
         if options.only in (None, name):
-            torch.set_num_threads(own if part is growth else 1)
+            torch.set_num_threads((os.cpu_count() or 1) if part is growth else 1)
             about = (
-                f"Threads of torch: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; Python "
-                f"{platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
+                f"Threads: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; "
+                f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
                 f"`python -m benchmarks.adapters {' '.join(sys.argv[1:])}`."
             )
             part(options.out, options.quick, about)
