@@ -33,7 +33,8 @@ def timed(model: str, clients: int, repeats: int, names: Sequence[str], mergekit
     found |= {} if other is None else {LINEAR: []}
     totals: dict[str, float] = {}
     for turn in range(repeats + 1):
-        for name in found:
+        first = turn % len(found)  # nobody has always the same one's caches and threads before
+        for name in [*found][first:] + [*found][:first]:
             if name == LINEAR and other is not None:
                 seconds, totals[name] = other.turn()
             else:
