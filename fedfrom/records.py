@@ -35,6 +35,7 @@ DELTA = "fedfrom.delta"
 
 _DELTAS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NUMPY = "numpy.ndarray"  # Flower's kind for the bytes of a .npy file
+_MAGIC = npy.magic(1, 0)
 _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 _WORTH = 1 << 16  # bytes of a tensor that is worth to be written where it will be sent from
 _LARGE_PAGE = 1 << 21  # bytes
@@ -214,7 +215,7 @@ def _view(array: Array) -> Tensor:
             raise ValueError(f"expected {' or '.join(known)} of a shape, found {array.dtype} {array.shape}")
         found = known[array.dtype]
         return _numbers(array.data, 0, np.dtype(f"i{found.itemsize}"), array.shape).view(found)
-    if array.stype != _NUMPY or array.data[:8] != npy.magic(1, 0):
+    if array.stype != _NUMPY or array.data[:8] != _MAGIC:
         return torch.from_numpy(array.numpy())
     start = 10 + int.from_bytes(array.data[8:10], "little")
     shape, is_fortran, dtype = _header(array.data[8:start])

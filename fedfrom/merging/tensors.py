@@ -53,7 +53,9 @@ def merge_tensor(
     rows = None
     if blocks.is_whole(values[0]):
         rows = blocks.sampled_deltas(sent, received)
-        rows *= torch.tensor([factors[i] / unit for i in order], dtype=torch.float64, device=rows.device)[:, None]
+        rows /= unit
+        if any(factor != 1.0 for factor in factors):
+            rows *= torch.tensor([factors[i] for i in order], dtype=torch.float64, device=rows.device)[:, None]
         gram = rows @ rows.T
     else:
         gram = blocks.gram_of_samples(sent, received, [norms[i] for i in order])
