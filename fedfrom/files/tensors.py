@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedfrom.files.errors import BadInput
-from fedfrom.merging.blocks import _RUN, _RUNS, Values, sampled
+from fedfrom.merging.blocks import RUN, RUNS, Values, sampled
 
 # the names that safetensors gives dtypes; what is not here can't be merged
 DTYPES = {
@@ -102,8 +102,8 @@ class StoredTensor:
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:
             return self.read(0, numel)
-        out, step = torch.empty(size, dtype=self.stored), numel // _RUNS
-        for i, run in enumerate(out.split(_RUN)):
+        out, step = torch.empty(size, dtype=self.stored), numel // RUNS
+        for i, run in enumerate(out.split(RUN)):
             self.file.read_into(run, self.start + i * step * self.stored.itemsize, self.key)
         return out.to(self.device, self.dtype)
 

@@ -25,7 +25,7 @@ _ROW = 1 << 10
 # entries of a tensor whose norm takes less time than calling for it
 _FEW = 1 << 13
 # what is sampled of tensors above 2^16 entries: runs of a cache line of float32, so that others are not read
-_WHOLE, _RUNS, _RUN = 1 << 16, 1 << 10, 16
+_WHOLE, RUNS, RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
 _SAFE = (1e-12, 1e18)
 # norms of updates whose entries float32 holds with all their digits
@@ -370,5 +370,5 @@ def sampled(values: Values) -> Tensor:
     flat = values.detach().reshape(-1)
     if is_whole(flat):
         return flat
-    step = flat.numel() // _RUNS
-    return flat[: step * _RUNS].reshape(_RUNS, step)[:, :_RUN].reshape(-1)
+    step = flat.numel() // RUNS
+    return flat[: step * RUNS].reshape(RUNS, step)[:, :RUN].reshape(-1)

@@ -66,8 +66,7 @@ def merge_tensor(
         if weighing.method.linear:
             result, size, inner, finite = _linear(updates, weighing, sent, received, base, empty, rows)
         else:
-            combine = _in_blocks if weighing.method.entrywise else _combined
-            result, size, inner, finite = combine(inputs, name, updates, weighing, survey, sent, received, base)
+            result, size, inner, finite = _combined(inputs, name, updates, weighing, survey, sent, received, base)
         check_result(key, result, finite)
         squares = math.fsum(w * size**2 for w, size in zip(weighing.weights.tolist(), sizes, strict=True))
         spread = max(0.0, squares - 2 * inner + size**2)  # sum_i w_i ||theta_i - theta*||^2
@@ -119,49 +118,28 @@ def _combined(
     received: list[Tensor | None],
     base: Tensor | None,
 ) -> tuple[Tensor, float, float, bool]:
-    """Return what `_linear` does, of any other method."""
-    method = weighing.method
-    # changes may have come in a narrower dtype than the others' values
-    dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
-    thetas = [blocks.delta(x, r).to(dtype) for x, r in zip(sent, received, strict=True)]
-    for theta, i in zip(thetas, updates.order, strict=True):
-        if updates.factors[i] != 1.0:
-            theta.mul_(updates.factors[i])
-    mean, _, _ = blocks.weighted_sum(thetas, [None] * len(thetas), weighing.weights.tolist(), None, 1.0)
+    """Return what `_linear` does, of any other method: of one that works entry by entry a block at a time.
+
+    Of such a method no temporary is larger than n blocks.
+    """
+    method, unit, shape = weighing.method, updates.unit, sent[0].shape
+    kind = inputs.template(name).values(name).dtype  # changes may have come in a narrower one than the others' values
+    entries = Entries(sent, received, [updates.factors[i] for i in updates.order], blocks.arithmetic(kind))
     context = _context(inputs, name, updates, method, survey)
-    change = method.combine(thetas, method.coefficients(weighing.weights), context)
-    unit = updates.unit
-    inner = float((mean.to(torch.float64) / unit).flatten() @ (change.to(torch.float64) / unit).flatten())
-    base = None if base is None else base.to(change)
-    result, size, _ = blocks.weighted_sum([change], [None], [1.0], base, weighing.server_lr)
-    result = result.to(inputs.template(name).values(name).dtype)
-    return result, size / unit, inner, blocks.is_finite(result)
-
-
-def _in_blocks(
-    inputs: Inputs,
-    name: str,
-    updates: Updates,
-    weighing: Weighing,
-    survey: Survey,
-    sent: list[Values],
-    received: list[Tensor | None],
-    base: Tensor | None,
-) -> tuple[Tensor, float, float, bool]:
-    """Return what `_combined` does, of a method that works entry by entry: no temporary is larger than n blocks."""
-    method, unit = weighing.method, updates.unit
-    dtype = blocks.arithmetic(inputs.template(name).values(name).dtype)
-    entries = Entries(sent, received, [updates.factors[i] for i in updates.order], dtype)
-    context = method.prepare(entries, _context(inputs, name, updates, method, survey))
+    if method.entrywise:
+        context = method.prepare(entries, context)
     coefficients, weights = method.coefficients(weighing.weights), weighing.weights.tolist()
-    out = torch.empty(sent[0].shape, dtype=inputs.template(name).values(name).dtype, device=sent[0].device)
+    out = torch.empty(shape, dtype=kind, device=sent[0].device)
     result, W = out.reshape(-1), None if base is None else base.detach().reshape(-1)
 
-    def combine_block(start: int, stop: int) -> tuple[float, float, bool]:
+    def combine(start: int, stop: int) -> tuple[float, float, bool]:
         thetas = [entries.block(i, start, stop) for i in range(len(entries))]
         nothing: list[Tensor | None] = [None] * len(thetas)
         mean, _, _ = blocks.weighted_sum(thetas, nothing, weights, None, 1.0)
-        change = method.combine(thetas, coefficients, context.block(start, stop))
+        if method.entrywise:
+            change = method.combine(thetas, coefficients, context.block(start, stop))
+        else:
+            change = method.combine([theta.reshape(shape) for theta in thetas], coefficients, context).reshape(-1)
         products = (mean.to(torch.float64) / unit).mul_(change.to(torch.float64) / unit)
         inner = float(products.cpu().numpy().sum())  # on one thread, however many torch has: so the bits are the same
         own = None if W is None else W[start:stop].to(change)
@@ -169,10 +147,11 @@ def _in_blocks(
         return size / unit, inner, blocks.is_finite(result[start:stop])
 
     length = out.numel()
-    if context.draws is None:
-        found = each_block(length, BLOCK, combine_block, entries.is_read)
+    if method.entrywise and context.draws is None:
+        found = each_block(length, BLOCK, combine, entries.is_read)
     else:  # a generator draws its blocks in their order
-        found = [combine_block(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+        block = BLOCK if method.entrywise else max(1, length)
+        found = [combine(start, min(start + block, length)) for start in range(0, length, block)]
     sizes, inners, finite = zip(*found, strict=True) if found else ((), (), ())
     return out, math.hypot(*sizes), math.fsum(inners), all(finite)
 
