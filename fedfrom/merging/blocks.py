@@ -341,10 +341,12 @@ def sampled_deltas(
 ) -> Tensor:
     """Return (n, m), in that dtype: what is `sampled` of the deltas value - reference (None: zero)."""
     rows = torch.stack([sampled(x) for x in values]).to(dtype)
-    read = {id(r): sampled(r).to(dtype) for r in references if r is not None}  # most were sent the same
+    first = references[0]
+    if all(r is first for r in references):  # most were sent the same
+        return rows if first is None else rows.sub_(sampled(first))
+    read = {id(r): sampled(r) for r in references if r is not None}
     for key, entries in read.items():
-        own = [i for i, r in enumerate(references) if id(r) == key]
-        rows[own if len(own) < len(rows) else slice(None)] -= entries
+        rows[[i for i, r in enumerate(references) if id(r) == key]] -= entries
     return rows
 
 

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,22 @@ _T = TypeVar("_T")
 _SMALL, _LARGE = 1 << 15, 1 << 21
 # entries that torch shares out to its threads in any case
 _SHARED = 1 << 16
-_pool: ContextVar[tuple[ThreadPoolExecutor, int] | None] = ContextVar("pool", default=None)
+_threads: ContextVar[_Threads | None] = ContextVar("threads", default=None)
+
+
+class _Threads:
+    """So many threads, which are there when they are first needed: most layers do without."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.count, initializer=_alone)
+
+    def close(self) -> None:
+        if "pool" in vars(self):
+            self.pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -35,13 +51,13 @@ def one_thread_each() -> Iterator[None]:
         if threads == 1:
             yield
             return
-        pool = ThreadPoolExecutor(threads, initializer=_alone)
-        token = _pool.set((pool, threads))
+        own = _Threads(threads)
+        token = _threads.set(own)
         try:
             yield
         finally:
-            _pool.reset(token)
-            pool.shutdown(cancel_futures=True)
+            _threads.reset(token)
+            own.close()
     finally:
         torch.set_num_threads(threads)
 
@@ -63,28 +79,28 @@ def begin(entries: int, work: Callable[[], _T]) -> Callable[[], _T]:
     work : Callable[[], Any]
         What it does may depend on no context variable.
     """
-    pool = _pool.get()
-    return work if pool is None or not _SMALL <= entries < _LARGE else pool[0].submit(work).result
+    threads = _threads.get()
+    return work if threads is None or not _SMALL <= entries < _LARGE else threads.pool.submit(work).result
 
 
 def each_block(length: int, block: int, work: Callable[[int, int], _T], apart: bool = False) -> list[_T]:
     """Return work(start, stop) of each block of `length` entries, in their order; `apart` has each on one thread."""
     starts = range(0, length, block)
-    pool = _pool.get()
+    threads = _threads.get()
 
     def run(part: range) -> list[_T]:
         return [work(start, min(start + block, length)) for start in part]
 
-    if pool is None or length < (_LARGE if apart else _SHARED):
+    if threads is None or length < (_LARGE if apart else _SHARED):
         return run(starts)
     if not apart:
         before = torch.get_num_threads()  # more than one inside another `each_block`
-        torch.set_num_threads(pool[1])
+        torch.set_num_threads(threads.count)
         try:
             return run(starts)
         finally:
             torch.set_num_threads(before)
     # some parts a thread: who is held up by other programs leaves more of them to the others
-    size = -(-len(starts) // (4 * pool[1]))
+    size = -(-len(starts) // (4 * threads.count))
     parts = [starts[i : i + size] for i in range(0, len(starts), size)]
-    return [result for results in pool[0].map(run, parts) for result in results]
+    return [result for results in threads.pool.map(run, parts) for result in results]

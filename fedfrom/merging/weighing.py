@@ -6,6 +6,7 @@ the clients' relative progress: it is stable only while alpha c (1 + k lambda_ma
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Weighing:
     @cached_property
     def clients_effective(self) -> float:
         """1 / sum w_i^2."""
-        return 1 / float(self.weights @ self.weights)
+        return 1 / math.fsum(w * w for w in self.weights.tolist())
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Updates:
             "clients_effective": weighing.clients_effective,
             "interference": spread / squares if squares else 0.0,
             "lambda_max": weighing.lambda_max,
-            "cosines": self.cosines[np.ix_(place, place)].tolist() if few and self.cosines is not None else [],
+            "cosines": self.cosines[place][:, place].tolist() if few and self.cosines is not None else [],
             "k": "infinity" if k == float("inf") else k,
             "server_lr": weighing.server_lr,
             "clipped": [] if all(factor == 1.0 for factor in self.factors) else self.factors,
@@ -220,7 +221,10 @@ def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
 def cosines(gram: Tensor) -> np.ndarray:
     """Return (n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
     inner: np.ndarray = gram.cpu().numpy()
-    norms = np.sqrt(np.maximum(inner.diagonal(), 0))
-    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    found = np.minimum(np.maximum(scale[:, None] * inner * scale, -1), 1)
-    return (found + found.T) / 2
+    scale = np.array([1 / math.sqrt(square) if square > 0 else 0.0 for square in inner.diagonal().tolist()])
+    found = np.multiply(inner, scale[:, None])
+    found *= scale
+    found += found.T.copy()
+    found *= 0.5
+    np.maximum(found, -1, out=found)
+    return np.minimum(found, 1, out=found)
