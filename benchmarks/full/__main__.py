@@ -11,7 +11,7 @@ before, with no page to be had from the system. mergekit's linear has the same t
 waits there while others have their turn; it starts from tensors, which the strategies decode first. The peak of each
 contender, beyond the replies and the global model, is that of a process of its own.
 spooled: FedFroM with no memory for replies, which come one by one and go to disk, against writing as many bytes to
-files there and reading them back, with as much memory taken; the peak of a process that starts with the global model.
+files there and reading them back; the peak of a process that starts with the global model.
 growth: FedFroM and FedAvg in memory, and FedFroM spooled, against clients, parameters and layers.
 """
 
@@ -122,7 +122,7 @@ def on_disk(cases: list[Case], spool: str, bounds: Bounds, table: Table) -> None
         if not bounds.on_disk(model, clients):
             continue
         found = in_process("spooled", model, clients, spool)
-        disk = in_process("disk", bytes_of(model), clients, spool, int(found["held"]))
+        disk = in_process("disk", bytes_of(model), clients, spool)
         row = {"model": model, "clients": clients, "replies MiB": bytes_of(model) * clients / 2**20}
         table.add({**row, "contender": growth.SPOOLED, "seconds": found["seconds"], "peak MiB": found["peak"] / 2**20})
         table.add({**row, "contender": "files, written and read", "seconds": disk})

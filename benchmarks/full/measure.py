@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord, Message
 from benchmarks.attacks.messages import Nodes
 from benchmarks.full.contenders import CONTENDERS, FEDAVG, LINEAR, ROOT, Linear, Replies, seconds_of, total
 from benchmarks.full.models import numel
-from benchmarks.full.peaks import forget_peak, since, status
+from benchmarks.full.peaks import forget_peak, since
 from fedfrom import FedFroM
 
 
@@ -84,17 +84,13 @@ def spooled(model: str, clients: int, folder: str) -> dict[str, float]:
 
     before = forget_peak()
     result = strategy.aggregate_train(1, arriving())
-    found = {"seconds": strategy.reports[1].seconds, "peak": since(before), "held": status("VmHWM")}
+    found = {"seconds": strategy.reports[1].seconds, "peak": since(before)}
     assert result[0] is not None and strategy.reports[1].valid == clients
     return found
 
 
-def disk(size: int, files: int, folder: str, held: int) -> float:
-    """Return the seconds that writing so many files, and reading them back, take by themselves.
-
-    So many bytes of memory are held meanwhile: what is left is what the system may delay writing in, and read from.
-    """
-    ballast = np.ones(held, np.uint8)
+def disk(size: int, files: int, folder: str) -> float:
+    """Return the seconds that writing so many files, and reading them back, take by themselves."""
     data, start = np.ones(1 << 24, np.uint8), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         for i in range(files):
@@ -105,9 +101,7 @@ def disk(size: int, files: int, folder: str, held: int) -> float:
             with open(Path(inside) / str(i), "rb", buffering=0) as file:
                 while file.readinto(data):
                     pass
-        seconds = time.perf_counter() - start
-    del ballast
-    return seconds
+        return time.perf_counter() - start
 
 
 KINDS = {"timed": timed, "peak": peak, "spooled": spooled, "disk": disk}
