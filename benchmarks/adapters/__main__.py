@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -185,13 +186,14 @@ def main() -> None:
     parser.add_argument("--only", choices=list(parts), help="one part [default: all]")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of tables and pictures")
     options = parser.parse_args()
+    words = re.sub(r"(--out[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
     for name, part in parts.items():
         if options.only in (None, name):
             torch.set_num_threads((os.cpu_count() or 1) if part is growth else 1)
             about = (
                 f"Threads: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; "
                 f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
-                f"`python -m benchmarks.adapters {' '.join(sys.argv[1:])}`."
+                f"`python -m benchmarks.adapters {words}`."
             )
             part(options.out, options.quick, about)
 
