@@ -81,6 +81,7 @@ def test_what_memory_and_disk_do_not_hold_is_left_out_and_said(tmp_path: Path) -
     bounds = Bounds(largest=1.0, spool=str(tmp_path), copies=2)
     assert bounds.in_memory("22M", 4) and not bounds.skipped  # 0.7 GiB, twice what is sent
     assert not bounds.in_memory("22M", 16) and not bounds.on_disk("350M", 64)
+    assert not bounds.in_memory(SMALL + BF16, 2) and "no bfloat16" in bounds.skipped.pop()
     first, second = bounds.skipped
     assert first.startswith("22M x 16 in memory: 1.3 GiB of replies, 2.7 needed, 1.0 GiB are the limit")
     assert second.startswith("350M x 64 spooled")

@@ -143,7 +143,7 @@ def growth(folder: Path, quick: bool, about: str) -> None:
     header = ["sweep", "value", "runs", "median s", "extra MiB"]
     text = (
         f"FedFroM svd, one layer, float32. {about}\n\nSlopes are of a line fitted on log-log scales, for clients from "
-        "32 on. Extra memory is the peak above the inputs, of a process of its own."
+        "32 on. Extra memory is the peak above the inputs, of a process of its own with one thread."
     )
     write_table(folder, "adapters-growth", header, rows, text)
     if not quick:  # memory is half of the picture

@@ -35,7 +35,7 @@ import torch
 from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
-from benchmarks.full.models import bytes_of
+from benchmarks.full.models import BF16, bytes_of
 from simulations.environment import machine
 
 OUT = ROOT / "results" / "speed"
@@ -64,7 +64,10 @@ class Bounds:
         self.skipped: list[str] = []
 
     def in_memory(self, model: str, clients: int) -> bool:
-        """Return whether a case's replies fit, as often as contenders hold them."""
+        """Return whether all contenders take a case's replies, and they fit, as often as contenders hold them."""
+        if model.endswith(BF16):
+            self.skipped.append(f"{model} x {clients} in memory: FedAvg takes no bfloat16")
+            return False
         size = bytes_of(model) * clients
         return self._fits(f"{model} x {clients} in memory", size * self.copies, self.largest, LIMIT * memory(), size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import random
 import statistics
 import subprocess
 import sys
@@ -33,8 +34,8 @@ def timed(model: str, clients: int, repeats: int, names: Sequence[str], mergekit
     found |= {} if other is None else {LINEAR: []}
     totals: dict[str, float] = {}
     for turn in range(repeats + 1):
-        first = turn % len(found)  # nobody has always the same one's caches and threads before
-        for name in [*found][first:] + [*found][:first]:
+        # nobody has always the same one's caches and threads before
+        for name in random.Random(turn).sample([*found], len(found)):
             if name == LINEAR and other is not None:
                 seconds, totals[name] = other.turn()
             else:

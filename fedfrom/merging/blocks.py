@@ -305,7 +305,7 @@ def weighted_sum(
         for i, (w, x, r) in enumerate(terms):
             if r is not last:
                 ref, last = None if r is None else r.block_as(dtype, start, stop, "reference"), r
-            if i == 0:  # in place, where there is a reference
+            if i == 0:  # in place, but for a view
                 torch.mul(_theta(x, ref, dtype, start, stop, "total"), w, out=total)
             else:
                 total.add_(_theta(x, ref, dtype, start, stop), alpha=w)

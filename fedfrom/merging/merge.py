@@ -199,10 +199,10 @@ class LayerByLayer:
 
     def __iter__(self) -> Iterator[list[tuple[dict[str, Tensor], LayerReport]]]:
         """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
-        with one_thread_each(), torch.no_grad():
+        with one_thread_each():
             whole = survey(self.inputs, self.candidates[0], self.clip)
         for names in self._batches():
-            with one_thread_each(), torch.no_grad():  # not across the yield: it is the caller's thread
+            with one_thread_each():  # not across the yield: it is the caller's thread
                 waiting = [begin(self._entries(name), partial(_merge_layer, self, name, whole)) for name in names]
                 found = [wait() for wait in waiting]
             del waiting

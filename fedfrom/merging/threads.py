@@ -41,23 +41,25 @@ class _Threads:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Run torch's operations on one thread, but those of `each_block` on as many as torch had.
+    """Run torch's operations on one thread and without gradients, but those of `each_block` on as many as torch had.
 
     Small QRs and SVDs are faster so, and their bits do not depend on the machine's cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if threads == 1:
-            yield
-            return
-        own = _Threads(threads)
-        token = _threads.set(own)
-        try:
-            yield
-        finally:
-            _threads.reset(token)
-            own.close()
+        # other threads may not write to what is made in inference mode; leaving that turns gradients on
+        with torch.inference_mode(False), torch.no_grad():
+            if threads == 1:
+                yield
+                return
+            own = _Threads(threads)
+            token = _threads.set(own)
+            try:
+                yield
+            finally:
+                _threads.reset(token)
+                own.close()
     finally:
         torch.set_num_threads(threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fedfrom.merging.leading import columns_of
 from fedfrom.merging.solve import energy_probes
 from fedfrom.merging.stack import Stack, cheapest
 from fedfrom.merging.threads import one_thread_each
+from fedfrom.spool import SpooledState
 from tests.merging import oracle, properties
 from tests.merging.samples import A_KEY, B_KEY, adapter_case, generator, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target
@@ -231,6 +233,23 @@ def test_products_are_the_same_on_any_threads(by_rows: bool, dtype: torch.dtype)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(found[0].double(), matrix.double() @ few, rtol=tolerance, atol=40 * tolerance)
+
+
+def test_in_inference_mode_products_and_files_are_shared_out_too(tmp_path: Path) -> None:
+    """Torch lets no other thread write to what is made in inference mode."""
+    g = generator(4)
+    adapters = [{A_KEY: normal(16, 4096, g=g).float(), B_KEY: normal(4096, 16, g=g).float()} for _ in range(33)]
+    tensors = [{"w": normal(2200, 1000, g=g).float()} for _ in range(2)]
+    spooled = [SpooledState(state, tmp_path, f"client {i}") for i, state in enumerate(tensors)]
+    expected, before = [merge(adapters)[0], merge(tensors)[0]], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            found = [merge(adapters)[0], merge(spooled)[0]]
+    finally:
+        torch.set_num_threads(before)
+    for each, other in zip(found, expected, strict=True):
+        assert all(torch.equal(each[key], other[key]) for key in other)
 
 
 def test_the_way_is_the_cheapest() -> None:
