@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -56,3 +58,8 @@ def machine() -> str:
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{cores} cores of {processor}{gpu}"
+
+
+def given() -> str:
+    """Return the arguments of this process, without the paths of this machine."""
+    return re.sub(r"(--(?:mergekit|spool|out)[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))

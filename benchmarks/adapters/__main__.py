@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +34,7 @@ from benchmarks.adapters.contenders import (
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.adapters.timing import Shape, extra_memory, medians
 from fedfrom import merge
-from simulations.environment import machine
+from simulations.environment import given, machine
 from simulations.tables import write_table
 
 # by model: (d_out, d_in) -> how many modules have it, all linear layers of all blocks
@@ -186,14 +184,13 @@ def main() -> None:
     parser.add_argument("--only", choices=list(parts), help="one part [default: all]")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of tables and pictures")
     options = parser.parse_args()
-    words = re.sub(r"(--out[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
     for name, part in parts.items():
         if options.only in (None, name):
             torch.set_num_threads((os.cpu_count() or 1) if part is growth else 1)
             about = (
                 f"Threads: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; "
                 f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
-                f"`python -m benchmarks.adapters {words}`."
+                f"`python -m benchmarks.adapters {given()}`."
             )
             part(options.out, options.quick, about)
 

@@ -36,7 +36,7 @@ from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
 from benchmarks.full.models import BF16, bytes_of
-from simulations.environment import machine
+from simulations.environment import given, machine
 
 OUT = ROOT / "results" / "speed"
 IN_MEMORY = [("22M", 4), ("110M", 4), ("350M", 4), ("22M", 16), ("110M", 16), ("350M", 16), ("22M", 64)]
@@ -89,9 +89,8 @@ def environment() -> list[str]:
     """Return what a reader of the numbers wants to know."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("fedfrom", "flwr", "torch", "numpy"))
     load = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
-    words = re.sub(r"(--(?:mergekit|spool|out)[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
     return [
-        f"Command: `python -m benchmarks.full {words}`",
+        f"Command: `python -m benchmarks.full {given()}`",
         f"Machine: {machine()}; {torch.get_num_threads()} threads; load average before: {load}",
         f"Versions: Python {platform.python_version()}, {versions}",
     ]
@@ -175,7 +174,9 @@ def main() -> None:
     parser.add_argument("--spool", default=tempfile.gettempdir(), help="where spooled replies go")
     parser.add_argument("--only", choices=["memory", "spooled", "growth"], help="one part [default: all]")
     parser.add_argument(
-        "--cases", nargs="+", help="such as 22M:4 110M:16 350M-bf16:64, for memory and spooled [default: all]"
+        "--cases",
+        nargs="+",
+        help="such as 22M:4 110M:16, for memory and spooled, 350M-bf16:64, for spooled [default: all]",
     )
     parser.add_argument("--largest", type=float, default=16, help="GiB of replies in memory, and twice as much on disk")
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter that has mergekit [default: this, if it has]")
