@@ -198,13 +198,14 @@ def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, str, bytes
     return str(kind), _NUMPY, header.getvalue()
 
 
-class _Bytes:
-    """Bytes as numpy reads them: told that they may be written to, since torch warns of all others."""
+class _Numbers:
+    """Numbers inside bytes as numpy reads them: told that they may be written to, since torch warns of all others."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data = np.frombuffer(data, np.uint8)
-        interface = self.data.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+    def __init__(self, data: bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._data = data  # is there for as long as this is
+        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0] + start
+        self.is_aligned = address % dtype.itemsize == 0
+        self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}
 
 
 def _view(array: Array) -> Tensor:
@@ -233,12 +234,14 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _numbers(data: bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
     """Return the bytes from `start` on as numbers, in C order: a view, or a copy where they are not aligned."""
-    size = math.prod(shape)
-    if size * dtype.itemsize > len(data) - start:
-        raise ValueError(f"expected {size * dtype.itemsize} bytes for {dtype} {shape}, found {len(data) - start}")
-    flat = np.frombuffer(data, dtype, size, start) if size else np.empty(0, dtype)
-    flat = np.asarray(_Bytes(data))[start : start + flat.nbytes].view(dtype) if flat.flags.aligned and size else flat
-    return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).reshape(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if size > len(data) - start:
+        raise ValueError(f"expected {size} bytes for {dtype} {shape}, found {len(data) - start}")
+    if not size:
+        return torch.from_numpy(np.empty(shape, dtype))
+    numbers = _Numbers(data, start, dtype, shape)
+    values = np.asarray(numbers)
+    return torch.from_numpy(values if numbers.is_aligned else values.copy())
 
 
 def _array(key: str, tensor: Tensor) -> Array:

@@ -18,7 +18,7 @@ from fedfrom.merging.report import LayerReport, power_of_two
 from fedfrom.merging.solve import Solution, energy_probes
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
 from fedfrom.merging.stack import Stack
-from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each
+from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each, weigh
 
 _SKETCH = 32  # rows and columns of an update's sketch
 
@@ -37,7 +37,8 @@ def merge_adapter(
     What is the same for all methods (deltas, norms, Gram matrix, the QR of the stack) is computed once.
     """
     module = _Module.read(inputs, name, survey, as_reference, clip)
-    return once_each(module.updates.weigh(methods, survey, inputs.examples, server_lr), module.merged)
+    [weighings] = weigh([module.updates], methods, survey, inputs.examples, server_lr)
+    return once_each(weighings, module.merged)
 
 
 @dataclass(frozen=True)

@@ -340,7 +340,7 @@ def sampled_deltas(
     values: Sequence[Values], references: Sequence[Tensor | None], dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return (n, m), in that dtype: what is `sampled` of the deltas value - reference (None: zero)."""
-    rows = torch.stack([sampled(x) for x in values]).to(dtype)
+    rows = torch.stack([_sample(x) for x in values]).reshape(len(values), -1).to(dtype)
     first = references[0]
     if all(r is first for r in references):  # most were sent the same
         return rows if first is None else rows.sub_(sampled(first))
@@ -367,10 +367,15 @@ def is_whole(values: Values) -> bool:
 
 def sampled(values: Values) -> Tensor:
     """Return a row of all entries of values up to 2^16, else of 2^14: evenly spaced runs of 16. A view, or new."""
+    return _sample(values).reshape(-1)
+
+
+def _sample(values: Values) -> Tensor:
+    """Return what `sampled` does, of a tensor a view: a row of all entries, or a row for each run."""
     if not isinstance(values, Tensor):
-        return values.sample()
+        return values.sample() if is_whole(values) else values.sample().view(RUNS, RUN)
     flat = values.detach().reshape(-1)
     if is_whole(flat):
         return flat
     step = flat.numel() // RUNS
-    return flat[: step * RUNS].reshape(RUNS, step)[:, :RUN].reshape(-1)
+    return flat[: step * RUNS].view(RUNS, step)[:, :RUN]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +23,13 @@ from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs, check_result
 from fedfrom.merging.survey import survey
-from fedfrom.merging.tensors import keep, merge_tensor
-from fedfrom.merging.threads import begin, one_thread_each
+from fedfrom.merging.tensors import keep, merge_tensors
+from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import SAFE
 
-# entries of the tensors that are read and merged before the first of them is handed on
-_BATCH = 1 << 23
+# entries of the tensors that are merged before the first of them is handed on; of small ones all clients' updates are
+# held meanwhile, in float64, and of all tensors the cosines of their pairs
+_BATCH, _WHOLE, _PAIR = 1 << 23, 1 << 4, 1 << 3
 
 
 def merge(
@@ -203,28 +203,26 @@ class LayerByLayer:
             whole = survey(self.inputs, self.candidates[0], self.clip)
         for names in self._batches():
             with one_thread_each():  # not across the yield: it is the caller's thread
-                waiting = [begin(self._entries(name), partial(_merge_layer, self, name, whole)) for name in names]
-                found = [wait() for wait in waiting]
-            del waiting
-            while found:
-                yield found.pop(0)  # whoever has it is the only one that does
-
-    def _entries(self, name: str) -> int:
-        """Return the entries of a plain tensor that is read, else 0."""
-        source = next((source for source in self.inputs.sent if source.state.is_read), None)
-        return 0 if source is None or source.layers[name].is_adapter else source.values(name).numel()
+                found = _merge_batch(self, names, whole)
+            for name in names:
+                yield found.pop(name)  # whoever has it is the only one that does
 
     def _batches(self) -> Iterator[list[str]]:
-        """Yield the layers' names: those in memory one by one, those that are read as many at once as is small."""
+        """Yield the layers' names: plain tensors as many at once as are small, all else one by one."""
+        pairs = len(self.inputs.sent) ** 2
+        lazy = any(source.state.is_lazy for source in self.inputs.sent)
         batch: list[str] = []
-        entries = 0
-        for name in self.inputs.sent[0].layers:
-            own = self._entries(name) or _BATCH
-            if batch and entries + own > _BATCH:
+        taken = 0
+        for name, layer in self.inputs.sent[0].layers.items():
+            own = _BATCH
+            if not lazy and not layer.is_adapter:
+                values = self.inputs.sent[0].values(name)
+                own = values.numel() * (_WHOLE if blocks.is_whole(values) else 1) + pairs * _PAIR
+            if batch and taken + own > _BATCH:
                 yield batch
-                batch, entries = [], 0
+                batch, taken = [], 0
             batch.append(name)
-            entries += own
+            taken += own
         if batch:
             yield batch
 
@@ -291,21 +289,31 @@ def layer_by_layer(
     return LayerByLayer(inputs, candidates, server_lr, clip, as_reference, empty)
 
 
-def _merge_layer(asked: LayerByLayer, name: str, whole: Survey) -> list[tuple[dict[str, Tensor], LayerReport]]:
-    """Return one layer merged by each method, by key, and what was done."""
+def _merge_batch(
+    asked: LayerByLayer, names: list[str], whole: Survey
+) -> dict[str, list[tuple[dict[str, Tensor], LayerReport]]]:
+    """Return each of these layers merged by each method, by key, and what was done."""
     inputs, methods = asked.inputs, asked.candidates
-    if inputs.sent[0].layers[name].is_adapter:
-        # methods on factors see no adapters
-        products = [method for method in methods if isinstance(method, ProductMethod)]
-        found = merge_adapter(inputs, name, products, asked.server_lr, whole, asked.as_reference, asked.clip)
-    elif not inputs.sent[0].values(name).dtype.is_floating_point:
-        found = [keep(inputs, name)] * len(methods)
-    else:
-        return merge_tensor(inputs, name, methods, asked.server_lr, whole, asked.clip, asked.empty)
-    for part, _ in found:
-        for key, tensor in part.items():
-            check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))
+    plain = [name for name in names if _is_floating(inputs, name)]
+    merged = merge_tensors(inputs, plain, methods, asked.server_lr, whole, asked.clip, asked.empty)
+    found = dict(zip(plain, merged, strict=True))
+    for name in [name for name in names if name not in found]:
+        if inputs.sent[0].layers[name].is_adapter:
+            # methods on factors see no adapters
+            products = [method for method in methods if isinstance(method, ProductMethod)]
+            found[name] = merge_adapter(inputs, name, products, asked.server_lr, whole, asked.as_reference, asked.clip)
+            for part, _ in found[name]:
+                for key, tensor in part.items():
+                    check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))
+        else:
+            found[name] = [keep(inputs, name)] * len(methods)
     return found
+
+
+def _is_floating(inputs: Inputs, name: str) -> bool:
+    """Return whether a layer is a plain tensor that can be merged."""
+    source = inputs.sent[0]
+    return not source.layers[name].is_adapter and source.values(name).dtype.is_floating_point
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ class Method:
         plain = {name: "infinity" if value == math.inf else value for name, value in options.items()}
         return {"name": type(self).__name__, **{name: v for name, v in plain.items() if name != "validate"}}
 
-    def weights(self, norms: Tensor, examples: Sequence[float] | None) -> Tensor:
+    def weights(self, norms: Sequence[float], examples: Sequence[float] | None) -> Tensor:
         """Return (n,) float64 weights, summing to 1, of deltas with these norms."""
         return weights(norms, self.k, examples, self.examples_power)
 

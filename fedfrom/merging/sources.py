@@ -29,6 +29,10 @@ class Readable(Mapping[str, Tensor]):
 
     def __init__(self, state: State, who: str) -> None:
         self._state, self._who = state, who
+        self.is_read = hasattr(state, "reader")
+        """Whether the state has what reads its tensors a block at a time."""
+        self.is_lazy = not self.is_read and not isinstance(state, dict)
+        """Whether its tensors may be read, whole, when they are asked for."""
 
     def __getitem__(self, key: str) -> Tensor:
         """Return the tensor of a key that is there."""
@@ -44,11 +48,6 @@ class Readable(Mapping[str, Tensor]):
             kind = f"{tensor.device.type}, {tensor.layout}, {tensor.dtype}".replace("torch.", "")
             raise ValueError(f"{self._who}, {key!r}: expected a dense tensor of real numbers, found {kind}")
         return tensor
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the state has what reads its tensors a block at a time."""
-        return hasattr(self._state, "reader")
 
     def entries(self, key: str) -> Values:
         """Return the tensor of a key, or what reads it a block at a time where the state has that."""
@@ -133,6 +132,11 @@ class Inputs:
     reference: Source | None
     received: list[Source | None]
     examples: list[float] | None
+
+    def entries_to_read(self, name: str) -> int:
+        """Return the entries of a plain layer that some clients' states read from elsewhere, else 0."""
+        source = next((source for source in self.sent if source.state.is_read), None)
+        return 0 if source is None else source.values(name).numel()
 
     def reference_of(self, name: str) -> Source | None:
         """Return the source of a layer's W, None where it has none."""

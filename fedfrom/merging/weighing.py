@@ -42,12 +42,15 @@ class Weighing:
         alpha of the layer.
     lambda_max : float
         See `LayerReport`.
+    cosines : np.ndarray | None
+        (n, n) float64 cosines of the updates, in the order of sums; None where there is a sketch.
     """
 
     method: Method
     weights: Tensor
     server_lr: float
     lambda_max: float
+    cosines: np.ndarray | None
 
     @cached_property
     def clients_effective(self) -> float:
@@ -86,46 +89,11 @@ class Updates:
     gram: Tensor | None
     sketch: Tensor | None = None
 
-    def weigh(
-        self, methods: Sequence[Method], survey: Survey, examples: Sequence[float] | None, server_lr: float | str
-    ) -> list[Weighing]:
-        """Return what each method makes of the layer; of several, each falls back to the last before it within bounds.
-
-        Parameters
-        ----------
-        methods : Sequence[Method]
-            One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
-            much for this layer, alpha (1 + k lambda_max) >= 2 or 1 / sum w_i^2 < n / 2, gets the largest k below it
-            that is not; the first has nothing below it.
-        survey : Survey
-            Has the norms that count where whole updates are weighed.
-        examples : Sequence[float] | None
-            (n,) n_i, in the order given.
-        server_lr : float | str
-            alpha; "safe" is the most, up to 1, that stays within the bound.
-        """
+    def weights(self, method: Method, survey: Survey, examples: Sequence[float] | None) -> Tensor:
+        """Return (n,) float64 w_i by a method, in the order of sums; examples in the order given."""
         sizes = self.sizes if survey.norms is None else [survey.norms[i] for i in self.order]
         counts = None if examples is None else [examples[i] for i in self.order]
-        found: list[Weighing] = []
-        for method in methods:
-            w = method.weights(torch.tensor(sizes, dtype=torch.float64), counts)
-            largest, n = self._lambda_max(w), len(w)
-            alpha = safe_lr(method.k, largest, n) if isinstance(server_lr, str) else server_lr
-            weighing = Weighing(method, w, alpha, largest)
-            within = not found or (stable(alpha, method.k, largest, n) and weighing.clients_effective >= n / 2)
-            found.append(weighing if within else found[-1])
-        return found
-
-    @cached_property
-    def cosines(self) -> np.ndarray | None:
-        """(n, n) float64; None where there is a sketch."""
-        return None if self.gram is None else cosines(self.gram)
-
-    def _lambda_max(self, weights: Tensor) -> float:
-        if self.cosines is not None:
-            return largest_eigenvalue(self.cosines, weights)
-        assert self.sketch is not None
-        return largest_of_sketch(self.sketch, weights)
+        return method.weights(sizes, counts)
 
     def report(self, weighing: Weighing, squares: float, spread: float) -> dict[str, Any]:
         """Return what a layer's report says of the clients, in the order given.
@@ -138,7 +106,7 @@ class Updates:
             sum_i w_i ||theta_i - theta*||^2, in units.
         """
         place = sorted(range(len(self.order)), key=self.order.__getitem__)
-        few = self.cosines is not None and len(place) <= MOST_COSINES
+        cosines = weighing.cosines if len(place) <= MOST_COSINES else None
         k, weights = weighing.method.k, weighing.weights.tolist()
         return {
             "norms": self.norms,
@@ -146,11 +114,73 @@ class Updates:
             "clients_effective": weighing.clients_effective,
             "interference": spread / squares if squares else 0.0,
             "lambda_max": weighing.lambda_max,
-            "cosines": self.cosines[place][:, place].tolist() if few and self.cosines is not None else [],
+            "cosines": [] if cosines is None else cosines[place][:, place].tolist(),
             "k": "infinity" if k == float("inf") else k,
             "server_lr": weighing.server_lr,
             "clipped": [] if all(factor == 1.0 for factor in self.factors) else self.factors,
         }
+
+
+def weigh(
+    layers: Sequence[Updates],
+    methods: Sequence[Method],
+    survey: Survey,
+    examples: Sequence[float] | None,
+    server_lr: float | str,
+) -> list[list[Weighing]]:
+    """Return what each method makes of each layer; of several, each falls back to the last before it within bounds.
+
+    Parameters
+    ----------
+    layers : Sequence[Updates]
+        All with inner products, or all with a sketch.
+    methods : Sequence[Method]
+        One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
+        much for a layer, alpha (1 + k lambda_max) >= 2 or 1 / sum w_i^2 < n / 2, gets the largest k below it that is
+        not; the first has nothing below it.
+    survey : Survey
+        Has the norms that count where whole updates are weighed.
+    examples : Sequence[float] | None
+        (n,) n_i, in the order given.
+    server_lr : float | str
+        alpha; "safe" is the most, up to 1, that stays within the bound.
+    """
+    weights = [[layer.weights(method, survey, examples) for method in methods] for layer in layers]
+    found, largest = _lambdas(layers, weights)
+    return [_within_bounds(methods, *each, server_lr) for each in zip(weights, largest, found, strict=True)]
+
+
+def _lambdas(
+    layers: Sequence[Updates], weights: Sequence[Sequence[Tensor]]
+) -> tuple[Sequence[np.ndarray | None], list[list[float]]]:
+    """Return each layer's cosines, None where it has a sketch, and its lambda_max with each of its weights."""
+    grams = [layer.gram.cpu().numpy() for layer in layers if layer.gram is not None]
+    if grams:
+        found = cosines(np.stack(grams))
+        each = np.array([[w.tolist() for w in own] for own in weights])
+        return list(found), largest_eigenvalue(found[:, None], each).tolist()
+    sketches = [layer.sketch for layer in layers if layer.sketch is not None]
+    return [None] * len(layers), [
+        [largest_of_sketch(sketch, w) for w in own] for sketch, own in zip(sketches, weights, strict=True)
+    ]
+
+
+def _within_bounds(
+    methods: Sequence[Method],
+    weights: Sequence[Tensor],
+    largest: Sequence[float],
+    cosines: np.ndarray | None,
+    server_lr: float | str,
+) -> list[Weighing]:
+    """Return one layer's weighings, those that are out of bounds replaced by the last before them that is not."""
+    found: list[Weighing] = []
+    for method, w, lambda_max in zip(methods, weights, largest, strict=True):
+        n = len(w)
+        alpha = safe_lr(method.k, lambda_max, n) if isinstance(server_lr, str) else server_lr
+        weighing = Weighing(method, w, alpha, lambda_max, cosines)
+        within = not found or (stable(alpha, method.k, lambda_max, n) and weighing.clients_effective >= n / 2)
+        found.append(weighing if within else found[-1])
+    return found
 
 
 def once_each(weighings: Sequence[Weighing], merged: Callable[[Weighing], _T]) -> list[_T]:
@@ -179,18 +209,23 @@ def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
     return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
 
 
-def largest_eigenvalue(cosines: np.ndarray, weights: Tensor) -> float:
+def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return lambda_max of sqrt(w_i w_j) cos(theta_i, theta_j); zero deltas count as orthogonal to all.
 
     Parameters
     ----------
     cosines : np.ndarray
-        (n, n) float64.
-    weights : Tensor
-        (n,) float64.
+        (..., n, n) float64.
+    weights : np.ndarray
+        (..., n) float64.
+
+    Returns
+    -------
+    np.ndarray
+        (...) float64.
     """
-    root = np.sqrt(weights.numpy())
-    return min(1.0, max(0.0, float(np.linalg.eigvalsh(root[:, None] * cosines * root)[-1])))
+    root = np.sqrt(weights)
+    return np.linalg.eigvalsh(root[..., :, None] * cosines * root[..., None, :])[..., -1].clip(0, 1)
 
 
 def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
@@ -218,13 +253,13 @@ def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
     return float((torch.linalg.matrix_norm(images, ord=2) ** 2).clamp(0, 1))
 
 
-def cosines(gram: Tensor) -> np.ndarray:
-    """Return (n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
-    inner: np.ndarray = gram.cpu().numpy()
-    scale = np.array([1 / math.sqrt(square) if square > 0 else 0.0 for square in inner.diagonal().tolist()])
-    found = np.multiply(inner, scale[:, None])
-    found *= scale
-    found += found.T.copy()
+def cosines(grams: np.ndarray) -> np.ndarray:
+    """Return (..., n, n) float64 G_ij / sqrt(G_ii G_jj), in [-1, 1]; 0 where an update is zero."""
+    squares = np.diagonal(grams, axis1=-2, axis2=-1)
+    scale = np.zeros_like(squares)
+    np.divide(1, np.sqrt(squares, where=squares > 0, out=np.ones_like(squares)), where=squares > 0, out=scale)
+    found = grams * scale[..., :, None]
+    found *= scale[..., None, :]
+    found += found.swapaxes(-2, -1).copy()
     found *= 0.5
-    np.maximum(found, -1, out=found)
-    return np.minimum(found, 1, out=found)
+    return found.clip(-1, 1, out=found)
