@@ -28,8 +28,6 @@ _FEW = 1 << 13
 _WHOLE, RUNS, RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
 _SAFE = (1e-12, 1e18)
-# norms of updates whose entries float32 holds with all their digits
-_SMALLEST = 1e-30
 _buffers = threading.local()
 
 
@@ -175,7 +173,7 @@ def _small_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # those are looked at again
         found = np.sqrt(np.add.reduceat(np.square(thetas.numpy()), starts)).tolist()
     return [
-        norm if _SAFE[0] < norm < _SAFE[1] else _block_norm(thetas[start : start + size])
+        norm if _is_safe(norm) else _block_norm(thetas[start : start + size])
         for norm, start, size in zip(found, starts, sizes, strict=True)
     ]
 
@@ -203,13 +201,17 @@ def _block_norm(block: Tensor) -> float:
         norm = float(torch.linalg.vector_norm(rows))
         if rest:
             norm = math.hypot(norm, float(torch.linalg.vector_norm(block[size - rest :])))
-    if _SAFE[0] < norm < _SAFE[1]:
+    if _is_safe(norm):
         return norm
     block = block.to(torch.float64)
     largest = float(block.abs().max())
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     return largest * float(torch.linalg.vector_norm(block / largest))
+
+
+def _is_safe(norm: float) -> bool:
+    return _SAFE[0] < norm < _SAFE[1]
 
 
 def largest(tensor: Tensor) -> float:
@@ -306,18 +308,19 @@ def weighted_sum(
             if r is not last:
                 ref, last = None if r is None else r.block_as(dtype, start, stop, "reference"), r
             if i == 0:  # in place, but for a view
-                torch.mul(_theta(x, ref, dtype, start, stop, "total"), w, out=total)
+                theta = _theta(x, ref, dtype, start, stop, "total")
+                if w != 1.0 or ref is None:
+                    torch.mul(theta, w, out=total)
             else:
                 total.add_(_theta(x, ref, dtype, start, stop), alpha=w)
         norm, block = _block_norm(total), result[start:stop]
-        if server_lr != 1.0:
-            total.mul_(server_lr)
         if W is None:
-            block.copy_(total)
-        elif kind == dtype:
-            torch.add(total, W.block(start, stop, "reference"), out=block)
+            torch.mul(total, server_lr, out=block if kind == dtype else total)
         else:
-            block.copy_(total.add_(W.block_as(dtype, start, stop, "reference")))
+            own = W.block_as(dtype, start, stop, "reference")
+            torch.add(own, total, alpha=server_lr, out=block if kind == dtype else total)
+        if kind != dtype:
+            block.copy_(total)
         return norm, _is_finite(block)
 
     read = any(x.is_read for _, x, _ in terms)
@@ -340,23 +343,26 @@ def sampled_deltas(
     values: Sequence[Values], references: Sequence[Tensor | None], dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return (n, m), in that dtype: what is `sampled` of the deltas value - reference (None: zero)."""
-    rows = torch.stack([_sample(x) for x in values]).reshape(len(values), -1).to(dtype)
-    first = references[0]
-    if all(r is first for r in references):  # most were sent the same
-        return rows if first is None else rows.sub_(sampled(first))
-    read = {id(r): sampled(r) for r in references if r is not None}
-    for key, entries in read.items():
-        rows[[i for i, r in enumerate(references) if id(r) == key]] -= entries
-    return rows
+    distinct = {id(r): r for r in references if r is not None}  # most were sent the same
+    rows = torch.stack([_sample(x) for x in (*values, *distinct.values())]).flatten(1).to(dtype)
+    found = rows[: len(values)]
+    for row, key in zip(rows[len(values) :], distinct, strict=True):
+        own = [i for i, r in enumerate(references) if id(r) == key]
+        if len(own) == len(values):
+            found -= row
+        else:
+            found[own] -= row
+    return found
 
 
 def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None], norms: Sequence[float]) -> Tensor:
-    """Return (n, n) float64: inner products of what is `sampled` of the deltas, each over its norm, or 0."""
+    """Return (n, n) float64: inner products of what is `sampled` of the deltas, each times any factor above 0."""
     narrow = all(each is None or each.dtype != torch.float64 for each in (*values, *references))
     # float32 is twice as fast, and has the range for all but the smallest updates
-    dtype = torch.float32 if narrow and all(norm == 0 or norm > _SMALLEST for norm in norms) else torch.float64
+    dtype = torch.float32 if narrow and all(norm == 0 or _is_safe(norm) for norm in norms) else torch.float64
     rows = sampled_deltas(values, references, dtype)
-    rows *= torch.tensor([1 / norm if norm else 0.0 for norm in norms], dtype=dtype, device=rows.device)[:, None]
+    if dtype == torch.float64:
+        rows *= torch.tensor([1 / norm if norm else 0.0 for norm in norms], dtype=dtype, device=rows.device)[:, None]
     return (rows @ rows.T).to(torch.float64)
 
 

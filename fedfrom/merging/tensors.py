@@ -20,6 +20,9 @@ from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_res
 from fedfrom.merging.threads import begin, each_block
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each, weigh
 
+# norm up to which so many updates as there may be can be added in float32
+_SUMMED = 1e30
+
 
 def merge_tensors(
     inputs: Inputs,
@@ -129,10 +132,18 @@ class _Tensor:
         factor = float(coefficients.sum())  # theta* is so many times the weighted mean of the theta_i
         if self.rows is None:
             scaled = [c * updates.factors[i] for c, i in zip(coefficients.tolist(), updates.order, strict=True)]
+            sent, received, most = self.sent, self.received, 1.0
+            if max(updates.norms) < _SUMMED:
+                # in units of the largest one, which comes first and need not be multiplied: a pass less
+                first = max(range(len(scaled)), key=lambda i: abs(scaled[i]))
+                most = scaled[first] or 1.0
+                places = [first, *(i for i in range(len(scaled)) if i != first)]
+                sent, received = [sent[i] for i in places], [received[i] for i in places]
+                scaled = [scaled[i] / most for i in places]
             result, size, finite = blocks.weighted_sum(
-                self.sent, self.received, scaled, self.base, weighing.server_lr, empty
+                sent, received, scaled, self.base, weighing.server_lr * most, empty
             )
-            size /= updates.unit
+            size *= abs(most) / updates.unit
         else:
             like = self.sent[0] if self.base is None else self.base
             alpha = weighing.server_lr * updates.unit
