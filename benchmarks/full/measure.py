@@ -90,22 +90,30 @@ def spooled(model: str, clients: int, folder: str) -> dict[str, float]:
     return found
 
 
-def disk(size: int, files: int, folder: str) -> float:
-    """Return the seconds that writing so many files, and reading them back, take by themselves."""
-    data, start = np.ones(1 << 24, np.uint8), time.perf_counter()
+def files(model: str, clients: int, folder: str) -> float:
+    """Return the seconds that writing the same replies' bytes to files as they come, and reading them back, takes."""
+    replies = Replies(model)
+    asked = FedFroM().configure_train(1, replies.arrays, ConfigRecord(), Nodes(clients))
+    block, seconds = np.ones(1 << 24, np.uint8), 0.0
     with tempfile.TemporaryDirectory(dir=folder) as inside:
-        for i in range(files):
+        for i, message in enumerate(asked):
+            arrays = replies.one(message, i).content["arrays"]
+            start = time.perf_counter()
             with open(Path(inside) / str(i), "wb", buffering=0) as file:
-                for _ in range(0, size, len(data)):
-                    file.write(data)
-        for i in range(files):
+                for array in arrays.values():
+                    for first in range(0, len(array.data), len(block)):
+                        file.write(memoryview(array.data)[first : first + len(block)])
+            seconds += time.perf_counter() - start
+            del arrays
+        start = time.perf_counter()
+        for i in range(clients):
             with open(Path(inside) / str(i), "rb", buffering=0) as file:
-                while file.readinto(data):
+                while file.readinto(block):
                     pass
-        return time.perf_counter() - start
+        return seconds + time.perf_counter() - start
 
 
-KINDS = {"timed": timed, "peak": peak, "spooled": spooled, "disk": disk}
+KINDS = {"timed": timed, "peak": peak, "spooled": spooled, "files": files}
 
 
 def in_process(kind: str, *arguments: Any) -> Any:
