@@ -212,7 +212,7 @@ def _view(array: Array) -> Tensor:
     """Return an array's numbers in place; those that are of no usual layout are copied."""
     if array.stype in (BF16, DELTA):
         known = _DELTAS if array.stype == DELTA else {"bfloat16": torch.bfloat16}
-        if array.dtype not in known or not all(size >= 0 for size in array.shape):
+        if array.dtype not in known or min(array.shape, default=0) < 0:
             raise ValueError(f"expected {' or '.join(known)} of a shape, found {array.dtype} {array.shape}")
         found = known[array.dtype]
         return _numbers(array.data, 0, np.dtype(f"i{found.itemsize}"), array.shape).view(found)
@@ -220,7 +220,7 @@ def _view(array: Array) -> Tensor:
         return torch.from_numpy(array.numpy())
     start = 10 + int.from_bytes(array.data[8:10], "little")
     shape, is_fortran, dtype = _header(array.data[8:start])
-    if dtype.kind not in "biuf" or not dtype.isnative or not all(size >= 0 for size in shape):
+    if dtype.kind not in "biuf" or not dtype.isnative or min(shape, default=0) < 0:
         return torch.from_numpy(array.numpy())
     values = _numbers(array.data, start, dtype, shape[::-1] if is_fortran else shape)
     return values.permute(*range(values.ndim)[::-1]) if is_fortran else values
