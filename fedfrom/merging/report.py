@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -121,14 +123,12 @@ class MergeReport:
     def cosines(self) -> list[list[float]]:
         """Return cosines of the clients' whole updates as sent, n x n; empty above 32 clients and without updates."""
         layers = [layer for layer in self.layers if layer.is_update and layer.cosines]
-        clients = range(len(self.clients)) if layers else range(0)
-        unit = self._unit()
-        inner = [
-            [sum(la.cosines[i][j] * (la.norms[i] / unit) * (la.norms[j] / unit) for la in layers) for j in clients]
-            for i in clients
-        ]
-        sizes = [math.sqrt(inner[i][i]) for i in clients]
-        return [[inner[i][j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] else 0.0 for j in clients] for i in clients]
+        if not layers:
+            return []
+        norms = np.array([layer.norms for layer in layers]) / self._unit()
+        inner = (np.array([layer.cosines for layer in layers]) * norms[:, :, None] * norms[:, None, :]).sum(axis=0)
+        scale = [1 / math.sqrt(square) if square > 0 else 0.0 for square in inner.diagonal().tolist()]
+        return (inner * np.outer(scale, scale)).tolist()
 
     def _unit(self) -> float:
         """Return a power of two of about the largest norm's size, so that squares stay in range."""
