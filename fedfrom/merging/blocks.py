@@ -28,6 +28,8 @@ _FEW = 1 << 13
 _WHOLE, RUNS, RUN = 1 << 16, 1 << 10, 16
 # a norm outside this range may have lost squares to underflow or overflow in float32
 _SAFE = (1e-12, 1e18)
+# norms whose samples' squares have all their digits in float32, though most of the norm is elsewhere
+_USUAL = (1e-6, 1e18)
 _buffers = threading.local()
 
 
@@ -297,6 +299,8 @@ def weighted_sum(
         if w != 0.0
     ]
     W = None if base is None else shared[id(base)]
+    if abs(server_lr) > torch.finfo(dtype).max:
+        server_lr = math.copysign(math.inf, server_lr)  # as which the sums' dtype would take it
 
     def sum_block(start: int, stop: int) -> tuple[float, bool]:
         size = stop - start
@@ -358,8 +362,9 @@ def sampled_deltas(
 def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None], norms: Sequence[float]) -> Tensor:
     """Return (n, n) float64: inner products of what is `sampled` of the deltas, each times any factor above 0."""
     narrow = all(each is None or each.dtype != torch.float64 for each in (*values, *references))
-    # float32 is twice as fast, and has the range for all but the smallest updates
-    dtype = torch.float32 if narrow and all(norm == 0 or _is_safe(norm) for norm in norms) else torch.float64
+    # float32 is twice as fast, and has the range for all but the smallest and the largest updates
+    usual = all(norm == 0 or _USUAL[0] < norm < _USUAL[1] for norm in norms)
+    dtype = torch.float32 if narrow and usual else torch.float64
     rows = sampled_deltas(values, references, dtype)
     if dtype == torch.float64:
         rows *= torch.tensor([1 / norm if norm else 0.0 for norm in norms], dtype=dtype, device=rows.device)[:, None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs, check_result
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensors
-from fedfrom.merging.threads import one_thread_each
+from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
 
-# entries of the tensors that are merged before the first of them is handed on; of small ones all clients' updates are
-# held meanwhile, in float64, and of all tensors the cosines of their pairs
-_BATCH, _WHOLE, _PAIR = 1 << 23, 1 << 4, 1 << 3
+# entries of what is held of the tensors that are merged before the first of them is handed on, in float32: their
+# results, of small ones all clients' updates in float64, and the cosines of their pairs
+_BATCH = 1 << 23
 
 
 def merge(
@@ -201,27 +202,36 @@ class LayerByLayer:
         """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
         with one_thread_each():
             whole = survey(self.inputs, self.candidates[0], self.clip)
-        for names in self._batches():
+        for batch in self._batches():
             with one_thread_each():  # not across the yield: it is the caller's thread
-                found = _merge_batch(self, names, whole)
-            for name in names:
-                yield found.pop(name)  # whoever has it is the only one that does
+                found = _merge_batch(self, batch, whole)
+            for part in batch:
+                yield found.pop(part.name)  # whoever has it is the only one that does
 
-    def _batches(self) -> Iterator[list[str]]:
-        """Yield the layers' names: plain tensors as many at once as are small, all else one by one."""
-        pairs = len(self.inputs.sent) ** 2
-        lazy = any(source.state.is_lazy for source in self.inputs.sent)
-        batch: list[str] = []
+    def _batches(self) -> Iterator[list[_Part]]:
+        """Yield the layers: plain tensors as many at once as are small, all else one by one."""
+        inputs, clients = self.inputs, len(self.inputs.sent)
+        lazy = any(source.state.is_lazy for source in inputs.sent)
+        is_read = any(source.state.is_read for source in inputs.sent)
+        others = [source for source in (inputs.reference, *inputs.received) if source is not None]
+        in_memory = not any(source.state.is_lazy or source.state.is_read for source in others)
+        batch: list[_Part] = []
         taken = 0
-        for name, layer in self.inputs.sent[0].layers.items():
-            own = _BATCH
-            if not lazy and not layer.is_adapter:
-                values = self.inputs.sent[0].values(name)
-                own = values.numel() * (_WHOLE if blocks.is_whole(values) else 1) + pairs * _PAIR
+        for name, layer in inputs.sent[0].layers.items():
+            part, own = _Part(name), _BATCH
+            if not layer.is_adapter:
+                values = inputs.sent[0].values(name)
+                size = values.numel()
+                # what is read when it is asked for is held for one layer alone
+                held = inputs.sent[0].state.is_read and isinstance(values, Tensor)
+                part = _Part(name, values.dtype.is_floating_point, in_memory and not held, size if is_read else 0)
+                if not lazy:
+                    rows = 2 * clients * size if blocks.is_whole(values) and part.is_light else 0
+                    own = size + rows + (2 * clients**2 if part.is_light else 0)
             if batch and taken + own > _BATCH:
                 yield batch
                 batch, taken = [], 0
-            batch.append(name)
+            batch.append(part)
             taken += own
         if batch:
             yield batch
@@ -289,15 +299,31 @@ def layer_by_layer(
     return LayerByLayer(inputs, candidates, server_lr, clip, as_reference, empty)
 
 
+class _Part(NamedTuple):
+    """A layer of a batch; plain tensors are floating or kept, and light where no client's values are held for them."""
+
+    name: str
+    is_floating: bool = False
+    is_light: bool = False
+    entries_to_read: int = 0
+
+
 def _merge_batch(
-    asked: LayerByLayer, names: list[str], whole: Survey
+    asked: LayerByLayer, batch: list[_Part], whole: Survey
 ) -> dict[str, list[tuple[dict[str, Tensor], LayerReport]]]:
     """Return each of these layers merged by each method, by key, and what was done."""
     inputs, methods = asked.inputs, asked.candidates
-    plain = [name for name in names if _is_floating(inputs, name)]
-    merged = merge_tensors(inputs, plain, methods, asked.server_lr, whole, asked.clip, asked.empty)
-    found = dict(zip(plain, merged, strict=True))
-    for name in [name for name in names if name not in found]:
+
+    def merged(parts: list[_Part]) -> list[list[tuple[dict[str, Tensor], LayerReport]]]:
+        names, sizes = [part.name for part in parts], [part.entries_to_read for part in parts]
+        return merge_tensors(inputs, names, methods, asked.server_lr, whole, asked.clip, asked.empty, sizes)
+
+    light = [part for part in batch if part.is_floating and part.is_light]
+    apart = [part for part in batch if part.is_floating and not part.is_light]
+    waiting = [begin(part.entries_to_read, partial(merged, [part])) for part in apart]
+    found = dict(zip([part.name for part in light], merged(light), strict=True))
+    found |= {part.name: wait()[0] for part, wait in zip(apart, waiting, strict=True)}
+    for name in [part.name for part in batch if not part.is_floating]:
         if inputs.sent[0].layers[name].is_adapter:
             # methods on factors see no adapters
             products = [method for method in methods if isinstance(method, ProductMethod)]
@@ -308,12 +334,6 @@ def _merge_batch(
         else:
             found[name] = [keep(inputs, name)] * len(methods)
     return found
-
-
-def _is_floating(inputs: Inputs, name: str) -> bool:
-    """Return whether a layer is a plain tensor that can be merged."""
-    source = inputs.sent[0]
-    return not source.layers[name].is_adapter and source.values(name).dtype.is_floating_point
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

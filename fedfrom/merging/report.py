@@ -127,8 +127,8 @@ class MergeReport:
             return []
         norms = np.array([layer.norms for layer in layers]) / self._unit()
         inner = (np.array([layer.cosines for layer in layers]) * norms[:, :, None] * norms[:, None, :]).sum(axis=0)
-        scale = [1 / math.sqrt(square) if square > 0 else 0.0 for square in inner.diagonal().tolist()]
-        return (inner * np.outer(scale, scale)).tolist()
+        scale = np.array([1 / math.sqrt(square) if square > 0 else 0.0 for square in inner.diagonal().tolist()])
+        return (inner * scale[:, None] * scale).tolist()
 
     def _unit(self) -> float:
         """Return a power of two of about the largest norm's size, so that squares stay in range."""

@@ -133,11 +133,6 @@ class Inputs:
     received: list[Source | None]
     examples: list[float] | None
 
-    def entries_to_read(self, name: str) -> int:
-        """Return the entries of a plain layer that some clients' states read from elsewhere, else 0."""
-        source = next((source for source in self.sent if source.state.is_read), None)
-        return 0 if source is None else source.values(name).numel()
-
     def reference_of(self, name: str) -> Source | None:
         """Return the source of a layer's W, None where it has none."""
         return self.reference if self.reference is not None and name in self.reference.layers else None

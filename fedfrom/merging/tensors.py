@@ -31,16 +31,17 @@ def merge_tensors(
     server_lr: float | str,
     survey: Survey,
     clip: float | None,
-    empty: Empty = torch.empty,
+    empty: Empty,
+    sizes: Sequence[int],
 ) -> list[list[tuple[dict[str, Tensor], LayerReport]]]:
     """Merge plain tensors by each method: T = W + alpha theta*.
 
     Where one has no reference, or is a running statistic, T is the mean of the values: there is no update that a norm
     could weigh or the server scale.
 
-    All are weighed together: most tensors of a model are so small that what each takes is what its calls take.
+    All are weighed together: most tensors of a model are so small that what each takes is what its calls take. `sizes`
+    are the entries of those that are read from elsewhere, a block at a time, else 0.
     """
-    sizes = [inputs.entries_to_read(name) for name in names]
     reading = [begin(size, partial(_Tensor.read, inputs, name, clip)) for name, size in zip(names, sizes, strict=True)]
     tensors = [wait() for wait in reading]
     work: dict[str, Callable[[], list[tuple[dict[str, Tensor], LayerReport]]]] = {}

@@ -1,6 +1,7 @@
 """Eq. 5 on plain tensors."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -195,3 +196,41 @@ def test_blocks_inside_of_blocks_leave_the_threads_as_they_were() -> None:
         assert torch.get_num_threads() == 3 and counts == [3] * 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_tensors_that_are_read_whole_are_held_for_one_layer_at_a_time() -> None:
+    alive: list[str] = []
+    most = 0
+
+    class Files(dict[str, torch.Tensor]):
+        def reader(self, key: str) -> torch.Tensor:
+            nonlocal most
+            found = self[key].clone()
+            alive.append(key)
+            weakref.finalize(found, alive.remove, key)
+            most = max(most, len(set(alive)))
+            return found
+
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(300, 300, generator=generator) for i in range(6)}
+    states = [Files({key: W + torch.randn(W.shape, generator=generator) for key, W in base.items()}) for _ in range(3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        merge(states, base)
+    finally:
+        torch.set_num_threads(threads)
+    assert most <= 2, most
+
+
+@pytest.mark.parametrize("moved", [0.0, 1.0])
+def test_a_server_lr_beyond_the_dtype_is_an_error_that_names_the_tensor(moved: float) -> None:
+    base = {"w": torch.zeros(1 << 17)}
+    with pytest.raises(ValueError, match=r"'w': expected a result in float32's range"):
+        merge([{"w": base["w"] + moved}] * 2, base, server_lr=1e50)
+
+
+def test_cosines_of_whole_updates_of_very_different_sizes() -> None:
+    update = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, report = merge([{"w": update * size} for size in (1.0, 1e-140, 1e-150)], {"w": torch.zeros_like(update)})
+    assert torch.tensor(report.cosines()).allclose(torch.ones(3, 3))
