@@ -239,6 +239,10 @@ class RejectedReply(ValueError):
         super().__init__(reason)
         self.kind = kind
 
+    def rejection(self) -> Rejection:
+        """Return what is kept of it."""
+        return Rejection(self.kind, one_line(str(self)))
+
 
 @contextlib.contextmanager
 def _as(kind: str) -> Iterator[None]:
@@ -305,7 +309,7 @@ def screen(
     Parameters
     ----------
     messages : Iterable[Message]
-        Train replies with content. Each is read as it comes, and not held when the next one is asked for.
+        Train replies with content. Each is read as it comes, and the message not held when the next one is asked for.
     sent : Sent
         What they reply to.
     arrayrecord_key, weighted_by : str
@@ -313,7 +317,7 @@ def screen(
     needs : str | None (default: None)
         The statistics that the method needs, "gram" or "fisher"; None leaves those that came unread.
     room : Room | None (default: None)
-        Where states are kept; None keeps all in memory.
+        Where states are kept, each measured before; None keeps all in memory, to be measured together.
     """
     valid: list[Reply] = []
     rejected: dict[int, Rejection] = {}
@@ -323,17 +327,20 @@ def screen(
             try:
                 valid.append(_kept(message, sent, arrayrecord_key, weighted_by, needs, room))
             except RejectedReply as error:
-                rejected[message.metadata.src_node_id] = Rejection(error.kind, one_line(str(error)))
+                rejected[message.metadata.src_node_id] = error.rejection()
             del message  # before the next one comes
     except BaseException:
         discard(valid)
         raise
+    if room is None:
+        valid, others = _measured(valid, sent)
+        rejected |= others
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
-        rejected |= {node_id: Rejection("config", one_line(reason)) for node_id, reason in others.items()}
+        rejected |= others
     if needs is not None:
         valid, others = _of_one_kind(valid, needs)
-        rejected |= {node_id: Rejection("statistics", one_line(reason)) for node_id, reason in others.items()}
+        rejected |= others
     return sorted(valid, key=lambda reply: _content_key(reply, weighted_by)), rejected
 
 
@@ -343,7 +350,24 @@ def _kept(
     """Return a reply, its state where there is room for it; in a function, so that nothing of it stays behind."""
     with one_thread_each():
         reply = read_reply(message, sent, arrayrecord_key, weighted_by, needs)
-    return reply if room is None else room.keep(reply)
+        if room is None:
+            return reply
+        [reply] = _with_norms([reply], sent)
+        _check_sizes(reply, sent)
+    return room.keep(reply)
+
+
+def _measured(replies: list[Reply], sent: Sent) -> tuple[list[Reply], dict[int, Rejection]]:
+    """Give replies their norms, and part off those that are not finite or too large."""
+    valid, others = [], {}
+    with one_thread_each():
+        for reply in _with_norms(replies, sent):
+            try:
+                _check_sizes(reply, sent)
+                valid.append(reply)
+            except RejectedReply as error:
+                others[reply.node_id] = error.rejection()
+    return valid, others
 
 
 def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
@@ -376,28 +400,38 @@ def _digest(record: ArrayRecord, statistics: ArrayRecord | None) -> bytes:
     return digest.digest()
 
 
-def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, str]]:
+def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, Rejection]]:
     """Part off the replies whose config is another than most say: without lora_config one scaling is assumed."""
     said = {r.node_id: json.dumps(r.config, sort_keys=True) for r in replies if r.config is not None}
     counts = Counter(said.values())
     common = max(sorted(counts), key=counts.__getitem__, default="")
     others = {
-        node_id: f"adapter config: expected {common} as most clients have, found {config}; give the strategy the "
-        "global adapter's lora_config"
+        node_id: Rejection(
+            "config",
+            one_line(
+                f"adapter config: expected {common} as most clients have, found {config}; give the strategy the global "
+                "adapter's lora_config"
+            ),
+        )
         for node_id, config in said.items()
         if config != common
     }
     return [reply for reply in replies if reply.node_id not in others], others
 
 
-def _of_one_kind(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[int, str]]:
+def _of_one_kind(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[int, Rejection]]:
     """Part off the replies whose statistics are of other layers than most have: those could not be merged."""
     kinds = {reply.node_id: frozenset(reply.statistics or ()) for reply in replies}
     counts = Counter(kinds.values())
     common = max(sorted(counts, key=sorted), key=lambda kind: (counts[kind], len(kind)), default=frozenset())
     others = {
-        node_id: f"{needs} statistics: expected those of the layers that most clients sent, found "
-        f"{L.difference(kind, common)}"
+        node_id: Rejection(
+            "statistics",
+            one_line(
+                f"{needs} statistics: expected those of the layers that most clients sent, found "
+                f"{L.difference(kind, common)}"
+            ),
+        )
         for node_id, kind in kinds.items()
         if kind != common
     }
@@ -413,8 +447,9 @@ def read_reply(
 ) -> Reply:
     """Return a train reply as a state, or raise RejectedReply, a ValueError, with the reason to reject it.
 
-    In this order: readable; keys, dtypes and shapes as sent (ranks may differ where `sent` allows it); finite, and no
-    larger than can be merged; statistics where they are needed; num-examples a finite number > 0.
+    In this order: readable; keys, dtypes and shapes as sent (ranks may differ where `sent` allows it); statistics where
+    they are needed; num-examples a finite number > 0. Whether its entries are finite, and no larger than can be merged,
+    is looked at with its norms, which it has not yet.
 
     Parameters
     ----------
@@ -450,7 +485,7 @@ def read_reply(
                     raise ValueError(f"{ADAPTER_KEY}, {field}: {sizes}")
     with _as("shapes"):
         changed = deltas_in(record)
-        norms = _check_layers(state, sent, config, changed)
+        _check_layers(state, sent, config, changed)
         deltas = frozenset(name for name, layer in sent.layers.items() if changed.intersection(layer.keys.values()))
     statistics = None
     if needs is not None:
@@ -461,21 +496,11 @@ def read_reply(
     rest = RecordDict({name: part for name, part in content.items() if not isinstance(part, ArrayRecord)})
     digest = _digest(record, records_of(content, ArrayRecord)[STATISTICS_KEY] if statistics else None)
     node_id = message.metadata.src_node_id
-    return Reply(node_id, rest, state, float(examples), config, statistics, norms, digest, deltas)
+    return Reply(node_id, rest, state, float(examples), config, statistics, {}, digest, deltas)
 
 
-def _check_layers(
-    state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None, deltas: set[str]
-) -> dict[str, float]:
-    """Return the norm of each plain tensor's change, or raise ValueError.
-
-    That is where a reply's tensors are not of the shapes, dtypes and sizes that were sent.
-    """
-    plain = {
-        layer.name: (state[key], None if key in deltas else sent.state[key])
-        for layer in sent.layers.values()
-        if (key := layer.keys.get("tensor")) and state[key].is_floating_point()
-    }
+def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None, deltas: set[str]) -> None:
+    """Raise ValueError where a reply's tensors are not of the shapes, dtypes and ranks that were sent."""
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():
@@ -489,15 +514,6 @@ def _check_layers(
                 if rank is not None and state[key].shape[rank] != sent.state[key].shape[rank]:
                     raise ValueError(f"{error} ({_OTHER_RANKS})") from None
                 raise
-    norms = dict(zip(plain, blocks.delta_norms(list(plain.values())), strict=True))
-    for layer in sent.layers.values():
-        for key in layer.keys.values():
-            # no entry is further from what was sent: a pass over memory less for all but strange replies
-            limit = _limit(state[key])
-            if key in deltas:  # what it is added to may be of a narrower dtype
-                limit = min(limit, torch.finfo(sent.state[key].dtype).max / 4)
-            if not sent.largest.get(key, math.inf) + norms.get(layer.name, math.inf) < limit:
-                _check_size(state[key], key, limit=limit)
         if free and layer.is_adapter:
             assert config is not None
             found, expected = L.adapter_rank(layer, state), rank_and_scaling(config, layer.name)[0]
@@ -506,9 +522,42 @@ def _check_layers(
             own = L.read_adapter(layer, sent.state, 1.0, "global arrays")
             if expected > (most := max(*own.shape, own.rank)):
                 raise ValueError(f"reply, {layer.name!r}: expected a rank up to {most}, the layer's, found {expected}")
-        if layer.is_adapter:
-            _check_product(layer, state, 1.0 if config is None else rank_and_scaling(config, layer.name)[1])
-    return norms
+
+
+def _with_norms(replies: Sequence[Reply], sent: Sent) -> list[Reply]:
+    """Return replies with the norm of each plain tensor's change; what was sent is read once for all of them."""
+    plain = [
+        (layer.name, key)
+        for layer in sent.layers.values()
+        if (key := layer.keys.get("tensor")) and sent.state[key].is_floating_point()
+    ]
+    norms = iter(
+        blocks.delta_norms(
+            [
+                (reply.state[key], None if name in reply.deltas else sent.state[key])
+                for reply in replies
+                for name, key in plain
+            ]
+        )
+    )
+    return [replace(reply, norms={name: next(norms) for name, _ in plain}) for reply in replies]
+
+
+def _check_sizes(reply: Reply, sent: Sent) -> None:
+    """Raise RejectedReply where an entry of a reply is not finite or too large; it has its norms."""
+    state = reply.state
+    with _as("shapes"):
+        for layer in sent.layers.values():
+            for key in layer.keys.values():
+                # no entry is further from what was sent: a pass over memory less for all but strange replies
+                limit = _limit(state[key])
+                if layer.name in reply.deltas:  # what it is added to may be of a narrower dtype
+                    limit = min(limit, torch.finfo(sent.state[key].dtype).max / 4)
+                if not sent.largest.get(key, math.inf) + reply.norms.get(layer.name, math.inf) < limit:
+                    _check_size(state[key], key, limit=limit)
+            if layer.is_adapter:
+                scaling = 1.0 if reply.config is None else rank_and_scaling(reply.config, layer.name)[1]
+                _check_product(layer, state, scaling)
 
 
 def _read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:

@@ -331,6 +331,7 @@ mutations = st.one_of(
 @settings(max_examples=120)
 @given(faults=st.lists(mutations, min_size=1, max_size=4))
 def test_nothing_but_a_rejection_or_a_sound_merge(lora_config: Any, faults: list[Fault]) -> None:
+    """Whether replies come as a list, and are measured together, or one by one."""
     strategy, (good, bad), state = sent_and_replies(lora_config)
     try:
         for fault in faults:
@@ -344,8 +345,11 @@ def test_nothing_but_a_rejection_or_a_sound_merge(lora_config: Any, faults: list
     assert all(np.isfinite(value).all() for value in merged.values())
     assert metrics["replies-valid"] + metrics["replies-rejected"] == 2
     json.dumps(strategy.reports[1].to_dict())
-    for reason in strategy.reports[1].rejected.values():
+    rejected = strategy.reports[1].rejected
+    for reason in rejected.values():
         assert "expected" in reason and "found" in reason
+    one_by_one, _ = strategy.aggregate_train(1, iter([good, bad]))
+    assert same_bits(one_by_one, arrays) and strategy.reports[1].rejected == rejected
 
 
 def read(message: Message, ranks_may_differ: bool = True, state: Any = None) -> Any:

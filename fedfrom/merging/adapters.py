@@ -186,7 +186,7 @@ class _Module:
         check_finite([W, *received, *self.inputs.sent], self.name, [part])
         values = [value(source) for source in self.inputs.sent]
         references = [None if source is None else value(source) for source in received]
-        norms = [blocks.delta_norm(v, r) for v, r in zip(values, references, strict=True)]
+        norms = blocks.delta_norms(list(zip(values, references, strict=True)))
         # without a reference a magnitude is no update, and has nothing to be clipped
         factors = clip_factors(norms, None if W is None else self.clip)
         order = self.updates.order

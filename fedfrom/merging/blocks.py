@@ -20,6 +20,8 @@ from fedfrom.merging.threads import each_block
 
 # large enough that two threads gain on each operation, small enough that some blocks fit the cache that cores share
 BLOCK = 1 << 19
+# smaller, since for a norm little is done with what a thread's own cache holds: a part of what was sent, and a delta
+_NORM_BLOCK = 1 << 18
 # what float32 sums squares of, and float64 these: 1e-7 off where float32 throughout may be 1e-5
 _ROW = 1 << 10
 # entries of a tensor whose norm takes less time than calling for it
@@ -145,19 +147,28 @@ def delta_norm(value: Values, reference: Tensor | None) -> float:
 
 
 def delta_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
-    """Return `delta_norm` of each pair of a value and its reference: small ones, which are many, together."""
+    """Return `delta_norm` of each pair of a value and its reference.
+
+    Small ones, which are many, are looked at together, and so are those in memory that have one reference: each block
+    of it is read once.
+    """
     norms = [math.nan] * len(pairs)
     small: dict[bool, list[int]] = {True: [], False: []}
+    large: dict[Any, list[int]] = {}
     for i, (value, reference) in enumerate(pairs):
         if 0 < value.numel() <= _FEW and value.device.type == "cpu":
             small[reference is None].append(i)
         else:
-            norms[i] = _delta_norm(value, reference)
+            alone = reference is None or not isinstance(value, Tensor)
+            large.setdefault(("alone", i) if alone else (id(reference), value.dtype), []).append(i)
     for indices in small.values():
         for start in range(0, len(indices), BLOCK // _FEW):
             part = indices[start : start + BLOCK // _FEW]
             for i, norm in zip(part, _small_norms([pairs[i] for i in part]), strict=True):
                 norms[i] = norm
+    for indices in large.values():
+        for i, norm in zip(indices, _norms([pairs[i][0] for i in indices], pairs[indices[0]][1]), strict=True):
+            norms[i] = norm
     return norms
 
 
@@ -180,15 +191,17 @@ def _small_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
     ]
 
 
-def _delta_norm(value: Values, reference: Tensor | None) -> float:
-    dtype = arithmetic(value.dtype)
-    x, r = _Flat(value), None if reference is None else _Flat(reference)
+def _norms(values: Sequence[Values], reference: Tensor | None) -> list[float]:
+    """Return the norms of values of one shape and dtype, less one reference."""
+    dtype = arithmetic(values[0].dtype)
+    rows, r = [_Flat(value) for value in values], None if reference is None else _Flat(reference)
 
-    def norm(start: int, stop: int) -> float:
+    def norms(start: int, stop: int) -> list[float]:
         ref = None if r is None else r.block_as(dtype, start, stop, "reference")
-        return _block_norm(_theta(x, ref, dtype, start, stop))
+        return [_block_norm(_theta(row, ref, dtype, start, stop)) for row in rows]
 
-    return math.hypot(*each_block(value.numel(), BLOCK, norm, x.is_read))
+    found = each_block(values[0].numel(), _NORM_BLOCK, norms, rows[0].is_read)
+    return [math.hypot(*(block[i] for block in found)) for i in range(len(rows))]
 
 
 def _block_norm(block: Tensor) -> float:
@@ -254,7 +267,7 @@ def weighted_rows(
         out.reshape(-1).copy_(theta.mul_(server_lr))
     else:
         out.reshape(-1).copy_(theta.mul_(server_lr).add_(base.detach().reshape(-1)))
-    return out, norm, _is_finite(out)
+    return out, norm, _is_finite(out, server_lr * norm)
 
 
 def weighted_sum(
@@ -276,7 +289,7 @@ def weighted_sum(
     weights : Sequence[float]
         (n,) w_i.
     base : Tensor | None
-        W; None is zero.
+        W, all of it finite; None is zero.
     server_lr : float
         alpha.
     empty : Callable[..., Tensor] (default: torch.empty)
@@ -325,7 +338,7 @@ def weighted_sum(
             torch.add(own, total, alpha=server_lr, out=block if kind == dtype else total)
         if kind != dtype:
             block.copy_(total)
-        return norm, _is_finite(block)
+        return norm, _is_finite(block, server_lr * norm)
 
     read = any(x.is_read for _, x, _ in terms)
     found = each_block(out.numel(), BLOCK, sum_block, read)
@@ -338,7 +351,12 @@ def is_finite(tensor: Tensor) -> bool:
     return all(each_block(flat.numel(), BLOCK, lambda start, stop: _is_finite(flat[start:stop])))
 
 
-def _is_finite(block: Tensor) -> bool:
+def _is_finite(block: Tensor, change: float = math.inf) -> bool:
+    """Return whether a block is finite; one that was, and has changed by this norm, is not always looked at."""
+    # half of the last place of the largest number rounds to no infinity, whatever it is added to
+    limits = torch.finfo(block.dtype)
+    if abs(change) < limits.max * limits.eps / 8:
+        return True
     # a finite sum has no other terms; one that is not may have overflowed
     return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())
 
