@@ -79,11 +79,13 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 def _buffer(slot: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return this thread's buffer of that name, one block at most."""
-    held: dict[Any, Tensor] = _buffers.__dict__.setdefault("held", {})
+    held: dict[Any, tuple[Tensor, Tensor]] = _buffers.__dict__.setdefault("held", {})
     key = (slot, dtype, device)
-    if key not in held:
-        held[key] = torch.empty(BLOCK, dtype=dtype, device=device)
-    return held[key][:size]
+    whole, last = held.get(key) or 2 * (torch.empty(BLOCK, dtype=dtype, device=device),)
+    if last.numel() != size:  # a slice takes a third of a small operation's time
+        last = whole[:size]
+    held[key] = whole, last
+    return last
 
 
 class _Flat:
@@ -92,13 +94,13 @@ class _Flat:
     def __init__(self, values: Values) -> None:
         self.is_read = not isinstance(values, Tensor)
         self.values: Any = values.detach().reshape(-1) if isinstance(values, Tensor) else values
-        self.dtype, self.device = values.dtype, values.device
+        self.dtype, self.device, self.length = values.dtype, values.device, values.numel()
 
     def block(self, start: int, stop: int, slot: str) -> Tensor:
         """Return a block: a view, or the buffer of that name."""
         if self.is_read:
             return self.values.read(start, stop, _buffer(slot, stop - start, self.dtype, self.device))
-        return self.values[start:stop]
+        return self.values if stop - start == self.length else self.values[start:stop]
 
     def block_as(self, dtype: torch.dtype, start: int, stop: int, slot: str) -> Tensor:
         """Return a block in that dtype: a view, or the buffer of that name."""

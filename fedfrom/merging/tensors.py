@@ -79,7 +79,7 @@ class _Tensor:
     @classmethod
     def read(cls, inputs: Inputs, name: str, clip: float | None) -> _Tensor:
         base, values, references = plain_tensors(inputs, name)
-        norms = delta_norms(inputs, name)
+        norms = _norms(inputs, name, values, references)
         if base is not None and all(reference is not base for reference in references):  # else a finite norm proves it
             check_finite([inputs.reference_of(name)], name, ["tensor"])
         factors = clip_factors(norms, None if base is None else clip)
@@ -217,14 +217,19 @@ def _statistics_name(name: str, method: Method) -> str:
 
 
 def delta_norms(inputs: Inputs, name: str) -> list[float]:
-    """Return ||W_i - ref_i||_F of one plain layer, those that are not known yet from its entries; all are finite."""
-    known = [source.norms.get(name) for source in inputs.sent]
-    if None in known:
-        _, values, references = plain_tensors(inputs, name)
-        missing = [i for i, norm in enumerate(known) if norm is None]
-        found = dict(zip(missing, blocks.delta_norms([(values[i], references[i]) for i in missing]), strict=True))
-        known = [found.get(i, norm) for i, norm in enumerate(known)]
-    return check_norms([norm for norm in known if norm is not None], inputs, name)
+    """Return ||W_i - ref_i||_F of one plain layer; its entries are read only where some are not known yet."""
+    if all(name in source.norms for source in inputs.sent):
+        return check_norms([source.norms[name] for source in inputs.sent], inputs, name)
+    _, values, references = plain_tensors(inputs, name)
+    return _norms(inputs, name, values, references)
+
+
+def _norms(inputs: Inputs, name: str, values: list[Values], references: list[Tensor | None]) -> list[float]:
+    """Return the clients' norms, those that are not known yet from the entries; all are finite."""
+    missing = [i for i, source in enumerate(inputs.sent) if name not in source.norms]
+    found = dict(zip(missing, blocks.delta_norms([(values[i], references[i]) for i in missing]), strict=True))
+    norms = [found[i] if i in found else source.norms[name] for i, source in enumerate(inputs.sent)]
+    return check_norms(norms, inputs, name)
 
 
 def plain_tensors(inputs: Inputs, name: str) -> tuple[Tensor | None, list[Values], list[Tensor | None]]:

@@ -2,6 +2,8 @@
 
 import math
 import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pytest
@@ -234,3 +236,29 @@ def test_cosines_of_whole_updates_of_very_different_sizes() -> None:
     update = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     _, report = merge([{"w": update * size} for size in (1.0, 1e-155, 1e-156)], {"w": torch.zeros_like(update)})
     assert torch.tensor(report.cosines()).allclose(torch.ones(3, 3))
+
+
+def test_tensors_that_are_read_when_asked_for_are_asked_for_once() -> None:
+    """But for the first client's, whose shapes and dtypes are what the others' are compared with."""
+
+    class Lazy(Mapping[str, torch.Tensor]):
+        def __init__(self, state: dict[str, torch.Tensor]) -> None:
+            self.state, self.asked = state, Counter[str]()
+
+        def __getitem__(self, key: str) -> torch.Tensor:
+            self.asked[key] += 1
+            return self.state[key].clone()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.state)
+
+        def __len__(self) -> int:
+            return len(self.state)
+
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(300, 300, generator=generator) for i in range(3)}
+    states = [{key: W + torch.randn(W.shape, generator=generator) for key, W in base.items()} for _ in range(3)]
+    lazy = [Lazy(state) for state in states]
+    found, expected = merge(lazy, base)[0], merge(states, base)[0]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert [state.asked for state in lazy] == [Counter(dict.fromkeys(base, 2 if i == 0 else 1)) for i in range(3)]
