@@ -24,7 +24,7 @@ BLOCK = 1 << 19
 _NORM_BLOCK = 1 << 18
 # what float32 sums squares of, and float64 these: 1e-7 off where float32 throughout may be 1e-5
 _ROW = 1 << 10
-# entries of a tensor whose norm takes less time than calling for it
+# entries of a tensor for which most of the time goes into calls
 _FEW = 1 << 13
 # what is sampled of tensors above 2^16 entries: runs of a cache line of float32, so that others are not read
 _WHOLE, RUNS, RUN = 1 << 16, 1 << 10, 16
@@ -158,7 +158,7 @@ def delta_norms(pairs: Sequence[tuple[Values, Tensor | None]]) -> list[float]:
     small: dict[bool, list[int]] = {True: [], False: []}
     large: dict[Any, list[int]] = {}
     for i, (value, reference) in enumerate(pairs):
-        if 0 < value.numel() <= _FEW and value.device.type == "cpu":
+        if is_small(value) and value.numel() and value.device.type == "cpu":
             small[reference is None].append(i)
         else:
             alone = reference is None or not isinstance(value, Tensor)
@@ -391,9 +391,9 @@ def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None
     return (rows @ rows.T).to(torch.float64)
 
 
-def is_whole(values: Values) -> bool:
-    """Return whether all entries are sampled."""
-    return values.numel() <= _WHOLE
+def is_small(values: Values) -> bool:
+    """Return whether calling for what is done with values takes longer than doing it: all at once, in float64."""
+    return values.numel() <= _FEW
 
 
 def sampled(values: Values) -> Tensor:
@@ -404,9 +404,9 @@ def sampled(values: Values) -> Tensor:
 def _sample(values: Values) -> Tensor:
     """Return what `sampled` does, of a tensor a view: a row of all entries, or a row for each run."""
     if not isinstance(values, Tensor):
-        return values.sample() if is_whole(values) else values.sample().view(RUNS, RUN)
+        return values.sample() if values.numel() <= _WHOLE else values.sample().view(RUNS, RUN)
     flat = values.detach().reshape(-1)
-    if is_whole(flat):
+    if flat.numel() <= _WHOLE:
         return flat
     step = flat.numel() // RUNS
     return flat[: step * RUNS].view(RUNS, step)[:, :RUN]

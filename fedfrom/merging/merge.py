@@ -226,7 +226,7 @@ class LayerByLayer:
                 held = inputs.sent[0].state.is_read and isinstance(values, Tensor)
                 part = _Part(name, values.dtype.is_floating_point, in_memory and not held, size if is_read else 0)
                 if not lazy:
-                    rows = 2 * clients * size if blocks.is_whole(values) and part.is_light else 0
+                    rows = 2 * clients * size if blocks.is_small(values) and part.is_light else 0
                     own = size + rows + (2 * clients**2 if part.is_light else 0)
             if batch and taken + own > _BATCH:
                 yield batch

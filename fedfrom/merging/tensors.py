@@ -88,7 +88,7 @@ class _Tensor:
         unit = power_of_two(clipped)
         sent, received = [values[i] for i in order], [references[i] for i in order]
         rows = None
-        if blocks.is_whole(values[0]):
+        if blocks.is_small(values[0]):
             rows = blocks.sampled_deltas(sent, received)
             rows /= unit
             if any(factor != 1.0 for factor in factors):
