@@ -176,7 +176,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that passed every check, without its arrays but for the state.
+    """A reply that passed its checks, without its arrays but for the state; its entries are checked with its norms.
 
     Attributes
     ----------
@@ -193,7 +193,7 @@ class Reply:
     statistics : dict[str, Tensor] | None (default: None)
         Gram matrices by layer or Fisher diagonals by key, where the method needs them.
     norms : dict[str, float]
-        Norm of the change of each plain tensor, by layer.
+        Norm of the change of each plain tensor, by layer; empty until they are taken.
     digest : bytes
         Of its arrays and statistics.
     deltas : frozenset[str]

@@ -173,8 +173,9 @@ def products(state: Arrays, scaling: Scaling = lambda module: 1.0, rank: Callabl
 
 def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
     """Return the closest matrix of that rank."""
-    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
-    return U[:, :rank] * S[:rank] @ Vh[:rank]
+    unit = float(np.abs(matrix).max(initial=0.0)) or 1.0  # near float64's largest numbers LAPACK does not converge
+    U, S, Vh = np.linalg.svd(matrix / unit, full_matrices=False)
+    return U[:, :rank] * (S[:rank] * unit) @ Vh[:rank]
 
 
 def oracle(

@@ -20,7 +20,7 @@ from fedfrom.merging.threads import each_block
 
 # large enough that two threads gain on each operation, small enough that some blocks fit the cache that cores share
 BLOCK = 1 << 19
-# smaller, since for a norm little is done with what a thread's own cache holds: a part of what was sent, and a delta
+# smaller: a norm goes over a block of what was sent and one delta, which then stay in each core's own cache
 _NORM_BLOCK = 1 << 18
 # what float32 sums squares of, and float64 these: 1e-7 off where float32 throughout may be 1e-5
 _ROW = 1 << 10
@@ -355,7 +355,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _is_finite(block: Tensor, change: float = math.inf) -> bool:
     """Return whether a block is finite; one that was, and has changed by this norm, is not always looked at."""
-    # half of the last place of the largest number rounds to no infinity, whatever it is added to
+    # less than half of the largest number's last place rounds to no infinity, whatever it is added to; a quarter leaves
+    # room for the norm's own rounding
     limits = torch.finfo(block.dtype)
     if abs(change) < limits.max * limits.eps / 8:
         return True
