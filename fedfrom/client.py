@@ -16,6 +16,7 @@ from torch import Tensor
 from fedfrom.frozen import leave_out, statistics_of, told_frozen
 from fedfrom.merging import layers as L
 from fedfrom.merging.configs import rank_and_scaling
+from fedfrom.merging.rounding import rescaled
 from fedfrom.records import (
     ADAPTER_KEY,
     STATISTICS_KEY,
@@ -103,10 +104,10 @@ def _fit(
                 common = min(rank, global_rank)
                 dimension = L.RANK_DIMENSION[part]
                 value = state[key].narrow(dimension, 0, common).to(fitted)
-                fitted.narrow(dimension, 0, common).copy_(value * ratio if part == trained_last else value)
+                fitted.narrow(dimension, 0, common).copy_(rescaled(value, ratio) if part == trained_last else value)
                 state[key] = fitted
-            elif part == "bias" and ratio != 1.0:
-                state[key] = state[key] * ratio
+            elif part == "bias":
+                state[key] = rescaled(state[key], ratio)
     return state
 
 

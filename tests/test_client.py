@@ -82,7 +82,7 @@ def effects(model: PeftModel) -> dict[str, np.ndarray]:
 class Federation:
     """Clients with PEFT models of their own configs, that use fedfrom.client, and the server's model."""
 
-    def __init__(self, name: str, trains: bool = True) -> None:
+    def __init__(self, name: str, trains: Callable[[int], bool] = lambda i: True) -> None:
         config, configs = FEDERATIONS[name]
         self.server = adapted(seed=100, **config)
         torch.manual_seed(7)
@@ -104,7 +104,7 @@ class Federation:
         while len(self.loaded) < server_round:
             self.loaded.append({})
         self.loaded[server_round - 1][i] = effects(model)
-        loss = train(model, i, server_round) if self.trains else 0.0
+        loss = train(model, i, server_round) if self.trains(i) else 0.0
         return client.reply(model, message, {"num-examples": 10 * (i + 1), "loss": loss})
 
     def run(self, rounds: int, **options: Any) -> tuple[list[Arrays], FedFroM]:
@@ -122,11 +122,27 @@ class Federation:
 
 @federations
 def test_clients_that_train_nothing_change_nothing(name: str) -> None:
-    federation = Federation(name, trains=False)
-    arrays, _ = federation.run(rounds=4)
+    federation = Federation(name, trains=lambda i: False)
+    arrays, strategy = federation.run(rounds=4)
     scaling = scaling_of(federation.server)
-    for after in arrays[1:]:
+    for server_round, after in enumerate(arrays[1:], 1):
         assert far_apart(products(after, scaling), products(arrays[0], scaling)) < 1e-6
+        # to the bit, whatever their ranks and alphas: client.load's rounding is no update
+        layers = strategy.reports[server_round].merge.layers
+        assert all(norm == 0 for layer in layers if layer.kind == "adapter" for norm in layer.norms)
+
+
+@federations
+def test_clients_that_train_nothing_do_not_clip_the_one_that_does(name: str) -> None:
+    """Their rounding was the median norm that its update was clipped to: the layer then stopped learning."""
+    federation = Federation(name, trains=lambda i: i == 0)
+    _, strategy = federation.run(rounds=3)
+    for report in strategy.reports.values():
+        place = next(i for i, node in enumerate(report.nodes) if federation.grid.partition_of[node] == 0)
+        for layer in report.merge.layers:
+            if layer.kind == "adapter":
+                assert layer.norms[place] > 0 and sum(norm > 0 for norm in layer.norms) == 1
+                assert not layer.clipped
 
 
 @federations

@@ -15,9 +15,11 @@ from fedfrom.merging.leading import columns_of
 from fedfrom.merging.lowrank import LowRank, norms_and_cosines, random_normal
 from fedfrom.merging.method import Context, ProductMethod, Survey
 from fedfrom.merging.report import LayerReport, power_of_two
+from fedfrom.merging.rounding import is_rounding, rank_tolerance, rescaled
 from fedfrom.merging.solve import Solution, energy_probes
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
 from fedfrom.merging.stack import Stack
+from fedfrom.merging.unchanged import keep_unchanged
 from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each, weigh
 
 _SKETCH = 32  # rows and columns of an update's sketch
@@ -103,7 +105,7 @@ class _Module:
             coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
         change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
         target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
-        solution = _frozen(self.W, self.products, target, rank)
+        solution = keep_unchanged(self.W, self.products, target, change, alpha, rank, updates.unit, self._scaling_out())
         if solution is None:
             rows = own if self.as_reference else None
             parts = self.size**2 + alpha**2 * float((coefficients * sizes).square().sum())
@@ -138,6 +140,7 @@ class _Module:
             rank=rank if isinstance(rank, int) else None,
             base=None if self.W is None else self.W * (1 / self.updates.unit),
             server_lr=server_lr,
+            tolerance=rank_tolerance(self.products[0].terms[0].B.dtype),
         )
 
     def _sizes(
@@ -166,10 +169,13 @@ class _Module:
                 return energy_of(operator, energy_probes(change.shape[1]).to(self.stack.left.device))
         return float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
 
+    def _scaling_out(self) -> float:
+        """Return s of the config that goes with the result."""
+        return self.inputs.template(self.name).scaling(self.name) if self.as_reference else 1.0
+
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
-        layer = template.layers[self.name]
-        scaling = template.scaling(self.name) if self.as_reference else 1.0
+        layer, scaling = template.layers[self.name], self._scaling_out()
         part = L.write_adapter(layer, solution.matrix * self.updates.unit, template.state, scaling)
         for extra in {"bias", "magnitude"} & layer.keys.keys():
             part[layer.keys[extra]] = self._beside(extra, weighing, scaling)
@@ -178,14 +184,27 @@ class _Module:
     def _beside(self, part: str, weighing: Weighing, scaling: float) -> Tensor:
         """Merge what goes with a LoRA module by its weights: lora_B.bias, which acts as s * bias, or magnitudes."""
 
-        def value(source: Source) -> Tensor:
-            tensor = source.tensor(self.name, part).to(torch.float64)
-            return tensor * source.scaling(self.name) if part == "bias" else tensor
-
+        is_bias = part == "bias"
         W, received = self.inputs.reference_of(self.name), self.inputs.received_of(self.name)
         check_finite([W, *received, *self.inputs.sent], self.name, [part])
-        values = [value(source) for source in self.inputs.sent]
-        references = [None if source is None else value(source) for source in received]
+
+        def held(source: Source, own: float) -> Tensor:
+            """Return what a client of that scaling holds, in the dtype that it came in."""
+            tensor = source.tensor(self.name, part)
+            return rescaled(tensor, source.scaling(self.name) / own) if is_bias else tensor
+
+        def acting(tensor: Tensor, own: float) -> Tensor:
+            return tensor.to(torch.float64) * (own if is_bias else 1.0)
+
+        values, references = [], []
+        for sent, source in zip(self.inputs.sent, received, strict=True):
+            own, found = sent.scaling(self.name), sent.tensor(self.name, part)
+            reference = None if source is None else held(source, own)
+            is_rescaled = is_bias and source is not None and own != source.scaling(self.name)
+            if is_rescaled and reference is not None and is_rounding(found, reference.to(torch.float64)):
+                found = reference
+            values.append(acting(found, own))
+            references.append(None if reference is None else acting(reference, own))
         norms = blocks.delta_norms(list(zip(values, references, strict=True)))
         # without a reference a magnitude is no update, and has nothing to be clipped
         factors = clip_factors(norms, None if W is None else self.clip)
@@ -194,7 +213,7 @@ class _Module:
             [values[i] for i in order],
             [references[i] for i in order],
             [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],
-            None if W is None else value(W),
+            None if W is None else acting(W.tensor(self.name, part), W.scaling(self.name)),
             weighing.server_lr,
         )
         return (total / scaling if part == "bias" else total).to(
@@ -235,7 +254,18 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
                 f"{sent.who}, {name!r}: expected rank {rank} {why}, found {product.rank}: unequal ranks have unequal "
                 "scalings; give each client's adapter config (configs=)"
             )
-    deltas = [p if r is None else _delta(p, r) for p, r in zip(products, received, strict=True)]
+    deltas = []
+    loaded: dict[tuple[int, float], LowRank] = {}  # clients of one scaling share what they started from
+    for product, ref in zip(products, received, strict=True):
+        if ref is None:
+            deltas.append(product)
+            continue
+        scaling = product.terms[0].coefficient
+        is_rescaled = scaling != ref.terms[0].coefficient and product.rank >= ref.rank
+        if is_rescaled:
+            ref = loaded.setdefault((id(ref), scaling), _loaded(ref, scaling))
+        zero = is_rescaled and _is_rescaling(product, ref)
+        deltas.append(ref * 0.0 if zero else _delta(product, ref))
     return W, products, deltas
 
 
@@ -247,21 +277,57 @@ def _part_of(W: LowRank | None, received: LowRank) -> LowRank:
     return LowRank(B, A, s) if torch.equal(B, B_i) and torch.equal(A, A_i) else received
 
 
+def _loaded(received: LowRank, scaling: float) -> LowRank:
+    """Return what a client of this scaling made of what it received: B in its own scaling, rounded to B's dtype."""
+    given, B, A = received.terms[0]
+    return LowRank(rescaled(B, given / scaling), A, scaling)
+
+
+def _is_rescaling(sent: LowRank, received: LowRank) -> bool:
+    """Return whether a client sent back what it received, multiplied by numbers of its own for A and for B.
+
+    A client that loads its adapter without `fedfrom.client.load` may rescale A, B or both, and by other operations.
+    Then its factors are those that it received but for rounding, and it has trained nothing.
+
+    Parameters
+    ----------
+    sent : LowRank
+        One product, with at least the columns that were received.
+    received : LowRank
+        One product in the client's scaling.
+    """
+    (_, B_i, A_i), (_, B, A) = sent.terms[0], received.terms[0]
+    common = received.rank
+    start = A.to(torch.float64)
+    size = float(torch.linalg.vector_norm(start)) ** 2
+    if size == 0.0 or bool(B_i[:, common:].any()):
+        return False
+    share = float((A_i[:common].to(torch.float64) * start).sum()) / size  # how many times A the client's A is
+    if share == 0.0:
+        return False
+    return is_rounding(A_i[:common], start * share) and is_rounding(B_i[:, :common], B.to(torch.float64) / share)
+
+
 def _delta(sent: LowRank, received: LowRank) -> LowRank:
     """Return theta_i = W_i - ref_i, where it can be by way of what changed in the factors.
 
     With B_i = B + dB_i, A_i = A + dA_i and one scaling it is s (dB_i A + dB_i dA_i + B dA_i): no digits cancel, and all
-    clients' factors, B, dB_1, ..., dB_n, are far from dependent, which B, B_1, ..., B_n are where updates are small.
+    clients' factors, B, dB_1, ..., dB_n, are far from dependent, which B, B_1, ..., B_n are where updates are small. A
+    client of a larger rank than it was sent adds the product of its factors beyond.
     """
     (s, B_i, A_i), (given, B, A) = sent.terms[0], received.terms[0]
-    if s != given or A_i.shape != A.shape:
+    common = len(A)
+    if s != given or len(A_i) < common:
         return sent - received
-    dB, dA = B_i.to(torch.float64) - B.to(torch.float64), A_i.to(torch.float64) - A.to(torch.float64)
+    dB = B_i[:, :common].to(torch.float64) - B.to(torch.float64)
+    dA = A_i[:common].to(torch.float64) - A.to(torch.float64)
     parts = [(dB, A), (dB, dA), (B, dA)]
     moved = {id(dB): bool(dB.any()), id(dA): bool(dA.any())}
     terms = [
         LowRank(left, right, s) for left, right in parts if moved.get(id(left), True) and moved.get(id(right), True)
     ]
+    if len(A_i) > common and bool(B_i[:, common:].any()):
+        terms.append(LowRank(B_i[:, common:], A_i[common:], s))
     return LowRank.sum(terms) if terms else received * 0.0
 
 
@@ -291,15 +357,3 @@ def _rank(
             "rank, or a share of the energy such as 0.99, which fits every layer"
         )
     return min(asked, *shape)
-
-
-def _frozen(W: LowRank | None, products: list[LowRank], target: LowRank, rank: int | float) -> Solution | None:
-    """Return the exact solution where no client changed A: A stays, the s_i B_i are averaged."""
-    given = [matrix.terms[0].A for matrix in ([W] if W is not None else []) + products]
-    stays = given[0]
-    alone = len(given) < 2 or rank != stays.shape[0]
-    if alone or not all(torch.equal(A, stays) for A in given) or not all(torch.equal(t.A, stays) for t in target.terms):
-        return None
-    B = torch.stack([term.B.to(torch.float64) * term.coefficient for term in target.terms]).sum(dim=0)
-    matrix = LowRank(B, stays.to(torch.float64))
-    return Solution(matrix, matrix.rank, 0.0, 0.0, matrix.norm() ** 2, 0)

@@ -14,22 +14,22 @@ from fedfrom.merging.method import Context
 from fedfrom.merging.task_arithmetic import TaskArithmetic
 from fedfrom.merging.ties import Ties
 
-# singular values this far below the largest are rounding
-_ROUNDING = 1e-12
 
-
-def align(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return (U, S, [V_i]): the SVD of the updates side by side, [theta_1 ... theta_n] = U diag(S) [V_1 ... V_n].
 
     Parameters
     ----------
     deltas : Sequence[LowRank]
         n of one shape (d_out, d_in), with R columns of factors in all.
+    tolerance : float (default: 1e-12)
+        Directions whose singular value is at most this share of the largest are left out, as rounding: their rows of V
+        would count as much as all others.
 
     Returns
     -------
     tuple[Tensor, Tensor, list[Tensor]]
-        U (d_out, m), S (m,) descending, V_i (m, d_in), float64, m <= min(R, d_out) the rank of the whole; each row of
+        U (d_out, m), S (m,) descending, V_i (m, d_in), float64, m <= min(R, d_out) the numerical rank; each row of
         [V_1 ... V_n] with its largest entry positive.
 
     Notes
@@ -50,7 +50,7 @@ def align(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
     V, small = torch.linalg.qr(side_by_side.T)
     del side_by_side  # as large as what follows
     U, S, W = torch.linalg.svd(small.T, full_matrices=False)
-    kept = max(1, int((_ROUNDING * S[0] < S).sum()))
+    kept = max(1, int((tolerance * S[0] < S).sum()))
     Vh = W[:kept] @ V.T
     del V
     # what is zero but for rounding (a client that trained nothing, a column none of it touches) must not vote
@@ -66,7 +66,7 @@ class _Aligned:
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* = U diag(S) V, V the merged V_i."""
-        U, S, parts = align(deltas)
+        U, S, parts = align(deltas, context.tolerance)
         return LowRank(U * S, self.combine(parts, coefficients, context))  # type: ignore[attr-defined]
 
 
@@ -74,8 +74,11 @@ class _Aligned:
 class KnotsTA(_Aligned, TaskArithmetic):
     """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then Task Arithmetic: the same as Task Arithmetic, by way of V.
 
-    The V parts are merged without the singular values, as the paper writes it (the official code has a switch that puts
-    them on V). Nothing dense: see `align`. Clients send nothing more than their state.
+    The V_i are merged without the singular values and trimmed layer by layer, as the paper's text has it. The released
+    code (github.com/gstoica27/KnOTS) multiplies V by S before it is merged, trims over all layers at once, and drops
+    directions with S <= 1e-5, so its TIES keeps other entries than this one. Here a direction is dropped where it is
+    rounding in the inputs' dtype: see `rounding.rank_tolerance`. Nothing dense: see `align`. Clients send nothing more
+    than their state.
 
     Parameters
     ----------

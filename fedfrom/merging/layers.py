@@ -190,7 +190,9 @@ def write_adapter(layer: Layer, matrix: LowRank, like: State, scaling: float) ->
     scaling : float
         s of the config that the result goes with: B is divided by it.
     """
-    B, A = matrix.B / scaling, matrix.A
+    ((c, B, A),) = matrix.terms
+    if c != scaling:  # else B * c / scaling is B, but for rounding
+        B = B * c / scaling
     if layer.is_embedding:
         parts = {"embedding_A": B.T, "embedding_B": A.T}
     else:

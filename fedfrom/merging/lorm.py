@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedfrom.merging.lowrank import LowRank, random_normal
 from fedfrom.merging.method import Context
-from fedfrom.merging.regmean import RegMean
+from fedfrom.merging.regmean import RegMean, widest_rounding
+from fedfrom.merging.rounding import rank_tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,10 @@ class LoRM(RegMean):
         M = right.project(right.project(metric).T)
         A = random_normal(rank, C.shape[1], f"{self.seed}:{context.name}").to(C.device)
         result = torch.zeros_like(C)
+        rounding = rank_tolerance(widest_rounding(context.statistics))
         for _ in range(self.iterations):
             A = torch.linalg.qr(A.T).Q.T  # its span is all that counts
-            B = C @ (M @ A.T) @ torch.linalg.pinv(A @ M @ A.T, hermitian=True)
+            B = C @ (M @ A.T) @ torch.linalg.pinv(A @ M @ A.T, rtol=rounding, hermitian=True)
             A = torch.linalg.pinv(B) @ C
             before, result = result, B @ A
             if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):

@@ -81,8 +81,9 @@ def merge(
         alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
         is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
     clip : float | None (default: None)
-        In each layer no update counts for more than `clip` times the median of the clients' norms there (zeros left
-        out): longer ones are shortened to it before they are weighed. None: no bound.
+        In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
+        are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see
+        `weighing.clip_factors`. None: no bound.
     as_reference : bool (default: False)
         Give adapters the reference's factor shapes and scaling, so that running clients can load them: `rank` then
         caps the rank of the product. False: factors of the merged rank, B carrying the scaling, and a `report.config`

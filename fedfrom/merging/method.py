@@ -56,6 +56,8 @@ class Context:
         W of a LoRA module, in the unit of the deltas; None is zero.
     server_lr : float
         alpha.
+    tolerance : float
+        Share of the largest singular value of a LoRA module's deltas at and below which a direction is rounding.
     """
 
     name: str = ""
@@ -67,6 +69,7 @@ class Context:
     rank: int | None = None
     base: LowRank | None = None
     server_lr: float = 1.0
+    tolerance: float = 0.0
 
     def block(self, start: int, stop: int) -> Context:
         """Return what a method may need to know of a block of a tensor's entries, in C order."""

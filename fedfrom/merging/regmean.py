@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedfrom.merging.lowrank import LowRank
 from fedfrom.merging.method import Context, ProductMethod
+from fedfrom.merging.rounding import rank_tolerance
 
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -20,21 +21,46 @@ def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
     return result
 
 
-# a factor's pivots closer than this (squared) are those of a matrix that is safely invertible in float64
-_CONDITION = 1e-10
+# A column of a Gram matrix with at least this share of its square beyond the span of the columns before it is no
+# combination of them: at least this, or so many epsilons of the dtype that the matrix came in.
+_APART, _EPSILONS = 1e-3, 32
 
 
-def divide(rows: Tensor, gram: Tensor) -> Tensor:
-    """Return rows @ gram^+ of (any, d) rows and a (d, d) Gram matrix: 0 where no client has inputs.
+def divide(rows: Tensor, gram: Tensor, dtype: torch.dtype = torch.float64, is_shrunk: bool = False) -> Tensor:
+    """Return rows @ gram^+, in which directions that no input has are 0.
 
-    By Cholesky, some ten times faster than the pseudo-inverse by eigenvalues, where the matrix is far from singular,
-    as off-diagonals that are shrunk make it.
+    By Cholesky, some ten times faster than the pseudo-inverse by eigenvalues, where no column of the Gram matrix is
+    near to a combination of others. Off-diagonals that are shrunk see to that. Else the pseudo-inverse leaves out the
+    eigenvalues that are rounding in the dtype that the matrix came in: with fewer inputs than d_in those would be
+    inverted, and rounding would outweigh the update.
+
+    Parameters
+    ----------
+    rows : Tensor
+        (any, d) float64.
+    gram : Tensor
+        (d, d) float64, positive semidefinite but for rounding.
+    dtype : torch.dtype (default: torch.float64)
+        That the Gram matrices came in.
+    is_shrunk : bool (default: False)
+        Whether its off-diagonals were multiplied by 0.999 or less, so that it has a Cholesky factor.
     """
+    kept = gram.diagonal() > 0  # without inputs a column is zero, and so is its row
+    if not bool(kept.all()):
+        result = torch.zeros_like(rows)
+        if bool(kept.any()):
+            result[:, kept] = divide(rows[:, kept], gram[kept][:, kept], dtype, is_shrunk)
+        return result
     factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal()
-    if not failed and pivots.min() ** 2 > _CONDITION * pivots.max() ** 2:
+    apart = 0.0 if is_shrunk else max(_APART, _EPSILONS * torch.finfo(dtype).eps)
+    if not failed and bool((factor.diagonal().square() > apart * gram.diagonal()).all()):
         return torch.cholesky_solve(rows.T, factor).T
-    return rows @ torch.linalg.pinv(gram, hermitian=True)
+    return rows @ torch.linalg.pinv(gram, rtol=rank_tolerance(dtype), hermitian=True)
+
+
+def widest_rounding(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype, of those that the tensors have, that rounds the most."""
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +120,7 @@ class RegMean(ProductMethod):
         if context.statistics is None:
             return super().combine(deltas, coefficients, context)
         products, total = self.regress(deltas, context.statistics, coefficients)
-        return divide(torch.stack(products).sum(dim=0), total).to(deltas[0].dtype)
+        return self._divide(torch.stack(products).sum(dim=0), total, context.statistics).to(deltas[0].dtype)
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* of a LoRA module: the factors A_i G_i (sum G)^-1 in place of A_i."""
@@ -113,5 +139,9 @@ class RegMean(ProductMethod):
             See `regress`.
         """
         products, total = self.regress([delta.A for delta in deltas], grams, weights)
-        rows = divide(torch.cat(products), total).split([len(x) for x in products])
+        rows = self._divide(torch.cat(products), total, grams).split([len(x) for x in products])
         return LowRank.sum([LowRank(d.B, x) for d, x in zip(deltas, rows, strict=True)]), total
+
+    def _divide(self, rows: Tensor, total: Tensor, grams: Sequence[Tensor]) -> Tensor:
+        """Return rows @ total^+, total being the weighted sum of these Gram matrices."""
+        return divide(rows, total, widest_rounding(grams), is_shrunk=1 - self.off_diagonal >= _APART)

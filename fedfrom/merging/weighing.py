@@ -26,6 +26,8 @@ MOST_COSINES = 32  # clients whose pairwise cosines a report holds: their number
 _LANCZOS = 30  # steps
 # how near to the bound a safe step comes: a distance along the worst line then shrinks by a fifth a round, at least
 _MARGIN = 0.9
+# Clipping: the share of clients that may be attackers, and the share of the largest honest norm that is negligible.
+_TOLERATED, _NEGLIGIBLE = 0.3, 0.01
 
 
 @dataclass(frozen=True)
@@ -201,11 +203,27 @@ def safe_lr(k: float, lambda_max: float, clients: int) -> float:
 
 
 def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
-    """Return (n,) factors in (0, 1] that bring every norm to at most `clip` times the median of those above 0."""
-    heard = [norm for norm in norms if norm > 0]
+    """Return (n,) factors in (0, 1] that bring every norm to at most `clip` times the median of those that count.
+
+    Norms of 0 do not count: those clients do not train the layer. Nor do negligible norms, those below a hundredth of
+    the norm that three tenths of the other clients, and two at least, exceed or reach. So a majority that hardly moves
+    a layer (weight decay without a gradient, a head that most barely train) does not clip those who learn there. And
+    so up to three attackers of ten can't make their own norms the measure, as long as the honest clients' norms are
+    within a hundred times each other.
+
+    Parameters
+    ----------
+    norms : Sequence[float]
+        (n,) of the clients' updates of one layer, finite, >= 0.
+    clip : float | None
+        The bound, > 0; None is no bound.
+    """
+    heard = sorted((norm for norm in norms if norm > 0), reverse=True)
     if clip is None or not heard:
         return [1.0] * len(norms)
-    most = clip * statistics.median(heard)
+    place = max(1, int(_TOLERATED * len(heard)))  # so many norms may be above the one that others are compared with
+    least = _NEGLIGIBLE * heard[min(place, len(heard) - 1)]
+    most = clip * statistics.median(norm for norm in heard if norm >= least)
     return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
 
 
