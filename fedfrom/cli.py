@@ -7,6 +7,7 @@ import errno
 import inspect as inspection_of
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ import click
 import typer
 
 from fedfrom import __version__
+from fedfrom.closest import did_you_mean
 from fedfrom.files.errors import BadInput
 from fedfrom.pages.command import report
 
@@ -32,6 +34,9 @@ app.command()(report)
 # where a refusal of `merge` names its own argument, the option that is meant
 _REMEDIES = {"dora=True": "--dora", "same_base=True": "--same-base"}
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
+# what else people call them
+_ALSO = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_ALSO |= {"single": "float32", "fp64": "float64", "double": "float64"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         print(error.format_message())
         return 2
     except click.ClickException as error:
-        return _ended(f"{error.format_message()} (see fedfrom --help)", error.exit_code)
+        return _ended(f"{_said(error)} (see fedfrom --help)", error.exit_code)
     except ValueError as error:
         return _ended(error, 2)
     except BrokenPipeError:  # `fedfrom inspect … | head`
@@ -64,6 +69,19 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _said(error: click.ClickException) -> str:
+    """Return what was wrong, with the closest name in place of those that click and typer suggest, each for itself."""
+    context = getattr(error, "ctx", None)
+    if context is not None and isinstance(error, click.NoSuchOption):
+        options = [option for parameter in context.command.get_params(context) for option in parameter.opts]
+        return f"no such option: {error.option_name!r}{did_you_mean(error.option_name, options)}"
+    unknown = re.match(r"No such command '(.*?)'", error.message)
+    if context is not None and unknown and isinstance(context.command, click.Group):
+        commands, name = sorted(context.command.commands), unknown[1]
+        return f"expected one of {', '.join(commands)}, found {name!r}{did_you_mean(name, commands)}"
+    return error.format_message()
 
 
 def _ended(reason: object, code: int) -> int:
@@ -135,7 +153,10 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
     for name, value in found.items():
         parameter = known.get(str(name).replace("_", "-"))
         if parameter is None or parameter.name is None:
-            raise BadInput(f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}")
+            raise BadInput(
+                f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}"
+                f"{did_you_mean(str(name), known)}"
+            )
         if name == "option":
             if not isinstance(value, dict):
                 raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
@@ -266,7 +287,8 @@ def merge(
     own = _own_options(option or [], given)
     rate: float | str = server_lr if server_lr == "safe" else _number("--server-lr", server_lr)
     if dtype is not None and dtype not in _DTYPES:
-        raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+        meant = did_you_mean(dtype, _DTYPES, _ALSO)
+        raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}{meant}")
 
     import torch
 

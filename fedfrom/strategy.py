@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.closest import did_you_mean
 from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
@@ -153,9 +154,10 @@ class FedMerge(FedAvg):
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):
+                expected = sorted(known | _OWN | _FEDAVG)
+                meant = did_you_mean(unknown, [*expected, *inspect.signature(type(self)).parameters])
                 raise ValueError(
-                    f"{type(self).__name__}: expected {', '.join(sorted(known | _OWN | _FEDAVG))}, found "
-                    f"{', '.join(unknown)}"
+                    f"{type(self).__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}"
                 )
             if "seed" in known:
                 options.setdefault("seed", seed)

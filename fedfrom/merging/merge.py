@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fedfrom.merging.frobenius import AUTO, FroM
 from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr, check_weights
 from fedfrom.merging.layers import State
 from fedfrom.merging.method import Method, ProductMethod, Survey
-from fedfrom.merging.methods import make_method
+from fedfrom.merging.methods import check_method, make_method
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs, check_result
@@ -129,6 +130,8 @@ def merge(
     The order of clients changes nothing, to the bit: sums run in an order that comes from what each client sent (its
     delta's norm, or a cheap number of its factors; ties: examples, weight, then a digest of the content).
     """
+    if isinstance(method, str):
+        check_method(method, options, inspect.signature(merge).parameters)
     chosen = make_method(method, **options)
     if isinstance(states, Mapping):
         raise ValueError("states: expected a sequence of state dicts, one a client, found a single mapping")
