@@ -220,11 +220,15 @@ def merge(
         str | None, typer.Option("--solver", help="svd, exact, or alternating, the paper's Algorithm 1. [default: svd]")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Numbers of examples, one an input: 1000,200,50.")
+        str | None,
+        typer.Option("--weights", help="What each input's share is multiplied by: 2,1,1. [default: 1 each]"),
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option("--examples", help="Numbers of examples, one an input: 1000,200,50.")
     ] = None,
     examples_power: Annotated[
         float | None,
-        typer.Option("--examples-power", help="p: an input weighs examples^p. [default: 1 with --weights, else 0]"),
+        typer.Option("--examples-power", help="p: an input weighs examples^p. [default: 1 with --examples, else 0]"),
     ] = None,
     scope: Annotated[
         str | None,
@@ -269,19 +273,19 @@ def merge(
     \b
     fedfrom merge merged adapter-a adapter-b adapter-c
     fedfrom merge merged adapter-a adapter-b --k 0.5 --rank 0.99
-    fedfrom merge merged adapter-a adapter-b --weights 1000,250
+    fedfrom merge merged adapter-a adapter-b --weights 2,1
+    fedfrom merge merged adapter-a adapter-b --examples 1000,250
     fedfrom merge merged model-a model-b --base pretrained --method ties --option density=0.3
     fedfrom merge merged owner/adapter-a owner/adapter-b@v2 --config merge.yaml
     """
-    examples = None if weights is None else _numbers("--weights", weights)
-    if examples is not None and len(examples) != len(inputs):
-        raise BadInput(f"--weights: expected one number an input, {len(inputs)}, found {len(examples)}")
+    own_weights = _numbers("--weights", weights, inputs)
+    counts = _numbers("--examples", examples, inputs)
     options = {
         "k": None if k is None else _power(k),
         "rank": None if rank is None else _rank(rank),
         "solver": solver,
         "scope": scope,
-        "examples_power": 1.0 if examples is not None and examples_power is None else examples_power,
+        "examples_power": 1.0 if counts is not None and examples_power is None else examples_power,
     }
     given = {name: value for name, value in options.items() if value is not None}
     own = _own_options(option or [], given)
@@ -300,7 +304,8 @@ def merge(
             inputs,
             _method(method, {**given, **own}),
             base=base,
-            examples=examples,
+            examples=counts,
+            weights=own_weights,
             server_lr=rate,
             clip=clip,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -409,8 +414,14 @@ def _number(name: str, text: str) -> float:
         raise BadInput(f"{name}: expected a number, found {text!r}") from None
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    return [_number(name, part) for part in text.split(",")]
+def _numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] | None:
+    """Return one number for each input, as text separated by commas gives them; None where there is none."""
+    if text is None:
+        return None
+    found = [_number(name, part) for part in text.split(",")]
+    if len(found) != len(inputs):
+        raise BadInput(f"{name}: expected one number an input, {len(inputs)}, found {len(found)}")
+    return found
 
 
 def _power(text: str) -> float:

@@ -42,8 +42,14 @@ def command(*arguments: str, code: str | None = None) -> subprocess.CompletedPro
         (["--k", "2", "--rank", "3"], {"k": 2.0, "rank": 3}),
         (["--k", "inf", "--rank", "0.6"], {"k": float("inf"), "rank": 0.6}),
         (["--solver", "alternating", "--scope", "model"], {"solver": "alternating", "scope": "model"}),
-        (["--weights", "5,1,3"], {"examples": [5, 1, 3], "examples_power": 1.0}),
-        (["--weights", "5,1,3", "--examples-power", "0.5"], {"examples": [5, 1, 3], "examples_power": 0.5}),
+        (["--examples", "5,1,3"], {"examples": [5, 1, 3], "examples_power": 1.0}),
+        (["--examples", "5,1,3", "--examples-power", "0.5"], {"examples": [5, 1, 3], "examples_power": 0.5}),
+        (["--weights", "5,1,0.5"], {"weights": [5, 1, 0.5]}),
+        (
+            ["--weights", "2,1,0", "--examples", "1,2,3"],
+            {"weights": [2, 1, 0], "examples": [1, 2, 3], "examples_power": 1.0},
+        ),
+        (["--weights", "2,1,3", "--method", "ties"], {"weights": [2, 1, 3], "method": "ties"}),
         (["--server-lr", "0.5", "--clip", "1"], {"server_lr": 0.5, "clip": 1.0}),
         (["--server-lr", "safe"], {"server_lr": "safe"}),
         (["--method", "average"], {"method": "average"}),
@@ -266,7 +272,7 @@ def test_the_card_says_how_to_do_it_again(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapters(tmp_path, 2)
     config = tmp_path / "merge.yaml"
-    config.write_text("k: 2\nweights: [30, 10]\nmethod: dare-from\noption: {density: 0.5}\nexamples-power: 1\n")
+    config.write_text("k: 2\nexamples: [30, 10]\nweights: [1, 2.5]\nmethod: dare-from\noption: {density: 0.5}\n")
     inputs = ["adapter-0", "adapter-1"]
     done(capsys, "merge", "out", *inputs, "--config", "merge.yaml", "--k", "0.5")
     text = Path("out/README.md").read_text()
@@ -277,14 +283,16 @@ def test_the_card_says_how_to_do_it_again(tmp_path, capsys, monkeypatch):
     done(capsys, "merge", "again", *again[3:])
     assert same_bits(load("out"), load("again"))
     states, configs = [load(i) for i in inputs], [config_of(i) for i in inputs]
-    arguments = {"k": 0.5, "examples": [30, 10], "examples_power": 1.0, "density": 0.5}
+    arguments = {"k": 0.5, "examples": [30, 10], "examples_power": 1.0, "weights": [1, 2.5], "density": 0.5}
     expected, report = merge(states, method="dare-from", configs=configs, **arguments)
     assert same_bits(load("out"), expected)
     for i, name in enumerate(inputs):
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
         mean = sum(layer.weights[i] for layer in report.layers) / len(report.layers)
         cells = [cell.strip() for cell in row.split("|")]
-        assert cells[2] == ["30", "10"][i] and float(cells[4]) == pytest.approx(mean, abs=1e-4)
+        assert cells[2:4] == [["30", "1"], ["10", "2.5"]][i] and float(cells[5]) == pytest.approx(mean, abs=1e-4)
+    (settings,) = [line for line in text.splitlines() if line.startswith("- method: ")]
+    assert "examples\\_power = 1" in settings and "weights" not in settings
 
 
 def test_a_hostile_name_stays_in_its_field_of_the_card(tmp_path, capsys):
