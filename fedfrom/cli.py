@@ -321,7 +321,8 @@ def merge(
     averaged = f", {without} of them without a base and so averaged" if without else ""
     dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
     cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
-    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}")
+    idle = "" if report.has_adapters else _without_effect(given, own)
+    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}{idle}")
 
 
 @app.command()
@@ -459,6 +460,16 @@ def _own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("k"), str):
         options["k"] = _power(options["k"])
     return options
+
+
+def _without_effect(given: dict[str, Any], own: dict[str, Any]) -> str:
+    """Return what to say of options that concern adapters alone, where there are none; "" without such options."""
+    from fedfrom.merging.solve import RANK_OPTIONS
+
+    options = [f"--{name} {value}" for name, value in given.items() if name in RANK_OPTIONS]
+    options += [f"--option {name}={value}" for name, value in own.items() if name in RANK_OPTIONS]
+    verb = "has" if len(options) == 1 else "have"
+    return f"; {' and '.join(options)} {verb} no effect: full models have no rank" if options else ""
 
 
 def _plain(text: str) -> int | float | str:

@@ -295,6 +295,38 @@ def test_the_card_says_how_to_do_it_again(tmp_path, capsys, monkeypatch):
     assert "examples\\_power = 1" in settings and "weights" not in settings
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rank", "4"], "--rank 4 has no effect: full models have no rank"),
+        (["--rank", "0.9", "--solver", "svd"], "--rank 0.9 and --solver svd have no effect: full models have no rank"),
+        (["--option", "iterations=7"], "--option iterations=7 has no effect: full models have no rank"),
+        (["--method", "ties", "--rank", "4", "--option", "density=0.5"], "--rank 4 has no effect"),
+        ([], None),
+        (["--k", "2", "--scope", "model"], None),
+    ],
+)
+def test_a_rank_of_full_models_is_said_to_have_no_effect_and_not_in_the_card(tmp_path, capsys, options, sentence):
+    names = [folders.write_checkpoint(tmp_path / f"m{i}", checkpoint_state(i)) for i in range(3)]
+    said = done(capsys, "merge", str(tmp_path / "out"), *names[1:], "--base", names[0], *options)
+    assert "no effect" not in said if sentence is None else sentence in said and said.count("no effect") == 1
+    (settings,) = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "- method: " in line]
+    assert not any(f"{name} = " in settings for name in ("rank", "solver", "iterations", "tolerance"))
+    assert "server\\_lr = 1" in settings
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_rank_of_adapters_stays_in_the_card(tmp_path, capsys, saved):
+    """Also where they saved modules, which have none."""
+    more = {PREFIX + "head.weight": folders.normal(3, 12, seed=5)} if saved else {}
+    config = folders.adapter_config()
+    names = [folders.write_adapter(tmp_path / f"a{i}", folders.adapter_state(i) | more, config) for i in range(2)]
+    options = ["--rank", "3", "--solver", "alternating"]
+    assert "no effect" not in done(capsys, "merge", str(tmp_path / "out"), *names, *options)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "rank = 3, solver = alternating, iterations = 10000" in text and "- rank: 3" in text
+
+
 def test_a_hostile_name_stays_in_its_field_of_the_card(tmp_path, capsys):
     import yaml
 

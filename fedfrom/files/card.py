@@ -10,6 +10,7 @@ from typing import Any
 
 from fedfrom.files.folders import Model
 from fedfrom.merging.report import MergeReport
+from fedfrom.merging.solve import RANK_OPTIONS
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -28,8 +29,9 @@ def model_card(
     head = "\n".join(f"{field}: {json.dumps(value)}" for field, value in front.items())
     what = "LoRA adapter" if adapter else "model"
     idle = () if report.method.get("solver") == "alternating" else ("iterations", "tolerance")
-    own = report.method.get("weights")  # which have a column
-    hidden = {"weights", *idle}
+    own = report.method.get("weights")
+    # weights have a column, and full models no rank
+    hidden = {"weights", *idle, *(() if report.has_adapters else RANK_OPTIONS)}
     shown = {field: value for field, value in report.method.items() if value is not None and field not in hidden}
     settings = ", ".join(f"{field} = {_number(value)}" for field, value in shown.items())
     lines = [
