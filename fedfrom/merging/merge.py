@@ -92,7 +92,8 @@ def merge(
         is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there (zeros left
-        out): longer ones are shortened to it before they are weighed. None: no bound.
+        out): longer ones are shortened to it before they are weighed. None: no bound. With k = infinity those that
+        are shortened share the weight, half of the clients with clip=1.0; the largest update has it alone with None.
     as_reference : bool (default: False)
         Give adapters the reference's factor shapes and scaling, so that running clients can load them: `rank` then
         caps the rank of the product. False: factors of the merged rank, B carrying the scaling, and a `report.config`
