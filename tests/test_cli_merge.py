@@ -98,6 +98,8 @@ def test_the_average_needs_no_base_and_all_else_does(tmp_path, capsys):
     assert "--base" in refused(capsys, "merge", out, *names)
     assert "averaged" in done(capsys, "merge", out, *names, "--method", "average")
     assert same_bits(load(out), merge(states, method="average")[0])
+    done(capsys, "merge", out, *names, "--method", "average", "--weights", "2,1,0", "--force")
+    assert same_bits(load(out), merge(states, method="average", weights=[2, 1, 0])[0])
 
 
 def test_modules_that_adapters_saved_are_relative_to_the_base(tmp_path, capsys):

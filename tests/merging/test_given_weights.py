@@ -246,6 +246,24 @@ def test_weight_2_is_the_client_twice(options, case, which):
     properties.assert_weight_2_is_the_client_twice(case, which, limit, **options)
 
 
+@pytest.mark.parametrize("kind", ["adapters", "tensors"])
+@pytest.mark.parametrize(
+    "options", [{"method": "from"}, {"method": "task-arithmetic"}, {"method": "average"}], ids=label
+)
+def test_of_many_clients_and_of_large_tensors_too(kind, options):
+    """Cosines of more than 32 adapters are sketched, and large tensors summed a block at a time."""
+    if kind == "adapters":
+        case = adapter_case(5, d_out=24, d_in=20, n=36, start="trained", examples=True, out=20)
+    else:
+        case = tensor_case(5, shape=(700, 200), n=3, examples=True)
+    own = [(0.3, 1.0, 2.0)[i % 3] for i in range(len(case.states))]
+    properties.assert_equal_weights_count_as_none(case, **options)
+    properties.assert_weight_0_is_left_out(replace(case, weights=own), 1, 1e-10, **options)
+    properties.assert_weight_2_is_the_client_twice(case, 2, 1e-10, **{**options, "examples_power": 0.0})
+    case = replace(case, weights=own)
+    properties.assert_order_of_clients_changes_nothing(case, list(range(len(own)))[::-1], **options)
+
+
 @pytest.mark.parametrize("options", EVERY, ids=label)
 @given(CASES, st.data())
 @settings(max_examples=10)
