@@ -7,6 +7,7 @@ import errno
 import inspect as inspection_of
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ import click
 import typer
 
 from fedfrom import __version__
+from fedfrom.closest import did_you_mean
 from fedfrom.files.errors import BadInput
 from fedfrom.pages.command import report
 
@@ -32,6 +34,9 @@ app.command()(report)
 # where a refusal of `merge` names its own argument, the option that is meant
 _REMEDIES = {"dora=True": "--dora", "same_base=True": "--same-base"}
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
+# what else people call them
+_ALSO = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_ALSO |= {"single": "float32", "fp64": "float64", "double": "float64"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         print(error.format_message())
         return 2
     except click.ClickException as error:
-        return _ended(f"{error.format_message()} (see fedfrom --help)", error.exit_code)
+        return _ended(f"{_said(error)} (see fedfrom --help)", error.exit_code)
     except ValueError as error:
         return _ended(error, 2)
     except BrokenPipeError:  # `fedfrom inspect … | head`
@@ -64,6 +69,19 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _said(error: click.ClickException) -> str:
+    """Return what was wrong, with the closest name in place of those that click and typer suggest, each for itself."""
+    context = getattr(error, "ctx", None)
+    if context is not None and isinstance(error, click.NoSuchOption):
+        options = [option for parameter in context.command.get_params(context) for option in parameter.opts]
+        return f"no such option: {error.option_name!r}{did_you_mean(error.option_name, options)}"
+    unknown = re.match(r"No such command '(.*?)'", error.message)
+    if context is not None and unknown and isinstance(context.command, click.Group):
+        commands, name = sorted(context.command.commands), unknown[1]
+        return f"expected one of {', '.join(commands)}, found {name!r}{did_you_mean(name, commands)}"
+    return error.format_message()
 
 
 def _ended(reason: object, code: int) -> int:
@@ -135,7 +153,10 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
     for name, value in found.items():
         parameter = known.get(str(name).replace("_", "-"))
         if parameter is None or parameter.name is None:
-            raise BadInput(f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}")
+            raise BadInput(
+                f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}"
+                f"{did_you_mean(str(name), known)}"
+            )
         if name == "option":
             if not isinstance(value, dict):
                 raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
@@ -199,11 +220,15 @@ def merge(
         str | None, typer.Option("--solver", help="svd, exact, or alternating, the paper's Algorithm 1. [default: svd]")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Numbers of examples, one an input: 1000,200,50.")
+        str | None,
+        typer.Option("--weights", help="What each input's share is multiplied by: 2,1,1. [default: 1 each]"),
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option("--examples", help="Numbers of examples, one an input: 1000,200,50.")
     ] = None,
     examples_power: Annotated[
         float | None,
-        typer.Option("--examples-power", help="p: an input weighs examples^p. [default: 1 with --weights, else 0]"),
+        typer.Option("--examples-power", help="p: an input weighs examples^p. [default: 1 with --examples, else 0]"),
     ] = None,
     scope: Annotated[
         str | None,
@@ -248,25 +273,26 @@ def merge(
     \b
     fedfrom merge merged adapter-a adapter-b adapter-c
     fedfrom merge merged adapter-a adapter-b --k 0.5 --rank 0.99
-    fedfrom merge merged adapter-a adapter-b --weights 1000,250
+    fedfrom merge merged adapter-a adapter-b --weights 2,1
+    fedfrom merge merged adapter-a adapter-b --examples 1000,250
     fedfrom merge merged model-a model-b --base pretrained --method ties --option density=0.3
     fedfrom merge merged owner/adapter-a owner/adapter-b@v2 --config merge.yaml
     """
-    examples = None if weights is None else _numbers("--weights", weights)
-    if examples is not None and len(examples) != len(inputs):
-        raise BadInput(f"--weights: expected one number an input, {len(inputs)}, found {len(examples)}")
+    own_weights = _numbers("--weights", weights, inputs)
+    counts = _numbers("--examples", examples, inputs)
     options = {
         "k": None if k is None else _power(k),
         "rank": None if rank is None else _rank(rank),
         "solver": solver,
         "scope": scope,
-        "examples_power": 1.0 if examples is not None and examples_power is None else examples_power,
+        "examples_power": 1.0 if counts is not None and examples_power is None else examples_power,
     }
     given = {name: value for name, value in options.items() if value is not None}
     own = _own_options(option or [], given)
     rate: float | str = server_lr if server_lr == "safe" else _number("--server-lr", server_lr)
     if dtype is not None and dtype not in _DTYPES:
-        raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+        meant = did_you_mean(dtype, _DTYPES, _ALSO)
+        raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}{meant}")
 
     import torch
 
@@ -278,7 +304,8 @@ def merge(
             inputs,
             _method(method, {**given, **own}),
             base=base,
-            examples=examples,
+            examples=counts,
+            weights=own_weights,
             server_lr=rate,
             clip=clip,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -294,7 +321,8 @@ def merge(
     averaged = f", {without} of them without a base and so averaged" if without else ""
     dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
     cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
-    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}")
+    idle = "" if report.has_adapters else _without_effect(given, own)
+    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}{idle}")
 
 
 @app.command()
@@ -387,8 +415,14 @@ def _number(name: str, text: str) -> float:
         raise BadInput(f"{name}: expected a number, found {text!r}") from None
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    return [_number(name, part) for part in text.split(",")]
+def _numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] | None:
+    """Return one number for each input, as text separated by commas gives them; None where there is none."""
+    if text is None:
+        return None
+    found = [_number(name, part) for part in text.split(",")]
+    if len(found) != len(inputs):
+        raise BadInput(f"{name}: expected one number an input, {len(inputs)}, found {len(found)}")
+    return found
 
 
 def _power(text: str) -> float:
@@ -426,6 +460,16 @@ def _own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("k"), str):
         options["k"] = _power(options["k"])
     return options
+
+
+def _without_effect(given: dict[str, Any], own: dict[str, Any]) -> str:
+    """Return what to say of options that concern adapters alone, where there are none; "" without such options."""
+    from fedfrom.merging.solve import RANK_OPTIONS
+
+    options = [f"--{name} {value}" for name, value in given.items() if name in RANK_OPTIONS]
+    options += [f"--option {name}={value}" for name, value in own.items() if name in RANK_OPTIONS]
+    verb = "has" if len(options) == 1 else "have"
+    return f"; {' and '.join(options)} {verb} no effect: full models have no rank" if options else ""
 
 
 def _plain(text: str) -> int | float | str:

@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.closest import did_you_mean
 from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
@@ -153,9 +154,10 @@ class FedMerge(FedAvg):
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):
+                expected = sorted(known | _OWN | _FEDAVG)
+                meant = did_you_mean(unknown, [*expected, *inspect.signature(type(self)).parameters])
                 raise ValueError(
-                    f"{type(self).__name__}: expected {', '.join(sorted(known | _OWN | _FEDAVG))}, found "
-                    f"{', '.join(unknown)}"
+                    f"{type(self).__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}"
                 )
             if "seed" in known:
                 options.setdefault("seed", seed)
@@ -194,6 +196,9 @@ class FedMerge(FedAvg):
             "checkpoint": self.checkpoint,
         }
         log.info("\t├──> Merging: %s", ", ".join(f"{name}: {value}" for name, value in self.method.settings().items()))
+        if self.method.k == float("inf") and self.method.scope == "layer" and self.clip is not None:
+            shared = "in each layer the updates that clip shortens share the weight; clip=None gives it to the largest"
+            log.info("\t│\t├── k is infinite: %s", shared)
         log.info("\t│\t└── %s", ", ".join(f"{name}: {value}" for name, value in settings.items()))
         super().summary()
 
@@ -682,8 +687,9 @@ class FedFroM(FedMerge):
     ----------
     k : float | str (default: 0.5)
         Power of the norm, k >= 0; 0 with examples_power 1, and clip and examples_cap None, is exactly FedAvg, on
-        products. The paper's is 1. "auto"
-        takes in each round the k of `grid` whose merged state `validate` scores best, within bounds: see `FroM`.
+        products. The paper's is 1. Infinity is the largest update alone only with clip=None: clipping comes first, and
+        updates that it shortens to the same norm share the weight. "auto" takes in each round the k of `grid` whose
+        merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
     rank : int | float | None (default: None)
@@ -697,7 +703,8 @@ class FedFroM(FedMerge):
     validate, grid
         For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
     clip : float | None (default: 1.0)
-        No client's update of a layer counts for more than so many times the median norm there; None: no bound.
+        No client's update of a layer counts for more than so many times the median norm there; None: no bound. Comes
+        before the weights: with k = infinity and norms 1, 2, 3, 4 the weights are 0, 0, 1/2, 1/2 at the default.
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
     server_lr, min_valid_replies, select, attackers, lora_config, frozen, seed, node_timeout, dora, same_base

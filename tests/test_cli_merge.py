@@ -42,8 +42,14 @@ def command(*arguments: str, code: str | None = None) -> subprocess.CompletedPro
         (["--k", "2", "--rank", "3"], {"k": 2.0, "rank": 3}),
         (["--k", "inf", "--rank", "0.6"], {"k": float("inf"), "rank": 0.6}),
         (["--solver", "alternating", "--scope", "model"], {"solver": "alternating", "scope": "model"}),
-        (["--weights", "5,1,3"], {"examples": [5, 1, 3], "examples_power": 1.0}),
-        (["--weights", "5,1,3", "--examples-power", "0.5"], {"examples": [5, 1, 3], "examples_power": 0.5}),
+        (["--examples", "5,1,3"], {"examples": [5, 1, 3], "examples_power": 1.0}),
+        (["--examples", "5,1,3", "--examples-power", "0.5"], {"examples": [5, 1, 3], "examples_power": 0.5}),
+        (["--weights", "5,1,0.5"], {"weights": [5, 1, 0.5]}),
+        (
+            ["--weights", "2,1,0", "--examples", "1,2,3"],
+            {"weights": [2, 1, 0], "examples": [1, 2, 3], "examples_power": 1.0},
+        ),
+        (["--weights", "2,1,3", "--method", "ties"], {"weights": [2, 1, 3], "method": "ties"}),
         (["--server-lr", "0.5", "--clip", "1"], {"server_lr": 0.5, "clip": 1.0}),
         (["--server-lr", "safe"], {"server_lr": "safe"}),
         (["--method", "average"], {"method": "average"}),
@@ -92,6 +98,8 @@ def test_the_average_needs_no_base_and_all_else_does(tmp_path, capsys):
     assert "--base" in refused(capsys, "merge", out, *names)
     assert "averaged" in done(capsys, "merge", out, *names, "--method", "average")
     assert same_bits(load(out), merge(states, method="average")[0])
+    done(capsys, "merge", out, *names, "--method", "average", "--weights", "2,1,0", "--force")
+    assert same_bits(load(out), merge(states, method="average", weights=[2, 1, 0])[0])
 
 
 def test_modules_that_adapters_saved_are_relative_to_the_base(tmp_path, capsys):
@@ -266,7 +274,7 @@ def test_the_card_says_how_to_do_it_again(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapters(tmp_path, 2)
     config = tmp_path / "merge.yaml"
-    config.write_text("k: 2\nweights: [30, 10]\nmethod: dare-from\noption: {density: 0.5}\nexamples-power: 1\n")
+    config.write_text("k: 2\nexamples: [30, 10]\nweights: [1, 2.5]\nmethod: dare-from\noption: {density: 0.5}\n")
     inputs = ["adapter-0", "adapter-1"]
     done(capsys, "merge", "out", *inputs, "--config", "merge.yaml", "--k", "0.5")
     text = Path("out/README.md").read_text()
@@ -277,14 +285,48 @@ def test_the_card_says_how_to_do_it_again(tmp_path, capsys, monkeypatch):
     done(capsys, "merge", "again", *again[3:])
     assert same_bits(load("out"), load("again"))
     states, configs = [load(i) for i in inputs], [config_of(i) for i in inputs]
-    arguments = {"k": 0.5, "examples": [30, 10], "examples_power": 1.0, "density": 0.5}
+    arguments = {"k": 0.5, "examples": [30, 10], "examples_power": 1.0, "weights": [1, 2.5], "density": 0.5}
     expected, report = merge(states, method="dare-from", configs=configs, **arguments)
     assert same_bits(load("out"), expected)
     for i, name in enumerate(inputs):
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
         mean = sum(layer.weights[i] for layer in report.layers) / len(report.layers)
         cells = [cell.strip() for cell in row.split("|")]
-        assert cells[2] == ["30", "10"][i] and float(cells[4]) == pytest.approx(mean, abs=1e-4)
+        assert cells[2:4] == [["30", "1"], ["10", "2.5"]][i] and float(cells[5]) == pytest.approx(mean, abs=1e-4)
+    (settings,) = [line for line in text.splitlines() if line.startswith("- method: ")]
+    assert "examples\\_power = 1" in settings and "weights" not in settings
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rank", "4"], "--rank 4 has no effect: full models have no rank"),
+        (["--rank", "0.9", "--solver", "svd"], "--rank 0.9 and --solver svd have no effect: full models have no rank"),
+        (["--option", "iterations=7"], "--option iterations=7 has no effect: full models have no rank"),
+        (["--method", "ties", "--rank", "4", "--option", "density=0.5"], "--rank 4 has no effect"),
+        ([], None),
+        (["--k", "2", "--scope", "model"], None),
+    ],
+)
+def test_a_rank_of_full_models_is_said_to_have_no_effect_and_not_in_the_card(tmp_path, capsys, options, sentence):
+    names = [folders.write_checkpoint(tmp_path / f"m{i}", checkpoint_state(i)) for i in range(3)]
+    said = done(capsys, "merge", str(tmp_path / "out"), *names[1:], "--base", names[0], *options)
+    assert "no effect" not in said if sentence is None else sentence in said and said.count("no effect") == 1
+    (settings,) = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "- method: " in line]
+    assert not any(f"{name} = " in settings for name in ("rank", "solver", "iterations", "tolerance"))
+    assert "server\\_lr = 1" in settings
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_rank_of_adapters_stays_in_the_card(tmp_path, capsys, saved):
+    """Also where they saved modules, which have none."""
+    more = {PREFIX + "head.weight": folders.normal(3, 12, seed=5)} if saved else {}
+    config = folders.adapter_config()
+    names = [folders.write_adapter(tmp_path / f"a{i}", folders.adapter_state(i) | more, config) for i in range(2)]
+    options = ["--rank", "3", "--solver", "alternating"]
+    assert "no effect" not in done(capsys, "merge", str(tmp_path / "out"), *names, *options)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "rank = 3, solver = alternating, iterations = 10000" in text and "- rank: 3" in text
 
 
 def test_a_hostile_name_stays_in_its_field_of_the_card(tmp_path, capsys):

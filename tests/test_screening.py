@@ -372,3 +372,20 @@ def test_flowers_dp_strategy_wraps_but_its_accountant_is_refused() -> None:
     DifferentialPrivacyClientSideFixedClipping(FedAvg(), 1.0, 0.05, 3, accountant=accountant)  # it would do for FedAvg
     with pytest.raises(ValueError, match="FedAvg.aggregate_train"):
         DifferentialPrivacyClientSideFixedClipping(FedFroM(), 1.0, 0.05, 3, accountant=accountant)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"k": math.inf}, True),
+        ({"k": math.inf, "clip": None}, False),
+        ({"k": math.inf, "scope": "model"}, False),  # whole updates, which no clipping makes equal
+        ({"k": 8.0}, False),
+        ({"k": "auto", "validate": lambda state: 0.0}, False),
+    ],
+)
+def test_the_summary_says_that_clipping_comes_before_infinity(
+    settings: dict[str, Any], said: bool, flower_log: pytest.LogCaptureFixture
+) -> None:
+    FedFroM(**settings).summary()
+    assert logged(flower_log, "k is infinite", "clip=None") == said

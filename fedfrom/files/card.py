@@ -10,6 +10,7 @@ from typing import Any
 
 from fedfrom.files.folders import Model
 from fedfrom.merging.report import MergeReport
+from fedfrom.merging.solve import RANK_OPTIONS
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -28,7 +29,10 @@ def model_card(
     head = "\n".join(f"{field}: {json.dumps(value)}" for field, value in front.items())
     what = "LoRA adapter" if adapter else "model"
     idle = () if report.method.get("solver") == "alternating" else ("iterations", "tolerance")
-    shown = {field: value for field, value in report.method.items() if value is not None and field not in idle}
+    own = report.method.get("weights")
+    # weights have a column, and full models no rank
+    hidden = {"weights", *idle, *(() if report.has_adapters else RANK_OPTIONS)}
+    shown = {field: value for field, value in report.method.items() if value is not None and field not in hidden}
     settings = ", ".join(f"{field} = {_number(value)}" for field, value in shown.items())
     lines = [
         "---",
@@ -44,12 +48,19 @@ def model_card(
         *([f"- rank: {_ranks(report)}"] if adapter else []),
         f"- interference (share of the updates' energy that the merge loses): {report.interference:.3f}",
         "",
-        "| input | examples | norm of the update | weight, mean over layers | smallest | largest |",
-        "|---|---|---|---|---|---|",
+        "| input | examples | weight given | norm of the update | weight, mean over layers | smallest | largest |",
+        "|---|---|---|---|---|---|---|",
     ]
     for i, row in enumerate(input_rows(report)):
         count = "" if examples is None else f"{examples[i]:g}"
-        cells = [_cell(row["name"]), count, f"{row['norm']:.4g}", *(f"{row[c]:.4f}" for c in ("mean", "least", "most"))]
+        given = "" if own is None else f"{own[i]:g}"
+        cells = [
+            _cell(row["name"]),
+            count,
+            given,
+            f"{row['norm']:.4g}",
+            *(f"{row[c]:.4f}" for c in ("mean", "least", "most")),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     if command:
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))

@@ -87,6 +87,7 @@ def prepare(
     base: Model | None,
     method: Method,
     examples: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     server_lr: float | str = 1.0,
     clip: float | None = None,
     dora: bool = False,
@@ -113,6 +114,7 @@ def prepare(
         method,
         configs=None if checkpoints else [model.config for model in models],
         examples=examples,
+        weights=weights,
         server_lr=server_lr,
         clip=clip,
         names=[model.name for model in models],
@@ -128,6 +130,7 @@ def merge_folders(
     *,
     base: str | None = None,
     examples: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     server_lr: float | str = 1.0,
     clip: float | None = None,
     dtype: torch.dtype | None = None,
@@ -155,7 +158,7 @@ def merge_folders(
         See `fedfrom.merging.methods.make_method`.
     base : str | None (default: None)
         The pretrained checkpoint that full checkpoints' updates (and adapters' saved modules) are relative to.
-    examples, server_lr, clip, dora, same_base
+    examples, weights, server_lr, clip, dora, same_base
         See `fedfrom.merge`.
     dtype : torch.dtype | None (default: None)
         Of the result; None is the inputs', which must then have the same.
@@ -178,7 +181,7 @@ def merge_folders(
     models, pretrained = open_inputs(inputs, base, dtype, device, force_base)
     folders = [model.folder for model in (*models, *([] if pretrained is None else [pretrained]))]
     output = Output(Path(out).expanduser(), folders, force)
-    layers = prepare(models, pretrained, method, examples, server_lr, clip, dora, same_base)
+    layers = prepare(models, pretrained, method, examples, weights, server_lr, clip, dora, same_base)
     carried = carried_files(models[0])
     watch = _Watch(models, layers, progress)
     with output as folder:

@@ -39,7 +39,7 @@ def merge_adapter(
     What is the same for all methods (deltas, norms, Gram matrix, the QR of the stack) is computed once.
     """
     module = _Module.read(inputs, name, survey, as_reference, clip)
-    [weighings] = weigh([module.updates], methods, survey, inputs.examples, server_lr)
+    [weighings] = weigh([module.updates], methods, survey, inputs.examples, inputs.weights, server_lr)
     return once_each(weighings, module.merged)
 
 
@@ -96,11 +96,11 @@ class _Module:
         """Return the module's tensors and its report."""
         updates, method, alpha, w = self.updates, weighing.method, weighing.server_lr, weighing.weights
         assert isinstance(method, ProductMethod)
-        own = self.W.rank if self.W is not None else max(product.rank for product in self.products)
+        own = self.W.rank if self.W is not None else max(self.products[i].rank for i in self.inputs.with_weight)
         rank = _rank(method.rank, own, self.products, self.thetas[0].shape, self.name, caps=self.as_reference)
         sizes = torch.tensor(updates.sizes, dtype=torch.float64)
         squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
-        coefficients = method.coefficients(w)
+        coefficients = weighing.coefficients
         if method.linear:
             coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
         change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
@@ -156,9 +156,7 @@ class _Module:
             size = solution.energy / weighing.server_lr**2
         else:
             size = self._energy(change, solution.rank)
-        factor = float(
-            weighing.method.coefficients(weighing.weights).sum()
-        )  # theta* is so many times the weighted mean
+        factor = float(weighing.coefficients.sum())  # theta* is so many times the weighted mean
         return size / factor if factor else 0.0, size
 
     def _energy(self, change: LowRank, rank: int) -> float:

@@ -22,7 +22,9 @@ class FroM(ProductMethod):
     Parameters
     ----------
     k : float | str (default: 1.0)
-        Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. "auto" merges
+        Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. Norms are taken
+        after clipping, and equal ones share: with `clip`, infinity gives all that were shortened the same weight (norms
+        1, 2, 3, 4 with clip=1.0 become 1, 2, 2.5, 2.5 and weigh 0, 0, 1/2, 1/2). "auto" merges
         with each k of `grid` and takes the one whose merged state `validate` scores best (ties: the smaller). Within a
         layer k then stays within bounds, alpha (1 + k lambda_max) < 2 and 1 / sum w_i^2 >= n / 2: beyond them the
         layer gets the largest k of the grid that does (its report says which; updates of one line, such as those of a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from fedfrom.merging import layers as L
@@ -29,6 +30,7 @@ def check_inputs(
     same_base: bool,
     norms: Sequence[Mapping[str, float]] | None = None,
     deltas: Sequence[Collection[str]] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Inputs:
     """Return the inputs of `merge`, checked; see there."""
     n = len(states)
@@ -52,6 +54,7 @@ def check_inputs(
         # compared, not converted: an int may be beyond any float
         if not isinstance(count, int | float) or not 0 < count <= sys.float_info.max:
             raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count!r}")
+    given = None if weights is None else check_weights(weights, who)
 
     for i in range(n if needs else 0):
         if statistics is None or not statistics[i]:
@@ -134,7 +137,28 @@ def check_inputs(
             )
         _check_parts(part, base)
     cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
-    return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples])
+    return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples], given)
+
+
+def check_weights(weights: Any, who: Sequence[str]) -> list[float]:
+    """Return the user's own weights, one for each of these clients: finite numbers >= 0, at least one above 0."""
+    n = len(who)
+    if not isinstance(weights, Collection) or isinstance(weights, Mapping | str):
+        raise ValueError(f"weights: expected one number a client, {n}, found {weights!r}")
+    if len(weights) != n:
+        place = f"none for {who[len(weights)]}" if len(weights) < n else f"more than for {who[-1]}, the last client"
+        raise ValueError(f"weights: expected one number a client, {n}, found {len(weights)}, {place}")
+    found = []
+    for name, u in zip(who, weights, strict=True):
+        try:
+            found.append(math.nan if isinstance(u, bool) or not isinstance(u, Real) else float(u))
+        except OverflowError:  # an int beyond any float
+            found.append(math.inf)
+        if not 0 <= found[-1] < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0 as its weight, found {u!r}")
+    if not any(found):
+        raise ValueError("weights: expected at least one client's above 0, found 0 for all")
+    return found
 
 
 def check_server_lr(server_lr: float | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.blocks import Empty
 from fedfrom.merging.configs import output_config
 from fedfrom.merging.frobenius import AUTO, FroM
-from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr
+from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr, check_weights
 from fedfrom.merging.layers import State
 from fedfrom.merging.method import Method, ProductMethod, Survey
-from fedfrom.merging.methods import make_method
+from fedfrom.merging.methods import check_method, make_method
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs, check_result
@@ -42,6 +43,7 @@ def merge(
     configs: Sequence[Any] | None = None,
     reference_config: Any = None,
     examples: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     server_lr: float | str = 1.0,
     clip: float | None = None,
     as_reference: bool = False,
@@ -77,13 +79,22 @@ def merge(
         The adapter config of `reference` and `received`; needed with `configs` where the reference has adapters.
     examples : Sequence[float] | None (default: None)
         n_i > 0; None takes all for equal, whatever the method's examples_power.
+    weights : Sequence[float] | None (default: None)
+        u_i, one finite number a client, >= 0 and at least one above 0: multiplies what the method gives the client.
+        None is 1 each. Most methods divide by the sum over clients, as FroM does: w_i = u_i n_i^p ||theta_i||^k /
+        sum_j u_j n_j^p ||theta_j||^k. Task Arithmetic, TIES, DARE (but "dare-from") and KnOTS do not, unless in the
+        form "mean": u_i multiplies theta_i as it is, and weights of 2 double the update. This is PEFT's convention.
+        Buffers, and tensors without a reference, are always a mean. A client of weight 0 adds nothing to the result,
+        but it has a say in three things: the median of `clip`; the signs that TIES elects, and the counts that it
+        divides by; and which entries DARE draws for the others.
     server_lr : float | str (default: 1.0)
         alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
         is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
         are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see
-        `weighing.clip_factors`. None: no bound.
+        `weighing.clip_factors`. None: no bound. With k = infinity those that are shortened share the weight, half of
+        the clients with clip=1.0; the largest update has it alone with None.
     as_reference : bool (default: False)
         Give adapters the reference's factor shapes and scaling, so that running clients can load them: `rank` then
         caps the rank of the product. False: factors of the merged rank, B carrying the scaling, and a `report.config`
@@ -119,8 +130,10 @@ def merge(
     Notes
     -----
     The order of clients changes nothing, to the bit: sums run in an order that comes from what each client sent (its
-    delta's norm, or a cheap number of its factors; ties: examples, then a digest of the content).
+    delta's norm, or a cheap number of its factors; ties: examples, weight, then a digest of the content).
     """
+    if isinstance(method, str):
+        check_method(method, options, inspect.signature(merge).parameters)
     chosen = make_method(method, **options)
     if isinstance(states, Mapping):
         raise ValueError("states: expected a sequence of state dicts, one a client, found a single mapping")
@@ -131,8 +144,12 @@ def merge(
             )
     if isinstance(chosen, GreedySoup):
         each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
-        each |= {"norms": norms, "deltas": deltas}
-        each["names"] = names or [f"client {i}" for i in range(len(states))]
+        each |= {"norms": norms, "deltas": deltas, "weights": weights}
+        who = each["names"] = names or [f"client {i}" for i in range(len(states))]
+        # one of weight 0 alone is no mean
+        able = list(range(len(states)))
+        if weights is not None:
+            able = [i for i, u in enumerate(check_weights(weights, who)) if u > 0]
 
         def mean_of(clients: list[int], empty: Empty = torch.empty) -> tuple[dict[str, Tensor], MergeReport]:
             own: dict[str, Any] = {
@@ -142,7 +159,8 @@ def merge(
             same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base, "empty": empty}
             return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
 
-        return mean_of(chosen.choose(len(states), lambda clients: mean_of(clients)[0]), empty)
+        places = chosen.choose(len(able), lambda places: mean_of([able[place] for place in places])[0])
+        return mean_of([able[place] for place in places], empty)
     layers = layer_by_layer(
         states,
         reference,
@@ -151,6 +169,7 @@ def merge(
         configs=configs,
         reference_config=reference_config,
         examples=examples,
+        weights=weights,
         server_lr=server_lr,
         clip=clip,
         as_reference=as_reference,
@@ -243,6 +262,8 @@ class LayerByLayer:
         """Return the report of the whole merge from one candidate's reports of all layers."""
         chosen = self.candidates[candidate]
         settings = {**chosen.settings(), "server_lr": self.server_lr, "clip": self.clip}
+        if self.inputs.weights is not None:
+            settings["weights"] = self.inputs.weights
         config = _config(self.inputs, layers, keep=self.as_reference or chosen.on_factors)
         clients = [source.who for source in self.inputs.sent]
         return MergeReport(settings, clients, layers, config, list(validation))
@@ -257,6 +278,7 @@ def layer_by_layer(
     configs: Sequence[Any] | None = None,
     reference_config: Any = None,
     examples: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     server_lr: float | str = 1.0,
     clip: float | None = None,
     as_reference: bool = False,
@@ -289,6 +311,7 @@ def layer_by_layer(
         same_base,
         norms,
         deltas,
+        weights,
     )
     if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")

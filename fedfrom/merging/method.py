@@ -108,12 +108,23 @@ class Method:
         plain = {name: "infinity" if value == math.inf else value for name, value in options.items()}
         return {"name": type(self).__name__, **{name: v for name, v in plain.items() if name != "validate"}}
 
-    def weights(self, norms: Sequence[float], examples: Sequence[float] | None) -> Tensor:
-        """Return (n,) float64 weights, summing to 1, of deltas with these norms."""
-        return weights(norms, self.k, examples, self.examples_power)
+    def weights(
+        self, norms: Sequence[float], examples: Sequence[float] | None, given: Sequence[float] | None = None
+    ) -> Tensor:
+        """Return (n,) float64 weights, summing to 1, of deltas with these norms; `given` are the user's own."""
+        return weights(norms, self.k, examples, self.examples_power, given)
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Return (n,) float64 c_i from the weights."""
+    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
+        """Return (n,) float64 c_i, what theta_i is multiplied by.
+
+        Parameters
+        ----------
+        weights : Tensor
+            (n,) float64 w_i, summing to 1.
+        mean_weight : float (default: 1.0)
+            The mean of the user's own weights (see `weights.mean_weight`): a method that does not normalise multiplies
+            by it, since the w_i have lost it.
+        """
         return weights
 
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

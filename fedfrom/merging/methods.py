@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+from fedfrom.closest import did_you_mean
 from fedfrom.merging.average import Average, FactorAverage
 from fedfrom.merging.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.fisher import Fisher
@@ -64,6 +66,29 @@ def statistics_of(name: str) -> str | None:
     return _METHODS[name].needs
 
 
+def check_method(name: str, options: Collection[str], others: Collection[str] = ()) -> None:
+    """Raise ValueError where the name or an option of the method is unknown, with the closest that is known.
+
+    Parameters
+    ----------
+    name : str
+        What should be one of `methods()`.
+    options : Collection[str]
+        The names of what should be the method's options.
+    others : Collection[str] (default: ())
+        Names of what the caller takes beside them, which may be what was meant.
+    """
+    if name not in _METHODS:
+        meant = did_you_mean(name, _METHODS)
+        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {name!r}{meant}")
+    known = method_options(name)
+    if unknown := sorted(set(options) - known):
+        meant = did_you_mean(unknown, [*known, *others])
+        raise ValueError(
+            f"method {name!r}: expected options {', '.join(sorted(known))}, found {', '.join(unknown)}{meant}"
+        )
+
+
 def make_method(method: str | Method, **options: Any) -> Method:
     """Return the method of that name with those options, or the method object itself.
 
@@ -80,9 +105,5 @@ def make_method(method: str | Method, **options: Any) -> Method:
         if not isinstance(method, Method):
             raise ValueError(f"method: expected a name of {', '.join(_METHODS)} or a method object, found {method!r}")
         return method
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {method!r}")
-    known = method_options(method)
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"method {method!r}: expected options {', '.join(sorted(known))}, found {', '.join(unknown)}")
+    check_method(method, options)
     return _METHODS[method](**options)

@@ -109,6 +109,11 @@ class MergeReport:
     validation: list[tuple[float, float]] = field(default_factory=list)
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters were merged as products, which have a rank; full models have none."""
+        return any(layer.kind == "adapter" for layer in self.layers)
+
+    @property
     def interference(self) -> float:
         """Share of all updates' weighted energy that the merge loses: the layers' interference, by their energy."""
         unit = self._unit()

@@ -19,6 +19,8 @@ from fedfrom.merging.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.stack import Stack
 
 SOLVERS = ("svd", "alternating")
+# a Solver's options that concern adapters alone; the seed is also that of methods that draw
+RANK_OPTIONS = ("rank", "solver", "iterations", "tolerance")
 # Float32 is not taken for a sum with less than this share of its parts' energy, nor for updates with less than this
 # share of W's.
 _CANCELLED, _DWARFED = 1e-2, 1e-1

@@ -126,12 +126,20 @@ class Inputs:
         ref_i; None is W. A state that several clients were sent is one Source.
     examples : list[float] | None
         n_i.
+    weights : list[float] | None
+        u_i >= 0, the user's own weights, at least one above 0; None is 1 each.
     """
 
     sent: list[Source]
     reference: Source | None
     received: list[Source | None]
     examples: list[float] | None
+    weights: list[float] | None = None
+
+    @property
+    def with_weight(self) -> list[int]:
+        """The places of the clients whose own weight is above 0."""
+        return [i for i in range(len(self.sent)) if self.weights is None or self.weights[i] > 0]
 
     def reference_of(self, name: str) -> Source | None:
         """Return the source of a layer's W, None where it has none."""
@@ -200,13 +208,14 @@ def check_result(key: str, tensor: Tensor, is_finite: bool) -> None:
 def summing_order(inputs: Inputs, name: str, sizes: list[float]) -> list[int]:
     """Return the clients in the order that sums run in, one that does not depend on the order they came in.
 
-    By size, a number of each one's delta that is 0 where that is zero; then by examples; the content is digested only
-    to part clients that tie in both with a delta that counts.
+    By size, a number of each one's delta that is 0 where that is zero; then by examples, and by weight; the content is
+    digested only to part clients that tie in all of them with a delta that counts.
     """
-    keys = list(zip(sizes, inputs.examples or [1.0] * len(sizes), strict=True))
+    ones = [1.0] * len(sizes)
+    keys = list(zip(sizes, inputs.examples or ones, inputs.weights or ones, strict=True))
     times = Counter(keys)
 
-    def key(i: int) -> tuple[float, float, bytes]:
+    def key(i: int) -> tuple[float, float, float, bytes]:
         tied = keys[i][0] > 0 and times[keys[i]] > 1
         return (*keys[i], _digest(inputs.sent[i], name) if tied else b"")
 

@@ -24,7 +24,8 @@ class TaskArithmetic(ProductMethod):
     form : str (default: "sum")
         "sum" or "mean".
     examples_power : float (default: 0.0)
-        p: client i counts n_i^p, relative to the clients' mean in the form "sum".
+        p: client i counts n_i^p, relative to the clients' mean in the form "sum". `merge`'s `weights` are not divided
+        by their sum there, but multiply each theta_i as they are.
     rank, solver, iterations, tolerance, seed
         See `Solver`.
     """
@@ -39,6 +40,6 @@ class TaskArithmetic(ProductMethod):
         if self.form not in ("sum", "mean"):
             raise ValueError(f"form: expected sum or mean, found {self.form!r}")
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Return (n,) float64 c_i: c each in the form "sum" where all weights are equal, c / n in the form "mean"."""
-        return self.coefficient * weights * (len(weights) if self.form == "sum" else 1)
+    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
+        """Return (n,) float64 c_i: c each in the form "sum" where all weights are 1, c / n in the form "mean"."""
+        return self.coefficient * weights * (len(weights) * mean_weight if self.form == "sum" else 1)

@@ -52,7 +52,7 @@ def merge_tensors(
         else:
             own = list(methods)
         whole, alpha = (survey, server_lr) if alike[0].is_update else (Survey(), 1.0)
-        found = weigh([tensor.updates for tensor in alike], own, whole, inputs.examples, alpha)
+        found = weigh([tensor.updates for tensor in alike], own, whole, inputs.examples, inputs.weights, alpha)
         for tensor, weighings in zip(alike, found, strict=True):
             work[tensor.layer.name] = partial(once_each, weighings, partial(tensor.merged, inputs, whole, empty))
     merging = [begin(size, work.pop(name)) for name, size in zip(names, sizes, strict=True)]
@@ -129,7 +129,7 @@ class _Tensor:
     def _linear(self, weighing: Weighing, empty: Empty) -> tuple[Tensor, float, float, bool]:
         """Return T, ||theta*|| and <sum_i w_i theta_i, theta*> in units, and whether T is finite, of a weighted sum."""
         updates = self.updates
-        coefficients = weighing.method.coefficients(weighing.weights)
+        coefficients = weighing.coefficients
         factor = float(coefficients.sum())  # theta* is so many times the weighted mean of the theta_i
         if self.rows is None:
             scaled = [c * updates.factors[i] for c, i in zip(coefficients.tolist(), updates.order, strict=True)]
@@ -164,7 +164,7 @@ class _Tensor:
         context = self._context(inputs, method, survey)
         if method.entrywise:
             context = method.prepare(entries, context)
-        coefficients, weights = method.coefficients(weighing.weights), weighing.weights.tolist()
+        coefficients, weights = weighing.coefficients, weighing.weights.tolist()
         out = torch.empty(shape, dtype=kind, device=self.sent[0].device)
         result, W = out.reshape(-1), None if self.base is None else self.base.detach().reshape(-1)
 
@@ -252,11 +252,15 @@ def plain_tensors(inputs: Inputs, name: str) -> tuple[Tensor | None, list[Values
 
 
 def keep(inputs: Inputs, name: str) -> tuple[dict[str, Tensor], LayerReport]:
-    """Keep a tensor of integers or booleans: the reference's, or without one the largest entries of the clients'."""
+    """Keep a tensor of integers or booleans: the reference's, or without one the largest entries of the clients'.
+
+    Clients of weight 0 left out.
+    """
     base, values, _ = plain_tensors(inputs, name)
-    kept = blocks.whole(values[0]) if base is None else base
+    first, *others = inputs.with_weight
+    kept = blocks.whole(values[first]) if base is None else base
     if base is None:
-        for value in values[1:]:
-            kept = torch.maximum(kept, blocks.whole(value))
+        for i in others:
+            kept = torch.maximum(kept, blocks.whole(values[i]))
     key = inputs.template(name).layers[name].keys["tensor"]
     return {key: kept.clone()}, LayerReport(name, "kept", has_reference=base is not None)

@@ -87,7 +87,9 @@ class Ties(ProductMethod):
     coefficient : float (default: 1.0)
         The paper's lambda.
     examples_power : float (default: 0.0)
-        p: client i's entries are multiplied by n_i^p relative to the clients' mean, after the election.
+        p: client i's entries are multiplied by n_i^p relative to the clients' mean, after the election. `merge`'s
+        `weights` multiply them then too, as in PEFT, and are not divided by their sum: a client of weight 0 still
+        votes, and is counted.
     rank, solver, iterations, tolerance, seed
         See `Solver`.
     """
@@ -110,9 +112,9 @@ class Ties(ProductMethod):
         if not math.isfinite(self.coefficient):
             raise ValueError(f"coefficient: expected a finite number, found {self.coefficient}")
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Return (n,) float64: lambda each where all weights are equal."""
-        return self.coefficient * weights * len(weights)
+    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
+        """Return (n,) float64: lambda each where all weights are 1."""
+        return self.coefficient * weights * (len(weights) * mean_weight)
 
     def kept(self, entries: int) -> int:
         """Return how many of so many entries are kept."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedfrom.merging.lowrank import random_normal
 from fedfrom.merging.method import Method, Survey
+from fedfrom.merging.weights import mean_weight
 
 _T = TypeVar("_T")
 SAFE = "safe"
@@ -46,6 +47,8 @@ class Weighing:
         See `LayerReport`.
     cosines : np.ndarray | None
         (n, n) float64 cosines of the updates, in the order of sums; None where there is a sketch.
+    mean_weight : float
+        Of the user's own weights: see `weights.mean_weight`.
     """
 
     method: Method
@@ -53,6 +56,12 @@ class Weighing:
     server_lr: float
     lambda_max: float
     cosines: np.ndarray | None
+    mean_weight: float = 1.0
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """(n,) float64 c_i, what the method multiplies the updates by."""
+        return self.method.coefficients(self.weights, self.mean_weight)
 
     @cached_property
     def clients_effective(self) -> float:
@@ -91,11 +100,13 @@ class Updates:
     gram: Tensor | None
     sketch: Tensor | None = None
 
-    def weights(self, method: Method, survey: Survey, examples: Sequence[float] | None) -> Tensor:
-        """Return (n,) float64 w_i by a method, in the order of sums; examples in the order given."""
+    def weights(
+        self, method: Method, survey: Survey, examples: Sequence[float] | None, given: Sequence[float] | None
+    ) -> Tensor:
+        """Return (n,) float64 w_i by a method, in the order of sums; examples and weights in the order given."""
         sizes = self.sizes if survey.norms is None else [survey.norms[i] for i in self.order]
         counts = None if examples is None else [examples[i] for i in self.order]
-        return method.weights(sizes, counts)
+        return method.weights(sizes, counts, None if given is None else [given[i] for i in self.order])
 
     def report(self, weighing: Weighing, squares: float, spread: float) -> dict[str, Any]:
         """Return what a layer's report says of the clients, in the order given.
@@ -128,6 +139,7 @@ def weigh(
     methods: Sequence[Method],
     survey: Survey,
     examples: Sequence[float] | None,
+    given: Sequence[float] | None,
     server_lr: float | str,
 ) -> list[list[Weighing]]:
     """Return what each method makes of each layer; of several, each falls back to the last before it within bounds.
@@ -144,12 +156,18 @@ def weigh(
         Has the norms that count where whole updates are weighed.
     examples : Sequence[float] | None
         (n,) n_i, in the order given.
+    given : Sequence[float] | None
+        (n,) u_i, the user's own weights, in the order given. One of 0 is not among the n clients of the bounds.
     server_lr : float | str
         alpha; "safe" is the most, up to 1, that stays within the bound.
     """
-    weights = [[layer.weights(method, survey, examples) for method in methods] for layer in layers]
+    weights = [[layer.weights(method, survey, examples, given) for method in methods] for layer in layers]
     found, largest = _lambdas(layers, weights)
-    return [_within_bounds(methods, *each, server_lr) for each in zip(weights, largest, found, strict=True)]
+    means = [mean_weight(given, examples, method.examples_power) for method in methods]
+    clients = None if given is None else sum(u > 0 for u in given)
+    return [
+        _within_bounds(methods, *each, server_lr, means, clients) for each in zip(weights, largest, found, strict=True)
+    ]
 
 
 def _lambdas(
@@ -173,13 +191,15 @@ def _within_bounds(
     largest: Sequence[float],
     cosines: np.ndarray | None,
     server_lr: float | str,
+    means: Sequence[float],
+    clients: int | None,
 ) -> list[Weighing]:
     """Return one layer's weighings, those that are out of bounds replaced by the last before them that is not."""
     found: list[Weighing] = []
-    for method, w, lambda_max in zip(methods, weights, largest, strict=True):
-        n = len(w)
+    for method, w, lambda_max, mean in zip(methods, weights, largest, means, strict=True):
+        n = len(w) if clients is None else clients
         alpha = safe_lr(method.k, lambda_max, n) if isinstance(server_lr, str) else server_lr
-        weighing = Weighing(method, w, alpha, lambda_max, cosines)
+        weighing = Weighing(method, w, alpha, lambda_max, cosines, mean)
         within = not found or (stable(alpha, method.k, lambda_max, n) and weighing.clients_effective >= n / 2)
         found.append(weighing if within else found[-1])
     return found

@@ -24,9 +24,17 @@ def product(B: Tensor, A: Tensor, s: float = 1.0) -> Tensor:
     return s * (B.double() @ A.double())
 
 
-def weights(norms: Sequence[float], k: float, examples: Sequence[float] | None = None, p: float = 0.0) -> list[float]:
-    """Eq. 1 with example weights, w_i = n_i^p ||theta_i||^k / sum, in extended precision; k = infinity by its limit."""
+def weights(
+    norms: Sequence[float],
+    k: float,
+    examples: Sequence[float] | None = None,
+    p: float = 0.0,
+    given: Sequence[float] | None = None,
+) -> list[float]:
+    """w_i = u_i n_i^p ||theta_i||^k / sum, in extended precision; k = infinity by its limit. Eq. 1 has k alone."""
     share = np.array([1.0] * len(norms) if examples is None else examples, dtype=np.longdouble) ** np.longdouble(p)
+    u = np.array([1.0] * len(norms) if given is None else given, dtype=np.longdouble)
+    share, norms = share * u, [norm if own > 0 else 0.0 for norm, own in zip(norms, u, strict=True)]
     largest = max(norms)
     if largest > 0 and k > 0:
         relative = np.array(norms, dtype=np.longdouble) / np.longdouble(largest)
@@ -52,9 +60,11 @@ class Layer:
         """||theta_i||_F."""
         return [float(delta.norm()) for delta in self.deltas]
 
-    def weights(self, k: float, examples: Sequence[float] | None = None, p: float = 0.0) -> list[float]:
+    def weights(
+        self, k: float, examples: Sequence[float] | None = None, p: float = 0.0, given: Sequence[float] | None = None
+    ) -> list[float]:
         """Eq. 1."""
-        return weights(self.norms, k, examples, p)
+        return weights(self.norms, k, examples, p, given)
 
     def update(self, w: Sequence[float]) -> Tensor:
         """theta* = sum_i w_i theta_i (Eq. 5)."""

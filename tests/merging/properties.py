@@ -101,3 +101,40 @@ def assert_is_fedavg(case: Case, limit: float, **options: Any) -> None:
         options = {**options, "rank": min(expected.shape)}
     found = result(replace(case, rank=None, server_lr=1.0), **options)
     assert oracle.relative_error(found, expected, float(expected.norm())) <= limit
+
+
+def assert_equal_weights_count_as_none(case: Case, **options: Any) -> None:
+    """To the bit, and all that the report says of the layers."""
+    merged, report = run(case, **options)
+    found, its = run(replace(case, weights=[1.0] * len(case.states)), **options)
+    assert all(torch.equal(found[key], merged[key]) for key in merged)
+    assert its.layers == report.layers
+
+
+def assert_weight_0_is_left_out(case: Case, which: int, limit: float, **options: Any) -> None:
+    """One client of weight 0, or without it: one result, and the others' weights."""
+    others = [i for i in range(len(case.states)) if i != which]
+    own = list(case.weights or [1.0] * len(case.states))
+    own[which] = 0.0
+    case = replace(case, weights=own)
+    without, zeroed = case.permuted(others), run(case, **options)[1].layers[0]
+    layer = run(without, **options)[1].layers[0]
+    assert zeroed.weights[which] == 0
+    assert [zeroed.weights[i] for i in others] == pytest.approx(layer.weights, rel=1e-12, abs=1e-300)
+    assert (zeroed.rank_out, zeroed.k, zeroed.kind) == (layer.rank_out, layer.k, layer.kind)
+    for name in ("clients_effective", "lambda_max", "server_lr", "interference"):
+        assert getattr(zeroed, name) == pytest.approx(getattr(layer, name), rel=1e-6, abs=1e-9), name
+    expected, size = result(without, **options), float(case.layer.W.double().norm())
+    size += float(expected.norm())
+    assert oracle.relative_error(result(case, **options), expected, size) <= limit
+
+
+def assert_weight_2_is_the_client_twice(case: Case, which: int, limit: float, **options: Any) -> None:
+    """And weight 3 thrice: weights 1, 1, ... but for that client's."""
+    n = len(case.states)
+    for weight in (2, 3):
+        own: list[float] = [float(weight if i == which else 1) for i in range(n)]
+        copies = case.permuted([*range(n), *[which] * (weight - 1)])
+        expected, size = result(copies, **options), float(case.layer.W.double().norm())
+        size += float(expected.norm())
+        assert oracle.relative_error(result(replace(case, weights=own), **options), expected, size) <= limit

@@ -29,6 +29,7 @@ class Case:
     configs: list[dict[str, Any]] | None = None
     reference_config: dict[str, Any] | None = None
     examples: list[int] | None = None
+    weights: list[float] | None = None
     statistics: list[State] | None = None
     server_lr: float = 1.0
     rank: int | None = None
@@ -41,7 +42,7 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         """Keywords of `merge` but for the method's."""
         names = ("states", "reference", "received", "configs", "reference_config", "examples", "server_lr")
-        names += ("statistics",)
+        names += ("statistics", "weights")
         return {name: getattr(self, name) for name in names}
 
     def permuted(self, order: list[int]) -> Case:
@@ -56,6 +57,7 @@ class Case:
             received=pick(self.received),
             configs=pick(self.configs),
             examples=pick(self.examples),
+            weights=pick(self.weights),
             statistics=pick(self.statistics),
             layer=oracle.Layer(pick(self.layer.sent), pick(self.layer.received), self.layer.W),
         )
@@ -208,6 +210,26 @@ def tensor_case(
         dtype=dtype,
         label=f"{seed=}, {shape=}, {n=}, {dtype=}, {size=}, {moved=}, {with_reference=}, {server_lr=}, {examples=}",
     )
+
+
+def with_grams(case: Case, seed: int = 0) -> Case:
+    """The case with a Gram matrix of twice as many inputs as it has columns for each client."""
+    name = TENSOR.removesuffix(".weight") if TENSOR in case.states[0] else MODULE
+    d = case.layer.W.shape[-1] if case.layer.W.ndim == 2 else 1
+    name = name if case.layer.W.ndim == 2 else "another layer"
+    statistics = []
+    for i in range(len(case.states)):
+        inputs = (1 + i) * normal(2 * d, d, g=generator(100 * seed + i))
+        statistics.append({name: inputs.T @ inputs / len(inputs)})
+    return replace(case, statistics=statistics)
+
+
+def fishers(case: Case, seed: int = 0) -> list[State]:
+    """A Fisher diagonal for each client."""
+    return [
+        {key: normal(*value.shape, g=generator(seed + i)).square() for key, value in state.items()}
+        for i, state in enumerate(case.states)
+    ]
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -26,11 +26,13 @@ from tests.merging.samples import (
     Case,
     adapter_case,
     adapter_cases,
+    fishers,
     generator,
     merged_product,
     normal,
     tensor_case,
     tensor_cases,
+    with_grams,
 )
 
 # --- The formulas, written from the papers ---------------------------------------------------------------------------
@@ -119,18 +121,6 @@ def update(case: Case, method: str, **o: Any) -> Tensor:
             return case.layer.update(w.tolist())
         return regmean(deltas, found, w, o.get("off_diagonal", 0.9))
     raise AssertionError(method)
-
-
-def with_grams(case: Case, seed: int = 0, like: Tensor | None = None) -> Case:
-    """The case with a Gram matrix of twice as many inputs as it has columns for each client."""
-    name = TENSOR.removesuffix(".weight") if TENSOR in case.states[0] else MODULE
-    d = case.layer.W.shape[-1] if case.layer.W.ndim == 2 else 1
-    name = name if case.layer.W.ndim == 2 else "another layer"
-    statistics = []
-    for i in range(len(case.states)):
-        inputs = (1 + i) * normal(2 * d, d, g=generator(100 * seed + i))
-        statistics.append({name: inputs.T @ inputs / len(inputs)})
-    return replace(case, statistics=statistics)
 
 
 FORMULAS = [
@@ -400,13 +390,6 @@ def test_regmean_without_inputs_in_a_column_keeps_the_reference_there():
             gram[2], gram[:, 2] = 0.0, 0.0
     found = properties.result(case, method="regmean")
     assert torch.equal(found[:, 2], case.layer.W[:, 2]) and torch.isfinite(found).all()
-
-
-def fishers(case: Case, seed: int = 0) -> list[dict[str, Tensor]]:
-    return [
-        {key: normal(*value.shape, g=generator(seed + i)).square() for key, value in state.items()}
-        for i, state in enumerate(case.states)
-    ]
 
 
 @pytest.mark.parametrize("start", ["tensor", "fresh", "trained"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedfrom import merge
 from fedfrom.merging.weights import weights
 from tests.merging import oracle
 
@@ -57,6 +58,16 @@ def test_scale_of_norms_changes_nothing(norms, k, c):
 )
 def test_extremes_are_exact(norms, k, expected):
     assert weights(norms, k).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"), [(1.0, [0.0, 0.0, 0.5, 0.5]), (1.5, [0.0, 0.0, 0.0, 1.0]), (None, [0.0, 0.0, 0.0, 1.0])]
+)
+def test_clipping_comes_before_infinity(clip, expected):
+    """With clip=1 the two above the median, 2.5, are as long as each other, and share: as `k` and `clip` say."""
+    states = [{"w": torch.full((4,), norm)} for norm in (1.0, 2.0, 3.0, 4.0)]
+    _, report = merge(states, {"w": torch.zeros(4)}, k=INF, clip=clip)
+    assert report.layers[0].weights == expected
 
 
 def test_large_k_in_log_space():
