@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import fedfrom.client as client
     from fedfrom.merging import Average, FactorAverage, FroM, LowRank, MergeReport, merge, methods
-    from fedfrom.records import to_record, to_state_dict
     from fedfrom.strategy import FedFroM, FedMerge
+    from fedfrom.wire.records import to_record, to_state_dict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,8 +29,8 @@ __all__ = [
 _HOME = {
     "FedFroM": "fedfrom.strategy",
     "FedMerge": "fedfrom.strategy",
-    "to_record": "fedfrom.records",
-    "to_state_dict": "fedfrom.records",
+    "to_record": "fedfrom.wire.records",
+    "to_state_dict": "fedfrom.wire.records",
 }
 
 

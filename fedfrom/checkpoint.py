@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedfrom import __version__
-from fedfrom.records import BF16, to_record, to_state_dict
+from fedfrom.wire.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 

@@ -388,9 +388,9 @@ def methods() -> None:
     """List the merging methods, what each does, and its options with their defaults."""
     from dataclasses import MISSING, fields
 
-    from fedfrom.merging.method import Method
-    from fedfrom.merging.methods import method_class
-    from fedfrom.merging.methods import methods as names
+    from fedfrom.merging.methods.base import Method
+    from fedfrom.merging.methods.registry import method_class
+    from fedfrom.merging.methods.registry import methods as names
 
     for name in names():
         kind: type[Method] = method_class(name)
@@ -480,7 +480,7 @@ def _plain(text: str) -> int | float | str:
 
 
 def _method(name: str, options: dict[str, Any]) -> Any:
-    from fedfrom.merging.methods import make_method
+    from fedfrom.merging.methods.registry import make_method
 
     try:
         return make_method(name, **options)

@@ -13,11 +13,12 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.frozen import leave_out, statistics_of, told_frozen
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import rank_and_scaling
-from fedfrom.merging.rounding import rescaled
-from fedfrom.records import (
+from fedfrom.client_statistics import collecting_gram, fisher, gram
+from fedfrom.merging.linalg.rounding import rescaled
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.frozen import leave_out, statistics_of, told_frozen
+from fedfrom.wire.records import (
     ADAPTER_KEY,
     STATISTICS_KEY,
     config_to_record,
@@ -27,7 +28,6 @@ from fedfrom.records import (
     to_record,
     to_state,
 )
-from fedfrom.statistics import collecting_gram, fisher, gram
 
 __all__ = ["adapter_state", "collecting_gram", "fisher", "gram", "load", "reply"]
 

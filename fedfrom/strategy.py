@@ -26,20 +26,21 @@ from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.closest import did_you_mean
-from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import check_config
 from fedfrom.merging.inputs import check_clip, check_screening, check_server_lr
-from fedfrom.merging.method import Method
-from fedfrom.merging.methods import make_method, method_options
+from fedfrom.merging.linalg.threads import one_thread_each
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.registry import make_method, method_options
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.selection import gram_of_updates, multikrum
-from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import stable
-from fedfrom.pulling import Arriving, send_and_receive
-from fedfrom.ranks import NodeRanks
-from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
-from fedfrom.replies import (
+from fedfrom.rounds import RoundReport
+from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
+from fedfrom.wire.pulling import Arriving, send_and_receive
+from fedfrom.wire.ranks import NodeRanks
+from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
+from fedfrom.wire.replies import (
     RejectedReply,
     Rejection,
     Reply,
@@ -53,7 +54,6 @@ from fedfrom.replies import (
     screen,
     with_examples,
 )
-from fedfrom.rounds import RoundReport
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
@@ -107,7 +107,7 @@ class FedMerge(FedAvg):
         Called with the report of each round once it is over, `scores` filled in: for TensorBoard and the like. What it
         raises is logged as an error, and training goes on.
     dora, same_base : bool (default: False)
-        Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.configs.check_config`.
+        Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.peft.configs.check_config`.
     checkpoint : str | Path | None (default: None)
         A folder of this run's own. After every round its state is written there, and a run that starts with the same
         folder goes on after the last whole round: see `start`, which strategies that wrap this one replace.

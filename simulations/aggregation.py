@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedfrom.merging import LowRank
-from fedfrom.merging import layers as L
+from fedfrom.merging.peft import layers as L
 
 
 def distance_from_mean(

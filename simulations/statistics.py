@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedfrom import client
-from fedfrom.merging.methods import statistics_of
+from fedfrom.merging.methods.registry import statistics_of
 from simulations import models, training
 from simulations.batches import Tokens, training_batches
 from simulations.options import Options

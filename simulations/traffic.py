@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedfrom import records
+from fedfrom.wire import records
 
 # A deployed SuperLink answers each look over HTTPS: after five seconds of waiting they become rarer.
 POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0

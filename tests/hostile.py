@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from fedfrom.records import ADAPTER_KEY, STATISTICS_KEY
+from fedfrom.wire.records import ADAPTER_KEY, STATISTICS_KEY
 from tests.conftest import ROOT
 from tests.models import Arrays, Fault, Scaling, factors, modules_of, record_of, truncated
 

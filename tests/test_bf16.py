@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp.strategy import FedAvg
 
 from fedfrom import FedFroM, FedMerge, client, merge, to_record, to_state_dict
-from fedfrom.records import DELTA, delta_array
+from fedfrom.wire.records import DELTA, delta_array
 from tests.inprocess import InProcessGrid
 from tests.merging import oracle
 from tests.models import adapted, crossed, mixed_state, net, record_of, same_bits

@@ -139,7 +139,7 @@ def test_a_plot_that_has_no_place_is_refused(tmp_path, capsys, place):
 
 def test_methods_lists_every_method_with_its_options(capsys):
     from fedfrom import methods
-    from fedfrom.merging.methods import method_options
+    from fedfrom.merging.methods.registry import method_options
 
     lines = done(capsys, "methods").splitlines()
     assert [line.partition(":")[0] for line in lines[::2]] == methods()

@@ -519,7 +519,7 @@ def test_a_tensor_of_300_mb_is_in_memory_no_more_than_twice(tmp_path, with_base)
 def test_progress_counts_every_byte(tmp_path):
     inputs = adapters(tmp_path)
     seen = []
-    from fedfrom.merging.methods import make_method
+    from fedfrom.merging.methods.registry import make_method
 
     driver.merge_folders(
         str(tmp_path / "out"), inputs, make_method("from"), progress=lambda done, total: seen.append((done, total))

@@ -11,7 +11,7 @@ import pytest
 import fedfrom
 import fedfrom.client
 import fedfrom.merging
-from fedfrom.merging.methods import method_options
+from fedfrom.merging.methods.registry import method_options
 from fedfrom.strategy import FedMerge
 
 PUBLIC = {

@@ -19,8 +19,8 @@ from fedfrom.files.errors import BadInput
 from fedfrom.files.inspection import stable_rank
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import DTYPES, Spec, Tensors, Writer
-from fedfrom.merging.blocks import sampled
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.linalg.blocks import sampled
+from fedfrom.merging.linalg.lowrank import LowRank
 from tests import folders
 
 

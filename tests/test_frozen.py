@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import Result
 
 from benchmarks import bytes as measured
 from fedfrom import FedFroM, FedMerge, client, to_record
-from fedfrom.frozen import FROZEN_KEY, leave_out
-from fedfrom.records import STATISTICS_KEY, to_state_dict
+from fedfrom.wire.frozen import FROZEN_KEY, leave_out
+from fedfrom.wire.records import STATISTICS_KEY, to_state_dict
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,

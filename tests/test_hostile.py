@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 
 import simulations.__main__
 from fedfrom import FedFroM, FedMerge, merge, methods
-from fedfrom.merging.configs import check_config, rank_and_scaling
-from fedfrom.records import ADAPTER_KEY, STATISTICS_KEY, to_state
+from fedfrom.merging.peft.configs import check_config, rank_and_scaling
+from fedfrom.wire.records import ADAPTER_KEY, STATISTICS_KEY, to_state
 from simulations import environment, strategies
 from simulations.errors import BadInput
 from simulations.options import Options
@@ -468,7 +468,7 @@ from flwr.app import Array, ArrayRecord
 from safetensors import SafetensorError
 import safetensors.torch
 from fedfrom import merge
-from fedfrom.records import to_state
+from fedfrom.wire.records import to_state
 from tests import hostile
 
 def status(field):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
-from fedfrom import FedFroM, FedMerge, client, ranks
-from fedfrom.merging import layers as L
-from fedfrom.ranks import NodeRanks
-from fedfrom.records import to_state
+from fedfrom import FedFroM, FedMerge, client
+from fedfrom.merging.peft import layers as L
+from fedfrom.wire import ranks
+from fedfrom.wire.ranks import NodeRanks
+from fedfrom.wire.records import to_state
 from tests.inprocess import InProcessGrid
 from tests.models import adapted, adapter, arrays_of, crossed, far_apart, noisy, products, record_of, same_bits
 from tests.test_client import QUERY, Federation, federations, message, scaling_of

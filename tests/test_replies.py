@@ -16,9 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedfrom import FedFroM
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import rank_and_scaling
-from fedfrom.records import (
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.records import (
     ADAPTER_KEY,
     Outgoing,
     config_to_record,
@@ -29,7 +29,7 @@ from fedfrom.records import (
     to_state,
     to_state_dict,
 )
-from fedfrom.replies import Sent, comparable_metrics, read_reply
+from fedfrom.wire.replies import Sent, comparable_metrics, read_reply
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits
 

@@ -15,11 +15,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fedfrom.spool
+import fedfrom.wire.spool
 from fedfrom import FedFroM, FedMerge, merge
-from fedfrom.merging import blocks
-from fedfrom.pulling import LONGEST, SHORTEST, send_and_receive
-from fedfrom.spool import SpooledState, SpoolError
+from fedfrom.merging.linalg import blocks
+from fedfrom.wire.pulling import LONGEST, SHORTEST, send_and_receive
+from fedfrom.wire.spool import SpooledState, SpoolError
 from tests.inprocess import InProcessGrid
 from tests.merging.samples import DTYPES, adapter_cases, tensor_case, tensor_cases
 from tests.models import arrays_of, mixed_state, noisy, record_of, same_bits
@@ -104,10 +104,10 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
     case = tensor_case(1, shape=(1000, 1000), n=5, dtype=torch.float32)
     spooled = [SpooledState(state, folder, "client") for state in case.states]
     sizes: list[int] = []
-    reader = fedfrom.spool.SpooledTensor.read
+    reader = fedfrom.wire.spool.SpooledTensor.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fedfrom.spool.SpooledTensor,
+            fedfrom.wire.spool.SpooledTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
@@ -117,7 +117,7 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
     norms = [{name: blocks.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fedfrom.spool.SpooledTensor,
+            fedfrom.wire.spool.SpooledTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
@@ -273,7 +273,7 @@ def test_replies_that_the_disk_does_not_take_are_rejected_with_what_to_do(
         grid, strategy = InProcessGrid(noisy, 4), FedFroM(memory_budget=2 * size, spool=spool)
         with monkeypatch.context() as patch:
             if patched:
-                patch.setattr(fedfrom.spool._File, "write", full)
+                patch.setattr(fedfrom.wire.spool._File, "write", full)
             result = strategy.start(grid, record_of(large_state()), num_rounds=1)
         report = strategy.reports[1]
         last = {grid.partition_of[node] for node in report.rejected}

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedfrom import FedFroM, FedMerge, client
-from fedfrom.merging.layers import find_layers
-from fedfrom.merging.soups import GreedySoup
-from fedfrom.records import STATISTICS_KEY, model_record
+from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.peft.layers import find_layers
+from fedfrom.wire.records import STATISTICS_KEY, model_record
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,

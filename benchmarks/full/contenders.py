@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from benchmarks.attacks.messages import Nodes
 from benchmarks.full.models import States, examples
 from fedfrom import FedFroM
-from fedfrom.records import to_record, to_state
+from fedfrom.wire.records import to_record, to_state
 
 ROOT = Path(__file__).resolve().parents[2]
 FEDFROM, FEDAVG, COPY, WARM, LINEAR = "FedFroM", "FedAvg", "copy", "copy, warm", "mergekit linear"

@@ -8,7 +8,7 @@ from typing import Any
 from fedfrom.files.errors import BadInput
 from fedfrom.files.folders import Model
 from fedfrom.files.tensors import Spec
-from fedfrom.merging import layers as L
+from fedfrom.merging.peft import layers as L
 
 # of an adapter's config, what a merged adapter can have only one of
 _SAME = ("task_type", "fan_in_fan_out", "layers_to_transform", "layers_pattern")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedfrom.files.errors import BadInput
 from fedfrom.files.merge import Progress, open_inputs, prepare
-from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
-from fedfrom.merging.frobenius import FroM
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.sources import Inputs
 from fedfrom.merging.tensors import plain_tensors

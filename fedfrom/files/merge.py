@@ -27,13 +27,13 @@ from fedfrom.files.folders import (
 )
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
-from fedfrom.merging import blocks
-from fedfrom.merging.average import Average
-from fedfrom.merging.frobenius import AUTO, FroM
+from fedfrom.merging.linalg import blocks
 from fedfrom.merging.merge import LayerByLayer, layer_by_layer
-from fedfrom.merging.method import Method
+from fedfrom.merging.methods.average import Average
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.frobenius import AUTO, FroM
+from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.report import LayerReport, MergeReport
-from fedfrom.merging.soups import GreedySoup
 
 Progress = Callable[[int, int], None]
 
@@ -155,7 +155,7 @@ def merge_folders(
     inputs : Sequence[str]
         Folders or names on the Hub: adapters, or checkpoints.
     method : Method
-        See `fedfrom.merging.methods.make_method`.
+        See `fedfrom.merging.methods.registry.make_method`.
     base : str | None (default: None)
         The pretrained checkpoint that full checkpoints' updates (and adapters' saved modules) are relative to.
     examples, weights, server_lr, clip, dora, same_base

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedfrom.files.errors import BadInput
-from fedfrom.merging.blocks import RUN, RUNS, Values, sampled
+from fedfrom.merging.linalg.blocks import RUN, RUNS, Values, sampled
 
 # the names that safetensors gives dtypes; what is not here can't be merged
 DTYPES = {
@@ -61,7 +61,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.blocks.Reader`.
+    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.linalg.blocks.Reader`.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.blocks.sampled` does of all its entries; no others are read."""
+        """Return what `fedfrom.merging.linalg.blocks.sampled` does of all its entries; no others are read."""
         numel = self.numel()
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:

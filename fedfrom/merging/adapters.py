@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
-from fedfrom.merging import layers as L
-from fedfrom.merging.krylov import energy_of
-from fedfrom.merging.leading import columns_of
-from fedfrom.merging.lowrank import LowRank, norms_and_cosines, random_normal
-from fedfrom.merging.method import Context, ProductMethod, Survey
-from fedfrom.merging.report import LayerReport, power_of_two
-from fedfrom.merging.rounding import is_rounding, rank_tolerance, rescaled
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.krylov import energy_of
+from fedfrom.merging.linalg.leading import columns_of
+from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines, random_normal
+from fedfrom.merging.linalg.rounding import is_rounding, rank_tolerance, rescaled
+from fedfrom.merging.linalg.scale import power_of_two
+from fedfrom.merging.linalg.stack import Stack
+from fedfrom.merging.methods.base import Context, ProductMethod, Survey
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.report import LayerReport
 from fedfrom.merging.solve import Solution, energy_probes
 from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
-from fedfrom.merging.stack import Stack
 from fedfrom.merging.unchanged import keep_unchanged
 from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each, weigh
 

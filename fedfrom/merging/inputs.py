@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import check_config
-from fedfrom.merging.layers import State
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import check_config
+from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import Inputs, Readable, Source
 from fedfrom.merging.weighing import SAFE
 

@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
 from fedfrom.merging.adapters import merge_adapter
-from fedfrom.merging.blocks import Empty
-from fedfrom.merging.configs import output_config
-from fedfrom.merging.frobenius import AUTO, FroM
 from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr, check_weights
-from fedfrom.merging.layers import State
-from fedfrom.merging.method import Method, ProductMethod, Survey
-from fedfrom.merging.methods import check_method, make_method
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.blocks import Empty
+from fedfrom.merging.linalg.threads import begin, one_thread_each
+from fedfrom.merging.methods.base import Method, ProductMethod, Survey
+from fedfrom.merging.methods.frobenius import AUTO, FroM
+from fedfrom.merging.methods.registry import check_method, make_method
+from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.peft.configs import output_config
+from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
-from fedfrom.merging.soups import GreedySoup
 from fedfrom.merging.sources import Inputs, check_result
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensors
-from fedfrom.merging.threads import begin, one_thread_each
 from fedfrom.merging.weighing import SAFE
 
 # entries of what is held of the tensors that are merged before the first of them is handed on, in float32: their

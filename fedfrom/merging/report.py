@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from fedfrom.merging.linalg.scale import power_of_two
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -153,9 +155,3 @@ class MergeReport:
 
 def _clipped(layer: LayerReport) -> list[float]:
     return layer.clipped or [1.0] * len(layer.norms)
-
-
-def power_of_two(norms: list[float]) -> float:
-    """Return a power of two (which scales without rounding) of about the largest norm's size; 1 for zeros."""
-    exponent = math.frexp(max(norms))[1]
-    return 2.0 ** min(max(exponent, -1000), 1000)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
 from fedfrom.merging.inputs import check_inputs
-from fedfrom.merging.layers import State
-from fedfrom.merging.lowrank import norms_and_cosines
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.lowrank import norms_and_cosines
+from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import check_norms
 from fedfrom.merging.survey import updated
 from fedfrom.merging.tensors import plain_tensors

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.krylov import Leading, krylov_svd
-from fedfrom.merging.leading import columns_of, leading_svd, takes_few
-from fedfrom.merging.lowrank import LowRank, gauge, random_normal
-from fedfrom.merging.stack import Stack
+from fedfrom.merging.linalg.krylov import Leading, krylov_svd
+from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
+from fedfrom.merging.linalg.lowrank import LowRank, gauge, random_normal
+from fedfrom.merging.linalg.stack import Stack
 
 SOLVERS = ("svd", "alternating")
 # a Solver's options that concern adapters alone; the seed is also that of methods that draw

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
-from fedfrom.merging import layers as L
-from fedfrom.merging.blocks import Values
-from fedfrom.merging.configs import rank_and_scaling
-from fedfrom.merging.layers import Layer, State
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.blocks import Values
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.merging.peft.layers import Layer, State
 
 # torch has no arithmetic of these
 _UNSUPPORTED = {getattr(torch, name) for name in dir(torch) if re.match(r"uint(16|32|64)$|float[48]_", name)}

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
 from fedfrom.merging.adapters import adapter_deltas
-from fedfrom.merging.entries import Entries, Histogram, kth_largest
-from fedfrom.merging.method import Method, Survey
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.entries import Entries, Histogram, kth_largest
+from fedfrom.merging.methods.base import Method, Survey
+from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.sources import Inputs, check_norms
 from fedfrom.merging.tensors import delta_norms, plain_tensors
-from fedfrom.merging.ties import Ties
 from fedfrom.merging.weighing import clip_factors
 
 

@@ -10,14 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedfrom.merging import blocks
-from fedfrom.merging import layers as L
-from fedfrom.merging.blocks import BLOCK, Empty, Values
-from fedfrom.merging.entries import Entries
-from fedfrom.merging.method import Context, Method, Survey
-from fedfrom.merging.report import LayerReport, power_of_two
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.blocks import BLOCK, Empty, Values
+from fedfrom.merging.linalg.entries import Entries
+from fedfrom.merging.linalg.scale import power_of_two
+from fedfrom.merging.linalg.threads import begin, each_block
+from fedfrom.merging.methods.base import Context, Method, Survey
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_result, summing_order
-from fedfrom.merging.threads import begin, each_block
 from fedfrom.merging.weighing import Updates, Weighing, clip_factors, once_each, weigh
 
 # norm up to which so many updates as there may be can be added in float32

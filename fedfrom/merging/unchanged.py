@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank
-from fedfrom.merging.rounding import rank_tolerance, rescaled
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.linalg.rounding import rank_tolerance, rescaled
 from fedfrom.merging.solve import Solution
 
 

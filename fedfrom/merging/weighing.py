@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import random_normal
-from fedfrom.merging.method import Method, Survey
+from fedfrom.merging.linalg.lowrank import random_normal
+from fedfrom.merging.methods.base import Method, Survey
 from fedfrom.merging.weights import mean_weight
 
 _T = TypeVar("_T")

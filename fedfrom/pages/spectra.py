@@ -44,8 +44,8 @@ def _read(folder: Path) -> dict[str, list[float]]:
     import torch
     from safetensors import safe_open
 
-    from fedfrom.merging.configs import check_config, rank_and_scaling
-    from fedfrom.merging.layers import find_layers, read_adapter
+    from fedfrom.merging.peft.configs import check_config, rank_and_scaling
+    from fedfrom.merging.peft.layers import find_layers, read_adapter
 
     config: dict[str, Any] | None = None
     if (folder / CONFIG).is_file():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedfrom.merging.configs import rank_and_scaling
+from fedfrom.merging.peft.configs import rank_and_scaling
 from simulations import models, training
 from simulations.paper.data import load
 from simulations.paper.options import PaperOptions

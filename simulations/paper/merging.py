@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 import fedfrom
-from fedfrom.merging.method import Method
-from fedfrom.merging.methods import make_method, method_options
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.registry import make_method, method_options
 from fedfrom.merging.report import MergeReport
 from simulations.paper.files import Shelf, State
 from simulations.paper.grids import Setting

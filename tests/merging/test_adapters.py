@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfrom import LowRank, merge
-from fedfrom.merging.lowrank import random_normal
+from fedfrom.merging.linalg.lowrank import random_normal
 from fedfrom.merging.solve import algorithm_1
 from tests.merging import oracle
 from tests.merging.samples import (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfrom import FroM, merge
-from fedfrom.merging import stack
+from fedfrom.merging.linalg import stack
 from tests.merging import oracle
 from tests.merging.properties import assert_order_of_clients_changes_nothing, result
 from tests.merging.samples import TENSOR, Case, adapter_case, adapter_cases, merged_product, tensor_case, tensor_cases

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fedfrom.merging import blocks
-from fedfrom.merging.threads import one_thread_each
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.threads import one_thread_each
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [0, 1, blocks._FEW, blocks._FEW + 1, blocks._NORM_BLOCK, 3 * blocks._NORM_BLOCK + 1025]

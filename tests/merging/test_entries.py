@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfrom import merge
-from fedfrom.merging import entries as module
-from fedfrom.merging.blocks import BLOCK
-from fedfrom.merging.dare import Dare, DareFroM, DareTies
-from fedfrom.merging.entries import Entries, kth_largest
-from fedfrom.merging.fisher import Fisher
-from fedfrom.merging.ties import Ties, trim
-from fedfrom.spool import SpooledState
+from fedfrom.merging.linalg import entries as module
+from fedfrom.merging.linalg.blocks import BLOCK
+from fedfrom.merging.linalg.entries import Entries, kth_largest
+from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
+from fedfrom.merging.methods.fisher import Fisher
+from fedfrom.merging.methods.ties import Ties, trim
+from fedfrom.wire.spool import SpooledState
 from tests.merging.samples import TENSOR, generator, tensor_case
 from tests.peaks import printed_last, reads_peaks
 

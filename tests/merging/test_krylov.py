@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfrom import LowRank, merge
-from fedfrom.merging import krylov, stack
-from fedfrom.merging.krylov import Operator, energy_of, krylov_svd
-from fedfrom.merging.leading import columns_of
+from fedfrom.merging.linalg import krylov, stack
+from fedfrom.merging.linalg.krylov import Operator, energy_of, krylov_svd
+from fedfrom.merging.linalg.leading import columns_of
+from fedfrom.merging.linalg.stack import Stack, cheapest
+from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.solve import energy_probes
-from fedfrom.merging.stack import Stack, cheapest
-from fedfrom.merging.threads import one_thread_each
-from fedfrom.spool import SpooledState
+from fedfrom.wire.spool import SpooledState
 from tests.merging import oracle, properties
 from tests.merging.samples import A_KEY, B_KEY, adapter_case, generator, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedfrom import merge
-from fedfrom.merging.configs import output_config, rank_and_scaling
-from fedfrom.merging.layers import find_layers, leading
+from fedfrom.merging.peft.configs import output_config, rank_and_scaling
+from fedfrom.merging.peft.layers import find_layers, leading
 from tests.merging import oracle
 from tests.merging.samples import A_KEY, B_KEY, MODULE, adapter_case, dense, generator, normal
 

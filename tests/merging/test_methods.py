@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfrom import LowRank, merge, methods
-from fedfrom.merging.knots import align
-from fedfrom.merging.method import Context
-from fedfrom.merging.regmean import divide
-from fedfrom.merging.ties import Ties
+from fedfrom.merging.methods.base import Context
+from fedfrom.merging.methods.knots import align
+from fedfrom.merging.methods.regmean import divide
+from fedfrom.merging.methods.ties import Ties
 from tests.merging import oracle, properties
 from tests.merging.samples import (
     A_KEY,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedfrom.merging import blocks
+from fedfrom.merging.linalg import blocks
 from fedfrom.merging.selection import gram_of_updates, multikrum
 
 A, B, HEAD, MEAN = "m.q.lora_A.weight", "m.q.lora_B.weight", "m.head.weight", "m.norm.running_mean"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfrom import LowRank, merge
-from fedfrom.merging.leading import columns_of, leading_svd, takes_few
-from fedfrom.merging.lowrank import norms_and_cosines
-from fedfrom.merging.stack import Stack
+from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
+from fedfrom.merging.linalg.lowrank import norms_and_cosines
+from fedfrom.merging.linalg.stack import Stack
 from tests.merging import oracle, properties
 from tests.merging.samples import A_KEY, B_KEY, Case, adapter_case, generator, merged_product, normal, singular_values
 from tests.merging.test_adapters import assert_optimal, merged_adapter, target

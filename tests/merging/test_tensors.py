@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfrom import merge
-from fedfrom.merging.threads import each_block, one_thread_each
+from fedfrom.merging.linalg.threads import each_block, one_thread_each
 from tests.merging import oracle
 from tests.merging.samples import DTYPES, POWERS, TENSOR, normal, tensor_case, tensor_cases
 

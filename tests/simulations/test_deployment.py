@@ -28,7 +28,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file
 
-from fedfrom.merging import layers as L
+from fedfrom.merging.peft import layers as L
 from simulations import client_app, server_app
 from tests.conftest import ROOT
 from tests.inprocess import InProcessGrid

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedfrom.merging.methods import make_method, methods
+from fedfrom.merging.methods.registry import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
 from simulations.errors import BadInput

@@ -12,7 +12,7 @@ import typer
 from flwr.app import Context, RecordDict
 from rich.console import Console
 
-from fedfrom.merging import layers as L
+from fedfrom.merging.peft import layers as L
 from simulations import client_app, evaluate, models, results, server_app, traffic, training
 from simulations.errors import BadInput
 from simulations.experiment import Experiment

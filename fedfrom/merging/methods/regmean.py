@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank
-from fedfrom.merging.method import Context, ProductMethod
-from fedfrom.merging.rounding import rank_tolerance
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.linalg.rounding import rank_tolerance
+from fedfrom.merging.methods.base import Context, ProductMethod
 
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.blocks import sampled
+from fedfrom.merging.linalg.blocks import sampled
 
 
 class SpoolError(ValueError):
@@ -25,7 +25,7 @@ class SpoolError(ValueError):
 
 @dataclass(frozen=True)
 class SpooledTensor:
-    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.blocks.Reader`."""
+    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.linalg.blocks.Reader`."""
 
     file: _File
     shape: torch.Size
@@ -48,7 +48,7 @@ class SpooledTensor:
         return out
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.blocks.sampled` does of all its entries."""
+        """Return what `fedfrom.merging.linalg.blocks.sampled` does of all its entries."""
         out = torch.empty(sampled(torch.empty(1).expand(self.numel())).numel(), dtype=self.dtype)
         self.file.read_into(out, self.start + self.numel() * self.dtype.itemsize)
         return out

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.entries import Entries
-from fedfrom.merging.frobenius import FroM
-from fedfrom.merging.lowrank import generator, random_uniform
-from fedfrom.merging.method import Context
-from fedfrom.merging.task_arithmetic import TaskArithmetic
-from fedfrom.merging.ties import check_density, elect_and_average
+from fedfrom.merging.linalg.entries import Entries
+from fedfrom.merging.linalg.lowrank import generator, random_uniform
+from fedfrom.merging.methods.base import Context
+from fedfrom.merging.methods.frobenius import FroM
+from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
+from fedfrom.merging.methods.ties import check_density, elect_and_average
 
 
 def drop(delta: Tensor, density: float, seed: str | torch.Generator) -> Tensor:

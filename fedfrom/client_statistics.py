@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedfrom.merging.layers import find_layers
+from fedfrom.merging.peft.layers import find_layers
 
 
 def gram(model: nn.Module, batches: Iterable[Any], max_batches: int | None = None) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def gram(model: nn.Module, batches: Iterable[Any], max_batches: int | None = Non
     -------
     dict[str, Tensor]
         Layer name -> (d_in, d_in) float32, symmetric, positive semidefinite, on the model's device; new memory. The
-        names are those of `fedfrom.merging.layers.find_layers`: a LoRA module's path, a plain weight's key without
+        names are those of `fedfrom.merging.peft.layers.find_layers`: a LoRA module's path, a plain weight's key without
         ".weight".
 
     Raises

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.blocks import Values
-from fedfrom.merging.configs import NO_DORA
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.linalg.blocks import Values
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.peft.configs import NO_DORA
 
 State = Mapping[str, Tensor]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.dare import DareTies
-from fedfrom.merging.lowrank import LowRank
-from fedfrom.merging.method import Context
-from fedfrom.merging.task_arithmetic import TaskArithmetic
-from fedfrom.merging.ties import Ties
+from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.methods.base import Context
+from fedfrom.merging.methods.dare import DareTies
+from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
+from fedfrom.merging.methods.ties import Ties
 
 
 def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
-from fedfrom.records import array_bytes, one_line
+from fedfrom.wire.records import array_bytes, one_line
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 

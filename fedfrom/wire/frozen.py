@@ -9,7 +9,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.merging import layers as L
+from fedfrom.merging.peft import layers as L
 
 FROZEN_KEY = "fedfrom.frozen"
 """Name of the ConfigRecord that tells clients, in train messages, the keys that they need not send back."""

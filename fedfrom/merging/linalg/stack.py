@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedfrom.merging.krylov import Operator, product
-from fedfrom.merging.report import power_of_two
+from fedfrom.merging.linalg.krylov import Operator, product
+from fedfrom.merging.linalg.scale import power_of_two
 
 # Columns that lie this near (squared, relative) to the span of those before them are too near for Gram matrices, which
 # square the condition: their digits come from Householder QR.

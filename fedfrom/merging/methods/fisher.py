@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.method import Context, Method
+from fedfrom.merging.methods.base import Context, Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedfrom.merging.threads import each_block
+from fedfrom.merging.linalg.threads import each_block
 
 # Steps before the space is cut back to its best quarter, and in all.
 _SPACE = 32

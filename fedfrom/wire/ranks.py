@@ -12,10 +12,10 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import rank_and_scaling
-from fedfrom.records import to_record, to_state
-from fedfrom.replies import Reply, Sent
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.records import to_record, to_state
+from fedfrom.wire.replies import Reply, Sent
 
 Ranks = Mapping[str, int]
 """Rank by module, of the modules where it is below the global adapter's."""

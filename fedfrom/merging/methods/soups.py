@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedfrom.merging.average import Average
+from fedfrom.merging.methods.average import Average
 
 
 @dataclass(frozen=True, kw_only=True)

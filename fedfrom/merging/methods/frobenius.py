@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedfrom.merging.method import ProductMethod
+from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.merging.weights import check_weighting
 
 AUTO = "auto"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.lowrank import LowRank, random_normal
-from fedfrom.merging.method import Context
-from fedfrom.merging.regmean import RegMean, widest_rounding
-from fedfrom.merging.rounding import rank_tolerance
+from fedfrom.merging.linalg.lowrank import LowRank, random_normal
+from fedfrom.merging.linalg.rounding import rank_tolerance
+from fedfrom.merging.methods.base import Context
+from fedfrom.merging.methods.regmean import RegMean, widest_rounding
 
 
 @dataclass(frozen=True, kw_only=True)

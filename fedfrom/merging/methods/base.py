@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.entries import Entries
-from fedfrom.merging.lowrank import LowRank
+from fedfrom.merging.linalg.entries import Entries
+from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.solve import Solver
 from fedfrom.merging.weights import check_weighting, weights
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfrom.merging.method import ProductMethod
+from fedfrom.merging.methods.base import ProductMethod
 
 
 @dataclass(frozen=True, kw_only=True)

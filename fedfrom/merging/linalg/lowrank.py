@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedfrom.merging.report import power_of_two
-from fedfrom.merging.stack import Core, Stack, Term
+from fedfrom.merging.linalg.scale import power_of_two
+from fedfrom.merging.linalg.stack import Core, Stack, Term
 
 # A sum this far below its terms (in squared norm) has lost too many digits in Gram products.
 _CANCELLED = 1e-6

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedfrom.merging.threads import each_block
+from fedfrom.merging.linalg.threads import each_block
 
 # large enough that two threads gain on each operation, small enough that some blocks fit the cache that cores share
 BLOCK = 1 << 19

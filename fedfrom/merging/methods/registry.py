@@ -7,17 +7,17 @@ from dataclasses import fields
 from typing import Any
 
 from fedfrom.closest import did_you_mean
-from fedfrom.merging.average import Average, FactorAverage
-from fedfrom.merging.dare import Dare, DareFroM, DareTies
-from fedfrom.merging.fisher import Fisher
-from fedfrom.merging.frobenius import FroM
-from fedfrom.merging.knots import KnotsDareTies, KnotsTA, KnotsTies
-from fedfrom.merging.lorm import LoRM
-from fedfrom.merging.method import Method
-from fedfrom.merging.regmean import RegMean
-from fedfrom.merging.soups import GreedySoup
-from fedfrom.merging.task_arithmetic import TaskArithmetic
-from fedfrom.merging.ties import Ties
+from fedfrom.merging.methods.average import Average, FactorAverage
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
+from fedfrom.merging.methods.fisher import Fisher
+from fedfrom.merging.methods.frobenius import FroM
+from fedfrom.merging.methods.knots import KnotsDareTies, KnotsTA, KnotsTies
+from fedfrom.merging.methods.lorm import LoRM
+from fedfrom.merging.methods.regmean import RegMean
+from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
+from fedfrom.merging.methods.ties import Ties
 
 _METHODS: dict[str, type[Method]] = {
     "from": FroM,

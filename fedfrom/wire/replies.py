@@ -17,14 +17,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.frozen import frozen_keys, statistics_of
-from fedfrom.merging import blocks
-from fedfrom.merging import layers as L
-from fedfrom.merging.configs import check_config, rank_and_scaling
-from fedfrom.merging.layers import Layer
-from fedfrom.merging.method import Method
-from fedfrom.merging.threads import one_thread_each
-from fedfrom.records import (
+from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.threads import one_thread_each
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import check_config, rank_and_scaling
+from fedfrom.merging.peft.layers import Layer
+from fedfrom.wire.frozen import frozen_keys, statistics_of
+from fedfrom.wire.records import (
     ADAPTER_KEY,
     STATISTICS_KEY,
     deltas_in,
@@ -36,7 +36,7 @@ from fedfrom.records import (
     to_state,
     to_state_dict,
 )
-from fedfrom.spool import SpooledState, SpoolError
+from fedfrom.wire.spool import SpooledState, SpoolError
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
 """Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""

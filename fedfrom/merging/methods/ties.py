@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.entries import Entries
-from fedfrom.merging.method import Context, ProductMethod
+from fedfrom.merging.linalg.entries import Entries
+from fedfrom.merging.methods.base import Context, ProductMethod
 from fedfrom.merging.weights import SCOPES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedfrom.merging.method import Method, ProductMethod
+from fedfrom.merging.methods.base import Method, ProductMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.blocks import BLOCK, Values
-from fedfrom.merging.threads import each_block
+from fedfrom.merging.linalg.blocks import BLOCK, Values
+from fedfrom.merging.linalg.threads import each_block
 
 # a digit of a magnitude's bits, of which there are as many bins: two passes for float32, four for float64
 _DIGIT = 16

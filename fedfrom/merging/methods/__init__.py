@@ -1,0 +1,1 @@
+"""The merging methods, one a file, and the registry of their names."""

@@ -1,0 +1,1 @@
+"""PEFT's formats: the keys of an adapter's state dict, and adapter_config.json."""
