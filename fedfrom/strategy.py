@@ -70,7 +70,8 @@ class FedMerge(FedAvg):
     method : str | Method (default: "from")
         A name of `fedfrom.methods()`, with its options as further keywords, or a method object.
     server_lr : float | str (default: 1.0)
-        alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
+        alpha >= 0: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might
+        swing.
     clip : float | None (default: None)
         No client's update of a layer counts for more than so many times the median norm there: see `merge`.
     examples_cap : float | None (default: 10.0)

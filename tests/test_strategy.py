@@ -612,6 +612,8 @@ def test_reports_can_be_written_as_json() -> None:
         ({"tolerance": -1e-3}, ["tolerance", "-0.001"]),
         ({"server_lr": math.nan}, ["server_lr", "nan"]),
         ({"server_lr": math.inf}, ["server_lr", "inf"]),
+        ({"server_lr": -1.0}, ["server_lr", ">= 0", "-1.0"]),
+        ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
         ({"density": 0.2}, ["density"]),
         ({"lora_config": {"r": 0, "lora_alpha": 8}}, ["lora_config", "r", "0"]),

@@ -78,8 +78,9 @@ def merge(
     examples : Sequence[float] | None (default: None)
         n_i > 0; None takes all for equal, whatever the method's examples_power.
     server_lr : float | str (default: 1.0)
-        alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
-        is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
+        alpha >= 0. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging:
+        alpha (1 + k lambda_max) is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is
+        not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there (zeros left
         out): longer ones are shortened to it before they are weighed. None: no bound.
