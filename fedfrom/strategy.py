@@ -154,9 +154,10 @@ class FedMerge(FedAvg):
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):
+                hint = "; the k to try are search={'k': ...}" if "grid" in unknown and "search" in known else ""
                 raise ValueError(
                     f"{type(self).__name__}: expected {', '.join(sorted(known | _OWN | _FEDAVG))}, found "
-                    f"{', '.join(unknown)}"
+                    f"{', '.join(unknown)}{hint}"
                 )
             if "seed" in known:
                 options.setdefault("seed", seed)
@@ -172,7 +173,10 @@ class FedMerge(FedAvg):
         self.seed, self.node_timeout = seed, node_timeout
         if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
             raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
-        self.memory_budget, self.spool, self.on_round = memory_budget, spool, on_round
+        self.memory_budget, self.spool = memory_budget, spool
+        if on_round is not None and not callable(on_round):
+            raise ValueError(f"on_round: expected a function that takes a round's report, or None, found {on_round!r}")
+        self.on_round = on_round
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.frozen = check_frozen(frozen)
@@ -684,7 +688,7 @@ class FedFroM(FedMerge):
     k : float | str (default: 0.5)
         Power of the norm, k >= 0; 0 with examples_power 1, and clip and examples_cap None, is exactly FedAvg, on
         products. The paper's is 1. "auto"
-        takes in each round the k of `grid` whose merged state `validate` scores best, within bounds: see `FroM`.
+        takes in each round the k of `search` whose merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
     rank : int | float | None (default: None)
@@ -695,8 +699,9 @@ class FedFroM(FedMerge):
         "layer", the paper's, or "model": one weight a client from the norm of its whole update.
     iterations, tolerance
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
-    validate, grid
-        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
+    validate, search
+        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from, such as
+        {"k": (0, 0.5, 1)}. Where the function raises, or returns no number, the round is skipped with that reason.
     clip : float | None (default: 1.0)
         No client's update of a layer counts for more than so many times the median norm there; None: no bound.
     examples_cap : float | None (default: 3.0)

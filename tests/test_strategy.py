@@ -615,6 +615,10 @@ def test_reports_can_be_written_as_json() -> None:
         ({"server_lr": -1.0}, ["server_lr", ">= 0", "-1.0"]),
         ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
+        ({"grid": (0, 1)}, ["search", "found grid", "search={'k': ...}"]),
+        ({"k": "auto", "validate": len, "search": {"k": ()}}, ["search, 'k'", "found ()"]),
+        ({"validate": len}, ["validate", "k='auto'", "k=0.5"]),
+        ({"on_round": 3}, ["on_round", "a function", "found 3"]),
         ({"density": 0.2}, ["density"]),
         ({"lora_config": {"r": 0, "lora_alpha": 8}}, ["lora_config", "r", "0"]),
         ({"lora_config": {"r": 8}}, ["lora_config", "lora_alpha"]),
@@ -723,15 +727,15 @@ def test_k_is_chosen_each_round_by_the_validation_function() -> None:
         # the smallest model is the best one, which is no k's by right
         return -float(sum(value.double().square().sum() for value in state.values()))
 
-    grid = (0.0, 0.25, 0.5)
-    found = run(k="auto", grid=grid, validate=validate, rounds=2)
-    assert len(seen) == 2 * len(grid) and all(keys == set(mixed_state()) for keys in seen)
+    tried = (0.0, 0.25, 0.5)
+    found = run(k="auto", search={"k": tried}, validate=validate, rounds=2)
+    assert len(seen) == 2 * len(tried) and all(keys == set(mixed_state()) for keys in seen)
     for server_round in (1, 2):
         metrics = found.train_metrics_clientapp[server_round]
-        assert metrics["k"] in grid and metrics["validation-score"] < 0
+        assert metrics["k"] in tried and metrics["validation-score"] < 0
     # each round is the one that the chosen k would have made
     fixed = run(k=float(found.train_metrics_clientapp[1]["k"]), rounds=1)
-    again = run(k="auto", grid=grid, validate=validate, rounds=1)
+    again = run(k="auto", search={"k": tried}, validate=validate, rounds=1)
     assert same_bits(fixed.arrays, again.arrays)
 
 
@@ -739,6 +743,26 @@ def test_a_validation_without_any_score_skips_the_round(flower_log: pytest.LogCa
     found = run(k="auto", validate=lambda state: math.nan, rounds=1)
     assert same_bits(found.arrays, record_of(mixed_state()))
     assert logged(flower_log, "validate: expected a number")
+
+
+@pytest.mark.parametrize("method", ["from", "greedy-soup"])
+def test_a_validation_that_fails_skips_the_round_by_name(method: str, flower_log: pytest.LogCaptureFixture) -> None:
+    """Only in some rounds: what a round could not score is not a reason to lose the others."""
+    rounds: list[RoundReport] = []
+
+    def validate(state: Mapping[str, torch.Tensor]) -> Any:
+        if len(rounds) == 1:
+            return None
+        if len(rounds) == 2:
+            raise FileNotFoundError("held-out.tsv")
+        return 0.0
+
+    options = {"k": "auto"} if method == "from" else {}
+    strategy = FedMerge(method, validate=validate, on_round=rounds.append, **options)
+    strategy.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=4)
+    assert [report.merge is None for report in strategy.reports.values()] == [False, True, True, False]
+    assert logged(flower_log, "validate: expected a score", "returned None")
+    assert logged(flower_log, "validate: expected a score", "raised FileNotFoundError: held-out.tsv")
 
 
 def test_a_safe_step_is_taken_where_clients_are_opposed(flower_log: pytest.LogCaptureFixture) -> None:
