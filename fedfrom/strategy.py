@@ -53,6 +53,7 @@ from fedfrom.replies import (
     with_examples,
 )
 from fedfrom.rounds import RoundReport
+from fedfrom.settings import check_fedavg
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
@@ -150,7 +151,9 @@ class FedMerge(FedAvg):
         checkpoints_kept: int = 2,
         **options: Any,
     ) -> None:
-        super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
+        fedavg = {name: options.pop(name) for name in _FEDAVG & options.keys()}
+        check_fedavg(fedavg)
+        super().__init__(**fedavg)
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):

@@ -1,8 +1,10 @@
 """Whole rounds of FedMerge and FedFroM: what they merge, send, log and report."""
 
+import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +36,10 @@ from tests.models import (
 )
 
 Q = "base_model.model.q"
+FRACTIONS = ("fraction_train", "fraction_evaluate")
+COUNTS = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
+FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
 def logged(log: pytest.LogCaptureFixture, *words: str) -> list[logging.LogRecord]:
@@ -634,6 +640,29 @@ def test_a_wrong_setting_is_named(options: dict[str, Any], named: list[str]) -> 
         FedFroM(**options)
     for word in named:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        *((name, (-0.1, 2.0, math.nan, "1", True, None), (0, 0.0, 0.5, 1)) for name in FRACTIONS),
+        *((name, (-1, 1.5, 2.0, math.nan, "2", True, None), (0, 3)) for name in COUNTS),
+        *((name, ("", None, 3, b"k"), ("k",)) for name in KEYS),
+        *((name, (3, "mean"), (None, lambda contents, key: None)) for name in FUNCTIONS),
+    ],
+)
+def test_fedavgs_arguments_are_checked(name: str, wrong: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, found {re.escape(repr(value))}"):
+            FedFroM(**{name: value})
+    for value in right:
+        assert value in (None, getattr(FedFroM(**{name: value}), name))
+
+
+def test_all_of_fedavgs_arguments_are_checked() -> None:
+    """Flower may get new ones: a range that nobody thought of would pass."""
+    checked = {*FRACTIONS, *COUNTS, *KEYS, *FUNCTIONS}
+    assert checked == set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 
 
 def test_a_wrong_method_is_named() -> None:
