@@ -38,6 +38,7 @@ from fedfrom.merging.weighing import stable
 from fedfrom.pulling import Arriving, send_and_receive
 from fedfrom.ranks import NodeRanks
 from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
+from fedfrom.rejections import log_rejected, num_replies
 from fedfrom.replies import (
     RejectedReply,
     Rejection,
@@ -54,11 +55,12 @@ from fedfrom.replies import (
 )
 from fedfrom.rounds import RoundReport
 from fedfrom.settings import check_fedavg
+from fedfrom.skipped import Skipped, check_max_skipped
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 # what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
+_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
@@ -80,6 +82,11 @@ class FedMerge(FedAvg):
         in weights nor in the averages of metrics. None: no bound.
     min_valid_replies : int (default: 1)
         With fewer valid replies a round is skipped, and the global arrays stay.
+    max_skipped : int | None (default: 3)
+        After so many rounds in a row whose replies were all rejected `start` raises RuntimeError, with the most
+        frequent reason: clients and server don't fit each other. Rounds without replies neither count nor end the row;
+        a valid reply ends it. None: no bound. A run in which replies were rejected and no round merged anything is
+        the same error at its end, whatever the bound.
     select : str | None (default: None)
         "multikrum" merges only the n - f of n valid replies whose whole updates are closest to others', adapters as
         products: see `fedfrom.merging.selection`. A round with n < 2f + 3 is skipped.
@@ -136,6 +143,7 @@ class FedMerge(FedAvg):
         clip: float | None = None,
         examples_cap: float | None = 10.0,
         min_valid_replies: int = 1,
+        max_skipped: int | None = 3,
         select: str | None = None,
         attackers: int = 0,
         lora_config: Any = None,
@@ -172,6 +180,8 @@ class FedMerge(FedAvg):
         if not node_timeout >= 0:
             raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
         self.examples_cap, self.min_valid_replies = examples_cap, min_valid_replies
+        check_max_skipped(max_skipped)
+        self.max_skipped = max_skipped
         self.select, self.attackers = select, attackers
         self.seed, self.node_timeout = seed, node_timeout
         if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
@@ -187,16 +197,17 @@ class FedMerge(FedAvg):
             raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
-        self._ranks = NodeRanks()
+        self._ranks, self._skipped = NodeRanks(), Skipped()
         self._sent: Sent | None = None
         self._asked: list[Message] = []
         self._warned = False
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
+        names = ("clip", "examples_cap", "min_valid_replies", "max_skipped", "select", "frozen")
         settings = {
             "server_lr": self.server_lr,
-            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select", "frozen")},
+            **{name: getattr(self, name) for name in names},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
             "checkpoint": self.checkpoint,
@@ -285,6 +296,8 @@ class FedMerge(FedAvg):
             arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
         self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, self._sent)
+        arriving.log("aggregate_train")
+        log_rejected("aggregate_train", rejected)  # before what comes of it
         try:
             return self._aggregate(server_round, self._sent, valid, rejected, arriving)
         finally:
@@ -305,14 +318,12 @@ class FedMerge(FedAvg):
         arriving: Arriving,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the valid replies, and report on all of them."""
-        arriving.log("aggregate_train")
         merged, report, examples = None, None, [reply.examples for reply in valid]
-        outgoing = Outgoing()
+        outgoing, unselected = Outgoing(), dict[int, Rejection]()
         try:
             if len(valid) < self.min_valid_replies:
-                log.warning(
-                    "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
-                )
+                least = num_replies(self.min_valid_replies, "valid ")
+                log.warning("aggregate_train: expected at least %s, found %d", least, len(valid))
             else:
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
@@ -321,12 +332,13 @@ class FedMerge(FedAvg):
         except ValueError as error:
             if lost := damaged(valid):  # the others are as good as they were
                 rest = [reply for reply in valid if reply.node_id not in lost]
+                log_rejected("aggregate_train", lost)
                 return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
             log.error("aggregate_train: %s", error)
         except (RuntimeError, MemoryError):  # torch's: no memory, a factorisation that fails
             log.exception("aggregate_train: the merge failed")
-        for node_id, (_, reason) in rejected.items():
-            log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
+        log_rejected("aggregate_train", unselected)
+        self._skipped = self._skipped.after(merged=merged is not None, valid=bool(valid), rejected=rejected)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
         failed = {self._answers_for(message): one_line(message.error.reason or "") for message in arriving.failures}
@@ -536,6 +548,10 @@ class FedMerge(FedAvg):
             `fedfrom.checkpoint.Checkpoints`.
         OSError
             Before training: the checkpoint can't be written.
+        RuntimeError
+            Too few nodes came in `node_timeout`; or all replies of `max_skipped` rounds in a row were rejected, or
+            replies were rejected and no round merged anything. With `checkpoint` the same command repeats the last
+            round.
         """
         megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
         log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
@@ -543,7 +559,7 @@ class FedMerge(FedAvg):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
-        self.reports, self._warned, self._ranks = {}, False, NodeRanks()
+        self.reports, self._warned, self._ranks, self._skipped = {}, False, NodeRanks(), Skipped()
         start, done = time.perf_counter(), -1
         with ExitStack() as stack:
             checkpoints = None
@@ -552,6 +568,8 @@ class FedMerge(FedAvg):
                 checkpoints = stack.enter_context(Checkpoints(self.checkpoint, self.checkpoints_kept, settings))
                 if (saved := self._resume(checkpoints, num_rounds)) is not None:
                     result, done = saved.result, saved.server_round
+            if done == num_rounds:
+                self._skipped.check(None, is_last=True)
             for server_round in range(done + 1, num_rounds + 1):
                 if server_round > 0:
                     log.info("")
@@ -559,6 +577,8 @@ class FedMerge(FedAvg):
                     self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
                 self._evaluate_on_server(server_round, result, evaluate_fn)
                 self._tell(server_round, result)
+                # before the round is whole: a run that is started again, with clients put right, repeats it
+                self._skipped.check(self.max_skipped, server_round == num_rounds)
                 if checkpoints is not None:
                     self._save(checkpoints, server_round, result)
         log.info("")
@@ -629,12 +649,18 @@ class FedMerge(FedAvg):
         A subclass that carries more adds to it, and takes it out again in `restore`.
         """
         reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
-        return {"warned": self._warned, "reports": reports, "ranks": self._ranks.state()}
+        return {
+            "warned": self._warned,
+            "reports": reports,
+            "ranks": self._ranks.state(),
+            "skipped": self._skipped.to_dict(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned when the checkpoint was written."""
         self._warned = state["warned"]
         self._ranks.restore(state.get("ranks", NodeRanks().state()))  # a subclass may keep a state of its own
+        self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
 
     def _settings(
@@ -709,9 +735,9 @@ class FedFroM(FedMerge):
         No client's update of a layer counts for more than so many times the median norm there; None: no bound.
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
-    server_lr, min_valid_replies, select, attackers, lora_config, frozen, seed, node_timeout, dora, same_base
+    server_lr, min_valid_replies, max_skipped, select, attackers, lora_config, frozen, seed, node_timeout
         See `FedMerge`.
-    memory_budget, spool, on_round, checkpoint, checkpoints_kept
+    dora, same_base, memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.
