@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.digests import digests
 from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
@@ -514,8 +515,9 @@ class FedMerge(FedAvg):
         after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
         states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
         to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
-        shapes and dtypes to expect; num_rounds and timeout may differ, other settings may not (functions can't be
-        compared). Where all rounds are done, it returns at once. The folder is locked meanwhile.
+        shapes and dtypes to expect, and where its numbers are not those that the run started from, a warning says that
+        they are not used; num_rounds, timeout and max_skipped may differ, other settings may not (functions can't be
+        compared). Where all rounds are done, it says so and returns at once. The folder is locked meanwhile.
 
         A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
         the one before stays, and training goes on: the next round tries again.
@@ -565,7 +567,9 @@ class FedMerge(FedAvg):
             checkpoints = None
             if self.checkpoint is not None:
                 settings = self._settings(initial_arrays, train_config, evaluate_config)
-                checkpoints = stack.enter_context(Checkpoints(self.checkpoint, self.checkpoints_kept, settings))
+                checkpoints = stack.enter_context(
+                    Checkpoints(self.checkpoint, self.checkpoints_kept, settings, digests(initial_arrays))
+                )
                 if (saved := self._resume(checkpoints, num_rounds)) is not None:
                     result, done = saved.result, saved.server_round
             if done == num_rounds:
@@ -694,7 +698,15 @@ class FedMerge(FedAvg):
             checkpoints.rehearse(saved)
         self.restore(saved.state)
         set_random_states(saved.random)
-        log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
+        if saved.server_round < num_rounds:
+            log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
+        else:
+            log.info(
+                "Nothing is left to do: the checkpoint in %s has all %d rounds, which are returned as they are; raise "
+                "num_rounds to go on, or give another folder to start anew",
+                checkpoints.path,
+                num_rounds,
+            )
         return saved
 
     def _save(self, checkpoints: Checkpoints, server_round: int, result: Result) -> None:

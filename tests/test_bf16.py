@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp.strategy import FedAvg
 
 from fedfrom import FedFroM, FedMerge, client, merge, to_record, to_state_dict
+from fedfrom.digests import digests
 from fedfrom.records import DELTA, delta_array
 from tests.inprocess import InProcessGrid
 from tests.merging import oracle
@@ -72,6 +73,15 @@ def test_checkpoints_keep_bfloat16(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     assert load_file(folder / "round-0003" / "arrays.safetensors")["large"].dtype == torch.bfloat16
+
+
+def test_digests_are_of_the_numbers() -> None:
+    states = [state_of(dtype, seed) for dtype in (torch.bfloat16, torch.float32) for seed in (0, 1)]
+    found = [digests(to_record(state)) for state in states]
+    for key in states[0]:
+        same = key.endswith("num_batches_tracked")  # 7 in all of them
+        assert len({each[key] for each in found}) == (1 if same else len(found))
+    assert found[0] == digests(to_record(states[0]))
 
 
 def test_clients_load_and_reply_in_bfloat16() -> None:
