@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.digests import digests
+from fedfrom.failures import failure
 from fedfrom.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.merging import MergeReport, merge, methods
 from fedfrom.merging import layers as L
@@ -38,7 +39,7 @@ from fedfrom.merging.threads import one_thread_each
 from fedfrom.merging.weighing import stable
 from fedfrom.pulling import Arriving, send_and_receive
 from fedfrom.ranks import NodeRanks
-from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
+from fedfrom.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record
 from fedfrom.rejections import log_rejected, num_replies
 from fedfrom.replies import (
     RejectedReply,
@@ -342,7 +343,7 @@ class FedMerge(FedAvg):
         self._skipped = self._skipped.after(merged=merged is not None, valid=bool(valid), rejected=rejected)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): one_line(message.error.reason or "") for message in arriving.failures}
+        failed = {self._answers_for(message): failure(message) for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
