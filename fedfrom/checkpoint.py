@@ -35,11 +35,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedfrom import __version__
+from fedfrom.wire.digests import differing
 from fedfrom.wire.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
-FORMAT = 2
+FORMAT = 3
 """Of the files below; another one is refused."""
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
@@ -87,6 +88,9 @@ class Checkpoints:
         How many of the newest checkpoints stay, >= 1.
     settings : Mapping[str, Any]
         What a run must share with the one that it goes on with: see `fingerprint`.
+    initial : Mapping[str, str] | None (default: None)
+        `digests` of the arrays that the run starts from, by key. One that goes on with another run's checkpoint keeps
+        that one's, and is warned where they differ: its own arrays are not used.
 
     Raises
     ------
@@ -96,10 +100,13 @@ class Checkpoints:
         When entered: the folder can't be made or written to.
     """
 
-    def __init__(self, path: str | Path, kept: int, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, kept: int, settings: Mapping[str, Any], initial: Mapping[str, str] | None = None
+    ) -> None:
         self.path = Path(path).absolute()
         self.kept = kept
         self.settings = fingerprint(settings)
+        self.initial = dict(initial or {})
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -159,6 +166,17 @@ class Checkpoints:
             )
         if others := [f"{name} {old}" for name, old in state["versions"].items() if old != _VERSIONS.get(name)]:
             log.warning("checkpoint %s is by %s: the last bits may differ from then on", folder, ", ".join(others))
+        if others := differing(state["initial"], self.initial):
+            log.warning(
+                "checkpoint %s: expected the initial arrays that its run started from, found other numbers in %d of %d "
+                "keys, such as %s: they are not used, the checkpoint's arrays are; to start from them, give another "
+                "folder",
+                folder,
+                len(others),
+                len(self.initial),
+                ", ".join(map(repr, others[:2])),
+            )
+        self.initial = state["initial"]
         metrics = {
             field: {int(number): MetricRecord(record) for number, record in rounds.items()}
             for field, rounds in state["metrics"].items()
@@ -225,6 +243,7 @@ class Checkpoints:
             "round": checkpoint.server_round,
             "versions": _VERSIONS,
             "settings": self.settings,
+            "initial": self.initial,
             "arrays": layout,
             "metrics": {
                 field.name: {number: dict(record) for number, record in getattr(checkpoint.result, field.name).items()}

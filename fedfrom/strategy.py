@@ -36,10 +36,15 @@ from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
 from fedfrom.rounds import RoundReport
+from fedfrom.settings import check_fedavg
+from fedfrom.skipped import Skipped, check_max_skipped
+from fedfrom.wire.digests import digests
+from fedfrom.wire.failures import failure
 from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.wire.pulling import Arriving, send_and_receive
 from fedfrom.wire.ranks import NodeRanks
-from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
+from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record
+from fedfrom.wire.rejections import log_rejected, num_replies
 from fedfrom.wire.replies import (
     RejectedReply,
     Rejection,
@@ -58,7 +63,7 @@ from fedfrom.wire.replies import (
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 # what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
+_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
 
@@ -71,7 +76,8 @@ class FedMerge(FedAvg):
     method : str | Method (default: "from")
         A name of `fedfrom.methods()`, with its options as further keywords, or a method object.
     server_lr : float | str (default: 1.0)
-        alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
+        alpha >= 0: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might
+        swing.
     clip : float | None (default: None)
         No client's update of a layer counts for more than so many times the median norm there: see `merge`.
     examples_cap : float | None (default: 10.0)
@@ -79,6 +85,11 @@ class FedMerge(FedAvg):
         in weights nor in the averages of metrics. None: no bound.
     min_valid_replies : int (default: 1)
         With fewer valid replies a round is skipped, and the global arrays stay.
+    max_skipped : int | None (default: 3)
+        After so many rounds in a row whose replies were all rejected `start` raises RuntimeError, with the most
+        frequent reason: clients and server don't fit each other. Rounds without replies neither count nor end the row;
+        a valid reply ends it. None: no bound. A run in which replies were rejected and no round merged anything is
+        the same error at its end, whatever the bound.
     select : str | None (default: None)
         "multikrum" merges only the n - f of n valid replies whose whole updates are closest to others', adapters as
         products: see `fedfrom.merging.selection`. A round with n < 2f + 3 is skipped.
@@ -135,6 +146,7 @@ class FedMerge(FedAvg):
         clip: float | None = None,
         examples_cap: float | None = 10.0,
         min_valid_replies: int = 1,
+        max_skipped: int | None = 3,
         select: str | None = None,
         attackers: int = 0,
         lora_config: Any = None,
@@ -150,12 +162,16 @@ class FedMerge(FedAvg):
         checkpoints_kept: int = 2,
         **options: Any,
     ) -> None:
-        super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
+        fedavg = {name: options.pop(name) for name in _FEDAVG & options.keys()}
+        check_fedavg(fedavg)
+        super().__init__(**fedavg)
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):
                 expected = sorted(known | _OWN | _FEDAVG)
                 meant = did_you_mean(unknown, [*expected, *inspect.signature(type(self)).parameters])
+                if "grid" in unknown and "search" in known:
+                    meant = "; the k to try are search={'k': ...}"
                 raise ValueError(
                     f"{type(self).__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}"
                 )
@@ -169,11 +185,16 @@ class FedMerge(FedAvg):
         if not node_timeout >= 0:
             raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
         self.examples_cap, self.min_valid_replies = examples_cap, min_valid_replies
+        check_max_skipped(max_skipped)
+        self.max_skipped = max_skipped
         self.select, self.attackers = select, attackers
         self.seed, self.node_timeout = seed, node_timeout
         if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
             raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
-        self.memory_budget, self.spool, self.on_round = memory_budget, spool, on_round
+        self.memory_budget, self.spool = memory_budget, spool
+        if on_round is not None and not callable(on_round):
+            raise ValueError(f"on_round: expected a function that takes a round's report, or None, found {on_round!r}")
+        self.on_round = on_round
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.frozen = check_frozen(frozen)
@@ -181,16 +202,17 @@ class FedMerge(FedAvg):
             raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
-        self._ranks = NodeRanks()
+        self._ranks, self._skipped = NodeRanks(), Skipped()
         self._sent: Sent | None = None
         self._asked: list[Message] = []
         self._warned = False
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
+        names = ("clip", "examples_cap", "min_valid_replies", "max_skipped", "select", "frozen")
         settings = {
             "server_lr": self.server_lr,
-            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select", "frozen")},
+            **{name: getattr(self, name) for name in names},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
             "checkpoint": self.checkpoint,
@@ -282,6 +304,8 @@ class FedMerge(FedAvg):
             arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
         self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, self._sent)
+        arriving.log("aggregate_train")
+        log_rejected("aggregate_train", rejected)  # before what comes of it
         try:
             return self._aggregate(server_round, self._sent, valid, rejected, arriving)
         finally:
@@ -302,14 +326,12 @@ class FedMerge(FedAvg):
         arriving: Arriving,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the valid replies, and report on all of them."""
-        arriving.log("aggregate_train")
         merged, report, examples = None, None, [reply.examples for reply in valid]
-        outgoing = Outgoing()
+        outgoing, unselected = Outgoing(), dict[int, Rejection]()
         try:
             if len(valid) < self.min_valid_replies:
-                log.warning(
-                    "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
-                )
+                least = num_replies(self.min_valid_replies, "valid ")
+                log.warning("aggregate_train: expected at least %s, found %d", least, len(valid))
             else:
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
@@ -318,15 +340,16 @@ class FedMerge(FedAvg):
         except ValueError as error:
             if lost := damaged(valid):  # the others are as good as they were
                 rest = [reply for reply in valid if reply.node_id not in lost]
+                log_rejected("aggregate_train", lost)
                 return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
             log.error("aggregate_train: %s", error)
         except (RuntimeError, MemoryError):  # torch's: no memory, a factorisation that fails
             log.exception("aggregate_train: the merge failed")
-        for node_id, (_, reason) in rejected.items():
-            log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
+        log_rejected("aggregate_train", unselected)
+        self._skipped = self._skipped.after(merged=merged is not None, valid=bool(valid), rejected=rejected)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): one_line(message.error.reason or "") for message in arriving.failures}
+        failed = {self._answers_for(message): failure(message) for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
@@ -499,8 +522,9 @@ class FedMerge(FedAvg):
         after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
         states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
         to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
-        shapes and dtypes to expect; num_rounds and timeout may differ, other settings may not (functions can't be
-        compared). Where all rounds are done, it returns at once. The folder is locked meanwhile.
+        shapes and dtypes to expect, and where its numbers are not those that the run started from, a warning says that
+        they are not used; num_rounds, timeout and max_skipped may differ, other settings may not (functions can't be
+        compared). Where all rounds are done, it says so and returns at once. The folder is locked meanwhile.
 
         A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
         the one before stays, and training goes on: the next round tries again.
@@ -533,6 +557,10 @@ class FedMerge(FedAvg):
             `fedfrom.checkpoint.Checkpoints`.
         OSError
             Before training: the checkpoint can't be written.
+        RuntimeError
+            Too few nodes came in `node_timeout`; or all replies of `max_skipped` rounds in a row were rejected, or
+            replies were rejected and no round merged anything. With `checkpoint` the same command repeats the last
+            round.
         """
         megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
         log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
@@ -540,15 +568,19 @@ class FedMerge(FedAvg):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
-        self.reports, self._warned, self._ranks = {}, False, NodeRanks()
+        self.reports, self._warned, self._ranks, self._skipped = {}, False, NodeRanks(), Skipped()
         start, done = time.perf_counter(), -1
         with ExitStack() as stack:
             checkpoints = None
             if self.checkpoint is not None:
                 settings = self._settings(initial_arrays, train_config, evaluate_config)
-                checkpoints = stack.enter_context(Checkpoints(self.checkpoint, self.checkpoints_kept, settings))
+                checkpoints = stack.enter_context(
+                    Checkpoints(self.checkpoint, self.checkpoints_kept, settings, digests(initial_arrays))
+                )
                 if (saved := self._resume(checkpoints, num_rounds)) is not None:
                     result, done = saved.result, saved.server_round
+            if done == num_rounds:
+                self._skipped.check(None, is_last=True)
             for server_round in range(done + 1, num_rounds + 1):
                 if server_round > 0:
                     log.info("")
@@ -556,6 +588,8 @@ class FedMerge(FedAvg):
                     self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
                 self._evaluate_on_server(server_round, result, evaluate_fn)
                 self._tell(server_round, result)
+                # before the round is whole: a run that is started again, with clients put right, repeats it
+                self._skipped.check(self.max_skipped, server_round == num_rounds)
                 if checkpoints is not None:
                     self._save(checkpoints, server_round, result)
         log.info("")
@@ -626,12 +660,18 @@ class FedMerge(FedAvg):
         A subclass that carries more adds to it, and takes it out again in `restore`.
         """
         reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
-        return {"warned": self._warned, "reports": reports, "ranks": self._ranks.state()}
+        return {
+            "warned": self._warned,
+            "reports": reports,
+            "ranks": self._ranks.state(),
+            "skipped": self._skipped.to_dict(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned when the checkpoint was written."""
         self._warned = state["warned"]
         self._ranks.restore(state.get("ranks", NodeRanks().state()))  # a subclass may keep a state of its own
+        self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
 
     def _settings(
@@ -665,7 +705,15 @@ class FedMerge(FedAvg):
             checkpoints.rehearse(saved)
         self.restore(saved.state)
         set_random_states(saved.random)
-        log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
+        if saved.server_round < num_rounds:
+            log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
+        else:
+            log.info(
+                "Nothing is left to do: the checkpoint in %s has all %d rounds, which are returned as they are; raise "
+                "num_rounds to go on, or give another folder to start anew",
+                checkpoints.path,
+                num_rounds,
+            )
         return saved
 
     def _save(self, checkpoints: Checkpoints, server_round: int, result: Result) -> None:
@@ -688,7 +736,7 @@ class FedFroM(FedMerge):
     k : float | str (default: 0.5)
         Power of the norm, k >= 0; 0 with examples_power 1, and clip and examples_cap None, is exactly FedAvg, on
         products. The paper's is 1. Infinity is the largest update alone only with clip=None: clipping comes first, and
-        updates that it shortens to the same norm share the weight. "auto" takes in each round the k of `grid` whose
+        updates that it shortens to the same norm share the weight. "auto" takes in each round the k of `search` whose
         merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
@@ -700,16 +748,17 @@ class FedFroM(FedMerge):
         "layer", the paper's, or "model": one weight a client from the norm of its whole update.
     iterations, tolerance
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
-    validate, grid
-        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
+    validate, search
+        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from, such as
+        {"k": (0, 0.5, 1)}. Where the function raises, or returns no number, the round is skipped with that reason.
     clip : float | None (default: 1.0)
         No client's update of a layer counts for more than so many times the median norm there; None: no bound. Comes
         before the weights: with k = infinity and norms 1, 2, 3, 4 the weights are 0, 0, 1/2, 1/2 at the default.
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
-    server_lr, min_valid_replies, select, attackers, lora_config, frozen, seed, node_timeout, dora, same_base
+    server_lr, min_valid_replies, max_skipped, select, attackers, lora_config, frozen, seed, node_timeout
         See `FedMerge`.
-    memory_budget, spool, on_round, checkpoint, checkpoints_kept
+    dora, same_base, memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp.strategy import FedAvg
 
 from fedfrom import FedFroM, FedMerge, client, merge, to_record, to_state_dict
+from fedfrom.wire.digests import digests
 from fedfrom.wire.records import DELTA, delta_array
 from tests.inprocess import InProcessGrid
 from tests.merging import oracle
@@ -74,6 +75,15 @@ def test_checkpoints_keep_bfloat16(tmp_path: Path) -> None:
     assert load_file(folder / "round-0003" / "arrays.safetensors")["large"].dtype == torch.bfloat16
 
 
+def test_digests_are_of_the_numbers() -> None:
+    states = [state_of(dtype, seed) for dtype in (torch.bfloat16, torch.float32) for seed in (0, 1)]
+    found = [digests(to_record(state)) for state in states]
+    for key in states[0]:
+        same = key.endswith("num_batches_tracked")  # 7 in all of them
+        assert len({each[key] for each in found}) == (1 if same else len(found))
+    assert found[0] == digests(to_record(states[0]))
+
+
 def test_clients_load_and_reply_in_bfloat16() -> None:
     initial = net().to(torch.bfloat16)
     message = next(iter(asked(to_record(initial.state_dict()))))
@@ -82,6 +92,53 @@ def test_clients_load_and_reply_in_bfloat16() -> None:
     assert all(torch.equal(value, initial.state_dict()[key]) for key, value in model.state_dict().items())
     reply = client.reply(model, message, {"num-examples": 1})
     assert same_bits(reply.content["arrays"], message.content["arrays"])
+
+
+def reading(message: Message, context: Context) -> Message:
+    """Read what came as Flower's own examples do."""
+    state = message.content["arrays"].to_torch_state_dict()
+    return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
+
+
+def listing(message: Message, context: Context) -> Message:
+    """Read what came as Flower's own examples of other frameworks do."""
+    return Message(RecordDict({"arrays": ArrayRecord(message.content["arrays"].to_numpy_ndarrays())}), reply_to=message)
+
+
+def sending(message: Message, context: Context) -> Message:
+    """Send what came as Flower's own examples do."""
+    state = to_state_dict(message.content["arrays"])
+    return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("app", "remedies"),
+    [
+        (reading, ["fedfrom.to_state_dict", "fedfrom.client.load"]),
+        (listing, ["fedfrom.to_state_dict", "fedfrom.client.load"]),
+        (sending, ["fedfrom.to_record", "fedfrom.client.reply"]),
+    ],
+)
+def test_a_client_with_flowers_own_conversions_is_told_which_to_use(
+    app: Any, remedies: list[str], flower_log: pytest.LogCaptureFixture
+) -> None:
+    """In the log, of train and evaluate replies, and in the report."""
+    strategy = FedFroM()
+    strategy.start(InProcessGrid(app, 2), to_record(net().to(torch.bfloat16).state_dict()), num_rounds=1)
+    lines = [r.getMessage() for r in flower_log.records if "error in reply" in r.getMessage()]
+    assert len(strategy.reports[1].failed) == 2 and len(lines) == 4
+    for text in (*strategy.reports[1].failed.values(), *lines):
+        assert "TypeError" in text and all(remedy in text for remedy in remedies)
+
+
+def test_no_other_error_is_taken_for_bfloat16() -> None:
+    def app(message: Message, context: Context) -> Message:
+        message.content["arrays"].to_torch_state_dict()
+        raise TypeError("Unsupported serialization type")
+
+    strategy = FedFroM()
+    strategy.start(InProcessGrid(app, 2), to_record(net().state_dict()), num_rounds=1)
+    assert set(strategy.reports[1].failed.values()) == {"TypeError: Unsupported serialization type"}
 
 
 def asked(arrays: ArrayRecord, clients: int = 3) -> list[Message]:

@@ -233,7 +233,7 @@ def test_what_is_scored_is_the_whole_model(method: str) -> None:
         assert state[WORDS].numpy().tobytes() == start[WORDS].numpy().tobytes()
         return float(state["head.weight"].sum())
 
-    options = {"k": "auto", "grid": (0.0, 1.0)} if method == "from" else {}
+    options = {"k": "auto", "search": {"k": (0.0, 1.0)}} if method == "from" else {}
     strategy = FedMerge(method, validate=validate, frozen=WORDS, fraction_evaluate=0.0, **options)
     grid = InProcessGrid(full_client(), 3)
     strategy.start(grid, start, num_rounds=1)

@@ -1,15 +1,17 @@
 """Whole rounds of FedMerge and FedFroM: what they merge, send, log and report."""
 
+import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedfrom import Average, FedFroM, FedMerge, FroM
@@ -34,6 +36,10 @@ from tests.models import (
 )
 
 Q = "base_model.model.q"
+FRACTIONS = ("fraction_train", "fraction_evaluate")
+COUNTS = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
+FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
 def logged(log: pytest.LogCaptureFixture, *words: str) -> list[logging.LogRecord]:
@@ -380,14 +386,39 @@ def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixt
     assert not logged(flower_log, "no valid reply", "round 1")
 
 
-@pytest.mark.parametrize("fault", [raising, emptied])
-def test_with_all_rounds_skipped_the_result_is_the_initial_arrays(fault: Any) -> None:
-    """Flower's own loop leaves Result.arrays empty here."""
+def test_with_all_rounds_skipped_the_result_is_the_initial_arrays() -> None:
+    """Flower's own loop leaves Result.arrays empty here. Errors are lost replies; rejected ones: test_skipped.py."""
     initial = record_of(mixed_state())
-    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), fault)), 3), initial, num_rounds=2)
+    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), raising)), 3), initial, num_rounds=2)
     assert same_bits(result.arrays, initial)
     assert [result.train_metrics_clientapp[i]["replies-valid"] for i in (1, 2)] == [0, 0]
     assert set(result.evaluate_metrics_clientapp) == {1, 2}
+
+
+def test_reasons_are_logged_by_kind_and_before_what_comes_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    def infinite(content: RecordDict) -> None:
+        content["arrays"]["base_model.model.head.weight"] = Array(np.full((3, 10), np.inf, np.float32))
+
+    strategy = FedFroM(min_valid_replies=2, fraction_evaluate=0.0)
+    grid = InProcessGrid(faulty({0: emptied, 1: infinite, 2: emptied, 3: emptied}), 5)
+    with caplog.at_level(logging.DEBUG, logger="flwr"):
+        strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+    at = {"keys": "rejected 3 replies (keys), such as node", "not-finite": "rejected 1 reply (not-finite), node"}
+    at |= {"few": "expected at least 2 valid replies, found 1", "skipped": "round 1 is skipped"}
+    found = {name: logged(caplog, words) for name, words in at.items()}
+    assert all(len(records) == 1 and records[0].levelname == "WARNING" for records in found.values()), found
+    order = [caplog.records.index(found[name][0]) for name in at]
+    assert order == sorted(order)
+    keys = found["keys"][0].getMessage()
+    examples = [node for node, reason in strategy.reports[1].rejected.items() if f"{node}'s: {reason}" in keys]
+    assert len(examples) == 1 and grid.partition_of[examples[0]] in (0, 2, 3)
+    assert len(strategy.reports[1].rejected) == 4  # each with its own reason
+    for node, reason in strategy.reports[1].rejected.items():
+        (record,) = logged(caplog, f"rejected the reply of node {node}: {reason}")
+        assert record.levelname == "DEBUG"
+    caplog.clear()
+    FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(2), raising)), 2), record_of(mixed_state()), num_rounds=1)
+    assert logged(caplog, "expected at least 1 valid reply, found 0")
 
 
 def test_a_silent_node_costs_its_own_reply_alone() -> None:
@@ -612,7 +643,13 @@ def test_reports_can_be_written_as_json() -> None:
         ({"tolerance": -1e-3}, ["tolerance", "-0.001"]),
         ({"server_lr": math.nan}, ["server_lr", "nan"]),
         ({"server_lr": math.inf}, ["server_lr", "inf"]),
+        ({"server_lr": -1.0}, ["server_lr", ">= 0", "-1.0"]),
+        ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
+        ({"grid": (0, 1)}, ["search", "found grid", "search={'k': ...}"]),
+        ({"k": "auto", "validate": len, "search": {"k": ()}}, ["search, 'k'", "found ()"]),
+        ({"validate": len}, ["validate", "k='auto'", "k=0.5"]),
+        ({"on_round": 3}, ["on_round", "a function", "found 3"]),
         ({"density": 0.2}, ["density"]),
         ({"lora_config": {"r": 0, "lora_alpha": 8}}, ["lora_config", "r", "0"]),
         ({"lora_config": {"r": 8}}, ["lora_config", "lora_alpha"]),
@@ -628,6 +665,29 @@ def test_a_wrong_setting_is_named(options: dict[str, Any], named: list[str]) -> 
         FedFroM(**options)
     for word in named:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        *((name, (-0.1, 2.0, math.nan, "1", True, None), (0, 0.0, 0.5, 1)) for name in FRACTIONS),
+        *((name, (-1, 1.5, 2.0, math.nan, "2", True, None), (0, 3)) for name in COUNTS),
+        *((name, ("", None, 3, b"k"), ("k",)) for name in KEYS),
+        *((name, (3, "mean"), (None, lambda contents, key: None)) for name in FUNCTIONS),
+    ],
+)
+def test_fedavgs_arguments_are_checked(name: str, wrong: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, found {re.escape(repr(value))}"):
+            FedFroM(**{name: value})
+    for value in right:
+        assert value in (None, getattr(FedFroM(**{name: value}), name))
+
+
+def test_all_of_fedavgs_arguments_are_checked() -> None:
+    """Flower may get new ones: a range that nobody thought of would pass."""
+    checked = {*FRACTIONS, *COUNTS, *KEYS, *FUNCTIONS}
+    assert checked == set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 
 
 def test_a_wrong_method_is_named() -> None:
@@ -721,15 +781,15 @@ def test_k_is_chosen_each_round_by_the_validation_function() -> None:
         # the smallest model is the best one, which is no k's by right
         return -float(sum(value.double().square().sum() for value in state.values()))
 
-    grid = (0.0, 0.25, 0.5)
-    found = run(k="auto", grid=grid, validate=validate, rounds=2)
-    assert len(seen) == 2 * len(grid) and all(keys == set(mixed_state()) for keys in seen)
+    tried = (0.0, 0.25, 0.5)
+    found = run(k="auto", search={"k": tried}, validate=validate, rounds=2)
+    assert len(seen) == 2 * len(tried) and all(keys == set(mixed_state()) for keys in seen)
     for server_round in (1, 2):
         metrics = found.train_metrics_clientapp[server_round]
-        assert metrics["k"] in grid and metrics["validation-score"] < 0
+        assert metrics["k"] in tried and metrics["validation-score"] < 0
     # each round is the one that the chosen k would have made
     fixed = run(k=float(found.train_metrics_clientapp[1]["k"]), rounds=1)
-    again = run(k="auto", grid=grid, validate=validate, rounds=1)
+    again = run(k="auto", search={"k": tried}, validate=validate, rounds=1)
     assert same_bits(fixed.arrays, again.arrays)
 
 
@@ -737,6 +797,26 @@ def test_a_validation_without_any_score_skips_the_round(flower_log: pytest.LogCa
     found = run(k="auto", validate=lambda state: math.nan, rounds=1)
     assert same_bits(found.arrays, record_of(mixed_state()))
     assert logged(flower_log, "validate: expected a number")
+
+
+@pytest.mark.parametrize("method", ["from", "greedy-soup"])
+def test_a_validation_that_fails_skips_the_round_by_name(method: str, flower_log: pytest.LogCaptureFixture) -> None:
+    """Only in some rounds: what a round could not score is not a reason to lose the others."""
+    rounds: list[RoundReport] = []
+
+    def validate(state: Mapping[str, torch.Tensor]) -> Any:
+        if len(rounds) == 1:
+            return None
+        if len(rounds) == 2:
+            raise FileNotFoundError("held-out.tsv")
+        return 0.0
+
+    options = {"k": "auto"} if method == "from" else {}
+    strategy = FedMerge(method, validate=validate, on_round=rounds.append, **options)
+    strategy.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=4)
+    assert [report.merge is None for report in strategy.reports.values()] == [False, True, True, False]
+    assert logged(flower_log, "validate: expected a score", "returned None")
+    assert logged(flower_log, "validate: expected a score", "raised FileNotFoundError: held-out.tsv")
 
 
 def test_a_safe_step_is_taken_where_clients_are_opposed(flower_log: pytest.LogCaptureFixture) -> None:

@@ -162,9 +162,10 @@ def check_weights(weights: Any, who: Sequence[str]) -> list[float]:
 
 
 def check_server_lr(server_lr: float | str) -> None:
-    """Raise ValueError where alpha is neither "safe" nor a finite number, whose square is in range."""
-    if server_lr != SAFE and (not isinstance(server_lr, int | float) or not abs(server_lr) < 1e100):
-        raise ValueError(f"server_lr: expected a finite number or 'safe', found {server_lr!r}")
+    """Raise ValueError where alpha is neither "safe" nor a finite number >= 0, whose square is in range."""
+    is_number = isinstance(server_lr, int | float) and not isinstance(server_lr, bool)
+    if server_lr != SAFE and (not is_number or not 0 <= server_lr < 1e100):  # type: ignore[operator]
+        raise ValueError(f"server_lr: expected a finite number >= 0 or 'safe', found {server_lr!r}")
 
 
 def check_clip(clip: float | None) -> None:

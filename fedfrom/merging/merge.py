@@ -88,8 +88,9 @@ def merge(
         but it has a say in three things: the median of `clip`; the signs that TIES elects, and the counts that it
         divides by; and which entries DARE draws for the others.
     server_lr : float | str (default: 1.0)
-        alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
-        is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
+        alpha >= 0. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging:
+        alpha (1 + k lambda_max) is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is
+        not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
         are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see

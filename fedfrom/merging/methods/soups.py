@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedfrom.merging.methods.average import Average
+from fedfrom.merging.methods.validation import Validate, check_validate, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,13 @@ class GreedySoup(Average):
         See `Average`.
     """
 
-    validate: Callable[[Mapping[str, Tensor]], float] | None = None
+    validate: Validate | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.validate is None:
             raise ValueError("validate: expected a function that scores a state, found None")
+        check_validate(self.validate)
 
     def choose(self, n: int, mean_of: Callable[[list[int]], Mapping[str, Tensor]]) -> list[int]:
         """Return the clients of the soup, in the order given.
@@ -58,8 +60,7 @@ class GreedySoup(Average):
 
     def _score(self, state: Mapping[str, Tensor]) -> float:
         assert self.validate is not None
-        score = float(self.validate(state))
-        return -math.inf if math.isnan(score) else score  # one bad client costs its own place alone
+        return score(self.validate, state)  # minus infinity for NaN: one bad client costs its own place alone
 
     def average(self) -> Average:
         """Return the method that merges the clients that were chosen."""
