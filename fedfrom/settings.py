@@ -1,7 +1,11 @@
-"""The ranges of FedAvg's own arguments, which Flower does not check: a wrong one would show up in mid-run, or never."""
+"""The ranges of a strategy's settings: FedAvg's own, which Flower does not check, and those of the screening.
+
+A wrong one would show up in mid-run, or never.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -32,3 +36,15 @@ def check_fedavg(arguments: Mapping[str, Any]) -> None:
         if name in _FUNCTIONS and value is not None and not callable(value):
             signature = "(list[RecordDict], str) -> MetricRecord"
             raise ValueError(f"{name}: expected a function {signature} or None, found {value!r}")
+
+
+def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
+    """Raise ValueError where a setting of the screening is out of range."""
+    if examples_cap is not None and (not isinstance(examples_cap, int | float) or not 1 <= examples_cap < math.inf):
+        raise ValueError(f"examples_cap: expected a finite number >= 1 or None, found {examples_cap!r}")
+    if not isinstance(min_valid_replies, int) or min_valid_replies < 1:
+        raise ValueError(f"min_valid_replies: expected a whole number >= 1, found {min_valid_replies!r}")
+    if select not in (None, "multikrum"):
+        raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
+    if not isinstance(attackers, int) or attackers < 0 or (attackers > 0 and select is None):
+        raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")

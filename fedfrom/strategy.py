@@ -18,17 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.closest import did_you_mean
-from fedfrom.merging import MergeReport, merge, methods
-from fedfrom.merging.inputs import check_clip, check_screening, check_server_lr
+from fedfrom.merging import MergeReport, methods
+from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.inputs import check_clip, check_server_lr
+from fedfrom.merging.linalg.blocks import Empty
 from fedfrom.merging.linalg.threads import one_thread_each
+from fedfrom.merging.merge import merge_clients
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import make_method, method_options
 from fedfrom.merging.peft import layers as L
@@ -36,7 +39,7 @@ from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
 from fedfrom.rounds import RoundReport
-from fedfrom.settings import check_fedavg
+from fedfrom.settings import check_fedavg, check_screening
 from fedfrom.skipped import Skipped, check_max_skipped
 from fedfrom.wire.digests import digests
 from fedfrom.wire.failures import failure
@@ -380,27 +383,42 @@ class FedMerge(FedAvg):
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked}
         return asked.get(error.metadata.reply_to_message_id, error.metadata.src_node_id)
 
-    def _shared(self, replies: list[Reply], sent: Sent) -> dict[str, Any]:
-        """Return what of the replies both merging and selecting take beside the states."""
-        configs = None
-        if sent.lora_config is not None:
-            configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
-        return {
-            "received": sent.received_by(replies),
-            "configs": configs,
-            "reference_config": sent.lora_config,
-            "names": [reply.who for reply in replies],
-            "deltas": [reply.deltas for reply in replies],
-            "dora": self.dora,
-            "same_base": self.same_base,
-        }
+    def _clients(self, replies: Sequence[Reply], sent: Sent, examples: Sequence[float] | None = None) -> list[Client]:
+        """Return the replies as a merge takes them, each with its config and what it was sent."""
+        counts = [None] * len(replies) if examples is None else examples
+        return [
+            Client(
+                reply.state,
+                reply.who,
+                count,
+                config=None if sent.lora_config is None else reply.config or sent.lora_config,
+                received=received,
+                statistics=reply.statistics,
+                norms=reply.norms,
+                deltas=reply.deltas,
+            )
+            for reply, count, received in zip(replies, counts, sent.received_by(replies), strict=True)
+        ]
+
+    def _round(self, sent: Sent, empty: Empty = torch.empty) -> Round:
+        """Return what the clients of a round share."""
+        return Round(
+            sent.state,
+            sent.lora_config,
+            self.server_lr,
+            self.clip,
+            as_reference=True,
+            dora=self.dora,
+            same_base=self.same_base,
+            empty=empty,
+        )
 
     def _selected(self, replies: list[Reply], sent: Sent, attackers: int) -> tuple[list[Reply], dict[int, Rejection]]:
         """Return the replies that `select` keeps where so many may be attackers', and why not the others."""
         if self.select is None or attackers <= 0:
             return replies, {}
         with one_thread_each():
-            inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
+            inner = gram_of_updates(self._clients(replies, sent), self._round(sent))
         kept = set(multikrum(inner, attackers))
         reason = f"select: expected an update among the {len(kept)} closest to others, found it further away"
         others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
@@ -424,21 +442,10 @@ class FedMerge(FedAvg):
 
     def _merge(
         self, replies: list[Reply], sent: Sent, examples: list[float], outgoing: Outgoing
-    ) -> tuple[dict[str, Tensor], MergeReport]:
-        """Hand the replies to `merge`, each with its config and what it was sent."""
-        return merge(
-            [reply.state for reply in replies],
-            sent.state,
-            sent.scoring(self.method),
-            examples=examples,
-            norms=[reply.norms for reply in replies],
-            server_lr=self.server_lr,
-            clip=self.clip,
-            as_reference=True,
-            empty=outgoing.empty,
-            statistics=[reply.statistics for reply in replies] if self.method.needs else None,
-            **self._shared(replies, sent),
-        )
+    ) -> tuple[dict[str, torch.Tensor], MergeReport]:
+        """Merge the replies by the method, into the memory that the global arrays leave in."""
+        shared = self._round(sent, outgoing.empty)
+        return merge_clients(self._clients(replies, sent, examples), shared, sent.scoring(self.method))
 
     def _warn_of_swinging(self, report: MergeReport) -> None:
         """Log, once, that a layer's step may be beyond the bound alpha c (1 + k lambda_max) < 2 at c = 1."""

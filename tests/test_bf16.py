@@ -9,7 +9,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fedfrom import FedFroM, FedMerge, client, merge, to_record, to_state_dict
+from fedfrom import FedFroM, FedMerge, FroM, client, merge, to_record, to_state_dict
+from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.merge import merge_clients
+from fedfrom.merging.methods.registry import make_method
 from fedfrom.wire.digests import digests
 from fedfrom.wire.records import DELTA, delta_array
 from tests.inprocess import InProcessGrid
@@ -211,6 +214,7 @@ def test_rounding_what_clients_end_with_spoils_the_weights_and_deltas_do_not() -
     assert spoiled == pytest.approx([0.205, 0.303, 0.491], abs=0.02)  # not vacuous
 
 
+SHARED = {"clip", "server_lr"}
 METHODS: list[dict[str, Any]] = [
     {"method": "from", "k": 1.0, "clip": 1.0},
     {"method": "from", "scope": "model", "server_lr": 0.5},
@@ -231,7 +235,11 @@ def test_deltas_merge_as_the_values_that_they_lead_to(options: dict[str, Any], d
     expected, report = merge(values, {"w": W}, **options)
     for senders in ([0, 1, 2], [1]):
         states = [{"w": changes[i]} if i in senders else values[i] for i in range(3)]
-        found, own = merge(states, {"w": W}, deltas=[["w"] if i in senders else [] for i in range(3)], **options)
+        own_options = {name: value for name, value in options.items() if name not in SHARED | {"method"}}
+        method = make_method(options["method"], **own_options)
+        shared = Round({"w": W}, **{name: value for name, value in options.items() if name in SHARED})
+        clients = [Client(state, deltas=["w"] if i in senders else []) for i, state in enumerate(states)]
+        found, own = merge_clients(clients, shared, method)
         assert found["w"].dtype == dtype
         if dtype == torch.float64:  # the norms of changes in bfloat16 are float32's
             torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
@@ -244,9 +252,9 @@ def test_deltas_of_what_has_none_are_refused() -> None:
     W = {"w": torch.ones(3), "bn.running_mean": torch.ones(3)}
     for names in (["bn.running_mean"], ["nobody"]):
         with pytest.raises(ValueError, match=f"client 1, '{names[0]}': expected a delta of a plain tensor"):
-            merge([W, W], W, deltas=[[], names])
+            merge_clients([Client(W), Client(W, "client 1", deltas=names)], Round(W), FroM())
     with pytest.raises(ValueError, match="reference"):
-        merge([W, W], deltas=[[], ["w"]])
+        merge_clients([Client(W), Client(W, deltas=["w"])], Round(), FroM(k=0.0))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class Sent:
 
     def scoring(self, method: Method) -> Method:
         """Return a method whose `validate`, where it has one, is given the frozen tensors too."""
-        validate = getattr(method, "validate", None)
+        validate = method.validate
         if not self.frozen or validate is None:
             return method
         frozen = to_state_dict(ArrayRecord({key: self.arrays[key] for key in self.frozen}))

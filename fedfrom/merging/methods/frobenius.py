@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.merging.methods.base import Method, ProductMethod
 from fedfrom.merging.methods.validation import Validate, check_search, check_validate, plain, score
 from fedfrom.merging.weights import check_weighting
 
@@ -59,7 +60,7 @@ class FroM(ProductMethod):
 
     k: float | str = 1.0  # type: ignore[assignment,misc]
     scope: str = "layer"  # type: ignore[misc]
-    validate: Validate | None = None
+    validate: Validate | None = None  # type: ignore[misc]
     search: Mapping[str, Sequence[float]] | None = field(default=None, hash=False)  # a dict has no hash
 
     def __post_init__(self) -> None:
@@ -80,19 +81,22 @@ class FroM(ProductMethod):
             check_weighting(k, self.examples_power, self.scope)
         object.__setattr__(self, "search", search)
 
-    def candidates(self) -> list[FroM]:
-        """Return the methods that k stands for, with ascending k: this one, or with k="auto" one for each of `search`.
-
-        Whoever merges with several scores them by `score` and takes the first best.
-        """
+    def candidates(self) -> Sequence[Method]:
+        """Return one method for each k of `search` with k="auto", else this one."""
         if self.search is None:
             return [self]
         return [replace(self, k=k, validate=None, search=None) for k in sorted(set(self.search["k"]))]
 
-    def score(self, state: Mapping[str, Tensor]) -> float:
-        """Return what `validate` says of a merged state, -infinity for NaN; see `validation.score`."""
-        assert self.validate is not None
-        return score(self.validate, state)
+    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, float]]]:
+        """Return the place of the first k whose state has the highest score, and each k with its score."""
+        if self.validate is None:
+            return super().best(states)
+        scores = [score(self.validate, state) for state in states]
+        highest = max(scores)
+        if highest == -math.inf:
+            raise ValueError("validate: expected a number for the merge with at least one k, found none")
+        ks = [float(candidate.k) for candidate in self.candidates()]
+        return scores.index(highest), list(zip(ks, scores, strict=True))
 
     def settings(self) -> dict[str, Any]:
         """Return the options as plain types; with a k that is a number those of the choice are left out."""
