@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_NO_INPUT ?= 1
 
-.PHONY: help venv simulate test test-all bench lint format clean
+.PHONY: help venv simulate test test-slow test-all bench lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,13 +46,20 @@ $(STAMP): pyproject.toml constraints.txt assets.txt
 simulate: $(STAMP)  ## FedFroM against FedAvg on an uneven partition, with a picture
 	@$(BIN)/python -m simulations $(ARGS)
 
-test test-all: export HF_HUB_OFFLINE ?= 1
+# A process a core, of one thread each (tests/conftest.py); WORKERS=0 is none beside pytest's own, as debuggers need it.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --dist loadgroup --numprocesses
+
+test test-slow test-all: export HF_HUB_OFFLINE ?= 1
 
 test: $(STAMP)  ## The fast tests and one real simulation
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(STAMP)  ## Every test, the slow ones too
-	@$(BIN)/python -m pytest $(ARGS)
+test-slow: $(STAMP)  ## The others
+	@$(PYTEST) $(WORKERS) -m slow $(ARGS)
+
+test-all: $(STAMP)  ## Every test
+	@$(PYTEST) $(WORKERS) $(ARGS)
 
 bench: $(STAMP)  ## Adapters against dense Algorithm 1, PEFT, others; writes results/speed (ARGS="--quick": a minute)
 	@$(BIN)/python -m benchmarks.adapters $(ARGS)

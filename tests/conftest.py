@@ -23,6 +23,9 @@ for name, value in {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }.items():
+    # Beside other workers a process has a core to itself, whatever the user's shell says.
+    if name.endswith("_THREADS") and "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ[name] = value
     os.environ.setdefault(name, value)
 
 # Not the user's: Flower writes its configuration, apps and SuperLink state here.
@@ -37,7 +40,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 # The same cases in every run, no limit on time: machines are noisy. `--hypothesis-profile=explore` draws new ones, and
-# `--hypothesis-profile=hostile` 10,140 for tests/test_hostile.py.
+# `--hypothesis-profile=hostile` 10,140 for tests/hostile.
 settings.register_profile(
     "fedfrom",
     derandomize=True,
@@ -53,6 +56,19 @@ settings.load_profile("fedfrom")
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(FLWR_HOME, ignore_errors=True)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker a core: more than 8 spend longer on their imports than on their tests."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker, so one after the other: simulations, as Ray takes every core and its port on loopback."""
+    for item in items:
+        if item.get_closest_marker("simulation"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedfrom import FedFroM, FedMerge, client, merge, to_record
 from fedfrom.merging.linalg import blocks
 from fedfrom.wire.records import ADAPTER_KEY, DELTA, STATISTICS_KEY, config_to_record, delta_array
-from tests import hostile
+from tests.hostile import values as hostile
 from tests.inprocess import InProcessGrid
 from tests.models import arrays_of, faulty, mixed_state, noisy, record_of, same_bits
 

@@ -10,7 +10,7 @@ import torch
 from simulations import models
 from simulations.errors import BadInput
 from simulations.options import Options
-from tests.hostile import harmless
+from tests.hostile.watch import harmless
 
 TWO = models.Head(2, False)
 
