@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from fedfrom.wire.rejections import Kind, by_kind
-from fedfrom.wire.replies import Rejection
+from fedfrom.wire.reply import Rejection
 
 _REMEDIES = {
     "keys": "compare the clients' keys with those of initial_arrays",

@@ -13,8 +13,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import FedAvg
 
-from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.closest import did_you_mean
+from fedfrom.loop import STORAGE, RoundLoop
 from fedfrom.merging import MergeReport, methods
 from fedfrom.merging.clients import Client, Round
 from fedfrom.merging.inputs import check_clip, check_server_lr
@@ -41,37 +39,25 @@ from fedfrom.merging.weighing import stable
 from fedfrom.rounds import RoundReport
 from fedfrom.settings import check_fedavg, check_screening
 from fedfrom.skipped import Skipped, check_max_skipped
-from fedfrom.wire.digests import digests
 from fedfrom.wire.failures import failure
 from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
-from fedfrom.wire.pulling import Arriving, send_and_receive
+from fedfrom.wire.metrics import average_metrics, average_train_metrics, check_metrics, count_examples, with_examples
+from fedfrom.wire.pulling import Arriving
 from fedfrom.wire.ranks import NodeRanks
 from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record
 from fedfrom.wire.rejections import log_rejected, num_replies
-from fedfrom.wire.replies import (
-    RejectedReply,
-    Rejection,
-    Reply,
-    Room,
-    Sent,
-    cap_examples,
-    check_metrics,
-    comparable_metrics,
-    damaged,
-    discard,
-    screen,
-    with_examples,
-)
+from fedfrom.wire.reply import RejectedReply, Rejection, Reply
+from fedfrom.wire.room import Room, damaged, discard
+from fedfrom.wire.screening import screen
+from fedfrom.wire.sent import Sent
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
-# what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
-_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
+_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *STORAGE}
 
 
-class FedMerge(FedAvg):
+class FedMerge(RoundLoop):
     """FedAvg with its averaging replaced by any of fedfrom's merging methods.
 
     Parameters
@@ -338,7 +324,8 @@ class FedMerge(FedAvg):
             else:
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
-                examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
+                said = [(reply.node_id, reply.examples) for reply in valid]
+                examples = count_examples("aggregate_train", said, self.examples_cap, self.weighted_by_key)
                 merged, report = self._merge(valid, sent, examples, outgoing)
         except ValueError as error:
             if lost := damaged(valid):  # the others are as good as they were
@@ -372,7 +359,7 @@ class FedMerge(FedAvg):
         if merged is None or report is None:
             return None, found.metrics()
         self._warn_of_swinging(report)
-        metrics = self._aggregate_train_metrics(valid, examples)
+        metrics = average_train_metrics(valid, examples, self.weighted_by_key, self.train_metrics_aggr_fn)
         metrics.update(found.metrics())
         return sent.whole(outgoing.record(merged)), metrics
 
@@ -424,22 +411,6 @@ class FedMerge(FedAvg):
         others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
         return [reply for i, reply in enumerate(replies) if i in kept], others
 
-    def _capped(self, who: str, said: list[tuple[int, float]]) -> list[float]:
-        """Return what the nodes' numbers of examples count for, and log where it is less than they said."""
-        counts = cap_examples([count for _, count in said], self.examples_cap)
-        for (node_id, count), counted in zip(said, counts, strict=True):
-            if counted != count:
-                log.warning(
-                    "%s: %s %g of node %d counts as %g, %g times the median of the valid replies",
-                    who,
-                    self.weighted_by_key,
-                    count,
-                    node_id,
-                    counted,
-                    self.examples_cap,
-                )
-        return counts
-
     def _merge(
         self, replies: list[Reply], sent: Sent, examples: list[float], outgoing: Outgoing
     ) -> tuple[dict[str, torch.Tensor], MergeReport]:
@@ -481,185 +452,19 @@ class FedMerge(FedAvg):
         if not valid:
             return None
         valid.sort(key=lambda reply: reply[0])
-        counts = self._capped("aggregate_evaluate", [said for _, _, said in valid])
+        said = [each for _, _, each in valid]
+        counts = count_examples("aggregate_evaluate", said, self.examples_cap, self.weighted_by_key)
         contents = [
             with_examples(content, self.weighted_by_key, count)
             for (_, content, _), count in zip(valid, counts, strict=True)
         ]
-        return self._aggregate_metrics(contents, self.evaluate_metrics_aggr_fn)
+        return average_metrics(contents, self.weighted_by_key, self.evaluate_metrics_aggr_fn)
 
-    def _aggregate_train_metrics(self, replies: list[Reply], examples: list[float]) -> MetricRecord:
-        """Average the metrics of the merged replies, but for those that have NaN or infinity among them."""
-        contents = []
-        for reply, count in zip(replies, examples, strict=True):
-            try:
-                check_metrics(reply.content, self.weighted_by_key)
-                contents.append(with_examples(reply.content, self.weighted_by_key, count))
-            except RejectedReply as error:
-                log.warning("aggregate_train: left the metrics of %s out of the averages: %s", reply.who, error)
-        found = self._aggregate_metrics(contents, self.train_metrics_aggr_fn) if contents else None
-        return MetricRecord() if found is None else found
+    # --- What is carried from round to round --------------------------------------------------------------------------
 
-    def _aggregate_metrics(
-        self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord | None]
-    ) -> MetricRecord | None:
-        contents, dropped, left_out = comparable_metrics(contents)
-        if dropped:
-            log.warning("metrics %s: not in most replies, or of other lengths: left out of the averages", dropped)
-        if left_out:
-            log.warning("metrics: %d replies lack some that most have: left out of the averages", left_out)
-        return aggregate(contents, self.weighted_by_key) if contents else None
-
-    # --- The loop ----------------------------------------------------------------------------------------------------
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds: Flower's signature, and a Result whose arrays are filled even where rounds are skipped.
-
-        With `checkpoint`, a round is whole once its server evaluation is over and its checkpoint has got its name; so
-        is round 0, the evaluation before the first round. Killed at any instant, the next run with that folder goes on
-        after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
-        states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
-        to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
-        shapes and dtypes to expect, and where its numbers are not those that the run started from, a warning says that
-        they are not used; num_rounds, timeout and max_skipped may differ, other settings may not (functions can't be
-        compared). Where all rounds are done, it says so and returns at once. The folder is locked meanwhile.
-
-        A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
-        the one before stays, and training goes on: the next round tries again.
-
-        Parameters
-        ----------
-        grid : Grid
-            What sends messages to the nodes.
-        initial_arrays : ArrayRecord
-            The global adapter's or model's arrays.
-        num_rounds : int (default: 3)
-            How many rounds.
-        timeout : float (default: 3600)
-            Seconds to wait for the replies of a round.
-        train_config, evaluate_config : ConfigRecord | None (default: None)
-            Sent to the clients; "server-round" is added.
-        evaluate_fn : Callable[[int, ArrayRecord], MetricRecord | None] | None (default: None)
-            Evaluates the global arrays on the server, before the first round (round 0) and after each.
-
-        Returns
-        -------
-        Result
-            The final arrays and the metrics of all rounds, those before a resume too.
-
-        Raises
-        ------
-        ValueError
-            No reply to the initial arrays could be merged; or the checkpoint is damaged, of a run with other settings
-            or of more than num_rounds rounds, or its folder is in use or holds something else: see
-            `fedfrom.checkpoint.Checkpoints`.
-        OSError
-            Before training: the checkpoint can't be written.
-        RuntimeError
-            Too few nodes came in `node_timeout`; or all replies of `max_skipped` rounds in a row were rejected, or
-            replies were rejected and no round merged anything. With `checkpoint` the same command repeats the last
-            round.
-        """
-        megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
-        log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
-        self.summary()
-        train_config = ConfigRecord() if train_config is None else train_config
-        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
-        result = Result(arrays=initial_arrays)
-        self.reports, self._warned, self._ranks, self._skipped = {}, False, NodeRanks(), Skipped()
-        start, done = time.perf_counter(), -1
-        with ExitStack() as stack:
-            checkpoints = None
-            if self.checkpoint is not None:
-                settings = self._settings(initial_arrays, train_config, evaluate_config)
-                checkpoints = stack.enter_context(
-                    Checkpoints(self.checkpoint, self.checkpoints_kept, settings, digests(initial_arrays))
-                )
-                if (saved := self._resume(checkpoints, num_rounds)) is not None:
-                    result, done = saved.result, saved.server_round
-            if done == num_rounds:
-                self._skipped.check(None, is_last=True)
-            for server_round in range(done + 1, num_rounds + 1):
-                if server_round > 0:
-                    log.info("")
-                    log.info("[ROUND %d/%d]", server_round, num_rounds)
-                    self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
-                self._evaluate_on_server(server_round, result, evaluate_fn)
-                self._tell(server_round, result)
-                # before the round is whole: a run that is started again, with clients put right, repeats it
-                self._skipped.check(self.max_skipped, server_round == num_rounds)
-                if checkpoints is not None:
-                    self._save(checkpoints, server_round, result)
-        log.info("")
-        log.info("Strategy execution finished in %.2fs", time.perf_counter() - start)
-        return result
-
-    def _train_and_evaluate(
-        self,
-        server_round: int,
-        result: Result,
-        grid: Grid,
-        timeout: float,
-        train_config: ConfigRecord,
-        evaluate_config: ConfigRecord,
-    ) -> None:
-        """Let the clients train, then evaluate, and put into `result` what came of it."""
-        messages = self.configure_train(server_round, result.arrays, train_config, grid)
-        replies = send_and_receive(grid, messages, timeout) if messages else []
-        arrays, metrics = self.aggregate_train(server_round, replies)
-        if arrays is not None:
-            result.arrays = arrays
-        if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-            result.train_metrics_clientapp[server_round] = metrics
-
-        messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
-        replies = send_and_receive(grid, messages, timeout) if messages else []
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-            result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _evaluate_on_server(
-        self,
-        server_round: int,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    ) -> None:
-        if evaluate_fn is None:
-            return
-        metrics = evaluate_fn(server_round, result.arrays)
-        log.info("Global evaluation, round %d: %s", server_round, metrics)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-
-    def _tell(self, server_round: int, result: Result) -> None:
-        """Put what the round scored into its report, and hand that to `on_round`."""
-        if (report := self.reports.get(server_round)) is None:
-            return
-        found = {
-            "train": result.train_metrics_clientapp,
-            "evaluate": result.evaluate_metrics_clientapp,
-            "server": result.evaluate_metrics_serverapp,
-        }
-        scores = {kind: dict(rounds[server_round]) for kind, rounds in found.items() if server_round in rounds}
-        self.reports[server_round] = report = replace(report, scores=scores)
-        if self.on_round is not None:
-            try:
-                self.on_round(report)
-            except Exception:
-                log.exception("on_round: round %d: training goes on", server_round)
-
-    # --- Checkpoints -------------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Forget all that was carried from an earlier run."""
+        self.reports, self._warned, self._ranks = {}, False, NodeRanks()
 
     def state(self) -> dict[str, Any]:
         """Return what this object carries from round to round, as plain data with str keys: part of a checkpoint.
@@ -680,56 +485,6 @@ class FedMerge(FedAvg):
         self._ranks.restore(state.get("ranks", NodeRanks().state()))  # a subclass may keep a state of its own
         self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
-
-    def _settings(
-        self, initial_arrays: ArrayRecord, train_config: ConfigRecord, evaluate_config: ConfigRecord
-    ) -> dict[str, Any]:
-        """Return what a resumed run must share with the one before: the constructors' arguments, arrays and configs."""
-        inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
-        names = {name for init in inits for name in inspect.signature(init).parameters}
-        arguments = {name: getattr(self, name) for name in sorted(names - _STORAGE) if hasattr(self, name)}
-        if self.lora_config is not None:  # who wrote it is no setting
-            arguments["lora_config"] = {k: value for k, value in self.lora_config.items() if k != "peft_version"}
-        configs = {"train_config": train_config, "evaluate_config": evaluate_config}
-        sent = {
-            name: {key: value for key, value in config.items() if key != "server-round"}
-            for name, config in configs.items()
-        }
-        arrays = {key: f"{array.dtype} {tuple(array.shape)}" for key, array in initial_arrays.items()}
-        return {"strategy": type(self).__name__, **arguments, **sent, "initial_arrays": arrays}
-
-    def _resume(self, checkpoints: Checkpoints, num_rounds: int) -> Checkpoint | None:
-        """Return the checkpoint to go on from and become what the strategy was then; None where there is none."""
-        saved = checkpoints.newest()
-        if saved is None:
-            return None
-        if saved.server_round > num_rounds:
-            raise ValueError(
-                f"num_rounds: expected {saved.server_round} or more, the rounds that the checkpoint in "
-                f"{checkpoints.path} has behind it, found {num_rounds}"
-            )
-        if saved.server_round < num_rounds:
-            checkpoints.rehearse(saved)
-        self.restore(saved.state)
-        set_random_states(saved.random)
-        if saved.server_round < num_rounds:
-            log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
-        else:
-            log.info(
-                "Nothing is left to do: the checkpoint in %s has all %d rounds, which are returned as they are; raise "
-                "num_rounds to go on, or give another folder to start anew",
-                checkpoints.path,
-                num_rounds,
-            )
-        return saved
-
-    def _save(self, checkpoints: Checkpoints, server_round: int, result: Result) -> None:
-        try:
-            checkpoints.save(Checkpoint(server_round, result, self.state(), random_states()))
-        except OSError as error:
-            if server_round == 0:
-                raise
-            log.error("checkpoint of round %d: %s; training goes on, the one before stays", server_round, error)
 
 
 class FedFroM(FedMerge):

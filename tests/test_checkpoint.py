@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from fedfrom import FedFroM
-from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints
+from fedfrom.random_states import random_states, set_random_states
 from tests import killed
 from tests.checkpoints import ROUNDS, Stopped, contents, names, start
 from tests.inprocess import InProcessGrid

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from fedfrom import FedFroM
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.metrics import comparable_metrics
+from fedfrom.wire.reading import read_reply
 from fedfrom.wire.records import (
     ADAPTER_KEY,
     Outgoing,
@@ -29,7 +31,7 @@ from fedfrom.wire.records import (
     to_state,
     to_state_dict,
 )
-from fedfrom.wire.replies import Sent, comparable_metrics, read_reply
+from fedfrom.wire.sent import Sent
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits
 

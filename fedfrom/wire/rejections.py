@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedfrom.wire.replies import Rejection
+from fedfrom.wire.reply import Rejection
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
