@@ -41,6 +41,10 @@ class Skipped:
         Whether any round of the run merged something.
     kinds : dict[str, Kind]
         The rejections of `rounds`, by their kind, with the newest example of each.
+    failures : int (default: 0)
+        Rounds whose valid replies could not be merged.
+    failure : str (default: "")
+        Why not, in the newest of them.
     """
 
     in_a_row: int = 0
@@ -48,8 +52,10 @@ class Skipped:
     rounds: int = 0
     has_merged: bool = False
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    failures: int = 0
+    failure: str = ""
 
-    def after(self, *, merged: bool, valid: bool, rejected: Mapping[int, Rejection]) -> Self:
+    def after(self, *, merged: bool, valid: bool, rejected: Mapping[int, Rejection], failure: str = "") -> Self:
         """Return what is known after another round.
 
         Parameters
@@ -62,11 +68,14 @@ class Skipped:
         rejected : Mapping[int, Rejection]
             Why which nodes' replies were rejected. Replies that are errors are not among them: a round of errors alone
             is one without replies.
+        failure : str (default: "")
+            Why the merge of valid replies failed, if it did: a function that scores states raises, say.
         """
         if merged:
             return type(self)(has_merged=True)
         if valid:
-            return replace(self, in_a_row=0, is_newest=False)
+            ended = replace(self, in_a_row=0, is_newest=False)
+            return replace(ended, failures=self.failures + 1, failure=failure) if failure else ended
         if not rejected:
             return replace(self, is_newest=False)
         kinds = dict(self.kinds)
@@ -89,7 +98,14 @@ class Skipped:
                 f"max_skipped: expected fewer than {most} {_rounds(most)} in a row whose replies are all rejected, "
                 f"found {self.in_a_row}: {self._why()}"
             )
-        if is_last and self.rounds and not self.has_merged:
+        if not is_last or self.has_merged:
+            return
+        if self.failures:
+            raise RuntimeError(
+                f"expected at least one round that merges its replies, found none: in {self.failures} "
+                f"{_rounds(self.failures)} the merge failed, last because of: {self.failure}"
+            )
+        if self.rounds:
             raise RuntimeError(
                 f"expected at least one round that merges a reply, found none: in {self.rounds} {_rounds(self.rounds)} "
                 f"all replies were rejected: {self._why()}"

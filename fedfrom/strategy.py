@@ -44,7 +44,7 @@ from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.wire.metrics import average_metrics, average_train_metrics, check_metrics, count_examples, with_examples
 from fedfrom.wire.pulling import Arriving
 from fedfrom.wire.ranks import NodeRanks
-from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record
+from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
 from fedfrom.wire.rejections import log_rejected, num_replies
 from fedfrom.wire.reply import RejectedReply, Rejection, Reply
 from fedfrom.wire.room import Room, damaged, discard
@@ -315,7 +315,7 @@ class FedMerge(RoundLoop):
         arriving: Arriving,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the valid replies, and report on all of them."""
-        merged, report, examples = None, None, [reply.examples for reply in valid]
+        merged, report, examples, failed_by = None, None, [reply.examples for reply in valid], ""
         outgoing, unselected = Outgoing(), dict[int, Rejection]()
         try:
             if len(valid) < self.min_valid_replies:
@@ -332,11 +332,15 @@ class FedMerge(RoundLoop):
                 rest = [reply for reply in valid if reply.node_id not in lost]
                 log_rejected("aggregate_train", lost)
                 return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
+            failed_by = one_line(str(error))
             log.error("aggregate_train: %s", error)
-        except (RuntimeError, MemoryError):  # torch's: no memory, a factorisation that fails
+        except (RuntimeError, MemoryError) as error:  # torch's: no memory, a factorisation that fails
+            failed_by = one_line(f"{type(error).__name__}: {error}")
             log.exception("aggregate_train: the merge failed")
         log_rejected("aggregate_train", unselected)
-        self._skipped = self._skipped.after(merged=merged is not None, valid=bool(valid), rejected=rejected)
+        self._skipped = self._skipped.after(
+            merged=merged is not None, valid=bool(valid), rejected=rejected, failure=failed_by
+        )
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
         failed = {self._answers_for(message): failure(message) for message in arriving.failures}

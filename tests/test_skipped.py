@@ -231,3 +231,16 @@ def test_a_client_that_is_fine_is_fine() -> None:
     _, result = run({}, 2, otherwise="fine")
     expected = FedFroM(fraction_evaluate=0.0).start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=2)
     assert same_bits(result.arrays, expected.arrays)
+
+
+def test_a_run_whose_merges_all_fail_ends_with_what_failed() -> None:
+    """As where the function that scores states raises in every round: the initial arrays are no success."""
+
+    def validate(state: Any) -> float:
+        raise FileNotFoundError("held-out.tsv")
+
+    with pytest.raises(RuntimeError, match=r"in 2 rounds the merge failed.*raised FileNotFoundError: held-out\.tsv"):
+        run({}, 2, "fine", k="auto", validate=validate)
+    scores = iter([None, 0.0, 0.0])
+    strategy, _ = run({}, 2, "fine", k="auto", search={"k": (0, 1)}, validate=lambda state: next(scores))
+    assert [report.merge is None for report in strategy.reports.values()] == [True, False]
