@@ -27,15 +27,15 @@ from typing import IO, Any, Self
 import flwr
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedfrom import __version__
 from fedfrom.fingerprint import as_json, differences, fingerprint
+from fedfrom.saved_arrays import read_arrays, to_tensors, words
 from fedfrom.wire.digests import differing
-from fedfrom.wire.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -43,8 +43,6 @@ FORMAT = 3
 """Of the files below; another one is refused."""
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
-_DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
-_DTYPES |= {"float16", "float32", "float64"}
 _VERSIONS = {"fedfrom": __version__, "flwr": flwr.__version__, "numpy": np.__version__, "torch": str(torch.__version__)}
 _SHOWN = 3
 """Differences that an error spells out."""
@@ -180,7 +178,7 @@ class Checkpoints:
             field: {int(number): MetricRecord(record) for number, record in rounds.items()}
             for field, rounds in state["metrics"].items()
         }
-        arrays = _read_arrays(folder / ARRAYS, state["arrays"])
+        arrays = read_arrays(folder / ARRAYS, state["arrays"])
         return Checkpoint(state["round"], Result(arrays=arrays, **metrics), state["strategy"], state["random"])
 
     def _rounds(self) -> list[int]:
@@ -236,7 +234,7 @@ class Checkpoints:
     def _write(self, checkpoint: Checkpoint) -> Path:
         """Return the hidden folder of a checkpoint that is on the disk but for its name."""
         hidden = self.path / f".{self._folder(checkpoint.server_round).name}.partial"
-        arrays, layout = _to_tensors(checkpoint.result.arrays)
+        arrays, layout = to_tensors(checkpoint.result.arrays)
         state = {
             "format": FORMAT,
             "round": checkpoint.server_round,
@@ -318,27 +316,23 @@ def _read_state(folder: Path) -> dict[str, Any]:
         lines = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8").splitlines()]
         sums = {name: digest for digest, name in lines}
     except (OSError, ValueError) as error:
-        raise _Damaged(f"{SUMS}: expected digests of the other files, found {_what(error)}") from error
+        raise _Damaged(f"{SUMS}: expected digests of the other files, found {words(error)}") from error
     if sums.keys() != {ARRAYS, STATE}:
         raise _Damaged(f"{SUMS}: expected digests of {ARRAYS} and {STATE}, found those of {sorted(sums)}")
     for name in (ARRAYS, STATE):
         try:
             found = _digest(folder / name)
         except OSError as error:
-            raise _Damaged(f"{name}: expected a file that can be read, found {_what(error)}") from error
+            raise _Damaged(f"{name}: expected a file that can be read, found {words(error)}") from error
         if found != sums[name]:
             raise _Damaged(f"{name}: expected the sha256 {sums[name]} that {SUMS} has, found {found}")
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
     except ValueError as error:
-        raise _Damaged(f"{STATE}: expected JSON, found {_what(error)}") from error
+        raise _Damaged(f"{STATE}: expected JSON, found {words(error)}") from error
     if folder.name != _name(state["round"]):
         raise _Damaged(f"{STATE}: expected the round of the folder's name, found {state['round']}")
     return state
-
-
-def _what(error: Exception) -> str:
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 def _digest(path: Path) -> str:
@@ -353,42 +347,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """Return a record's arrays, and [key, order in memory] in its order, which safetensors keeps neither of."""
-    arrays: dict[str, torch.Tensor] = {}
-    layout = []
-    for key, array in record.items():
-        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # the one is safetensors' own
-            raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
-        try:
-            if array.stype == BF16:
-                arrays |= to_state_dict(ArrayRecord({key: array}))
-                layout.append([key, "C"])
-                continue
-            value = array.numpy()
-        except Exception as error:  # malformed bytes fail in numpy in many ways
-            raise ValueError(f"checkpoint, {key!r}: expected a readable array, found {_what(error)}") from error
-        if value.dtype.name not in _DTYPES or not value.dtype.isnative:
-            raise ValueError(
-                f"checkpoint, {key!r}: expected a dtype that safetensors holds ({', '.join(sorted(_DTYPES))}, in this "
-                f"machine's byte order), found {value.dtype} ({value.dtype.str})"
-            )
-        is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
-        layout.append([key, "F" if is_fortran else "C"])
-        # ascontiguousarray would give a number a dimension
-        arrays[key] = torch.from_numpy(np.asarray(value, order="C"))
-    return arrays, layout
-
-
-def _read_arrays(path: Path, layout: list[list[str]]) -> ArrayRecord:
-    arrays = load_file(path)
-    record = ArrayRecord()
-    for key, order in layout:
-        tensor = arrays.pop(key)
-        if tensor.dtype == torch.bfloat16:
-            record.update(to_record({key: tensor}))
-        else:
-            record[key] = Array(np.asarray(tensor.numpy(), order=order))  # type: ignore[call-overload]
-    return record

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import inspect as inspection_of
 import json
 import os
 import re
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +17,18 @@ import click
 import typer
 
 from fedfrom import __version__
+from fedfrom.arguments import (
+    command_line,
+    method_of,
+    number,
+    numbers,
+    own_options,
+    power_of,
+    progress_bar,
+    rank_of,
+    read_config,
+    without_effect,
+)
 from fedfrom.closest import did_you_mean
 from fedfrom.files.errors import BadInput
 from fedfrom.pages.command import report
@@ -127,51 +137,6 @@ def _main(
     """
 
 
-def _read_config(context: typer.Context, path: str | None) -> str | None:
-    """Take options from a YAML file; those of the command line come first."""
-    if path is None:
-        return None
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise BadInput("--config needs PyYAML: pip install 'fedfrom[cli]'") from None
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"--config {path}: expected YAML, found: {reason}; see fedfrom merge --help") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"--config {path}: expected option: value, found {type(found).__name__}")
-    known = {
-        option.removeprefix("--"): parameter
-        for parameter in context.command.params
-        if isinstance(parameter, click.Option)
-        for option in parameter.opts
-        if parameter.name not in ("config", "help")
-    }
-    values: dict[str, Any] = {}
-    for name, value in found.items():
-        parameter = known.get(str(name).replace("_", "-"))
-        if parameter is None or parameter.name is None:
-            raise BadInput(
-                f"--config {path}: unknown option {name!r}: expected one of {', '.join(sorted(known))}"
-                f"{did_you_mean(str(name), known)}"
-            )
-        if name == "option":
-            if not isinstance(value, dict):
-                raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
-            value = [f"{key}={entry}" for key, entry in value.items()]
-        elif isinstance(value, list):
-            value = ",".join(map(str, value))
-        elif isinstance(value, dict):
-            raise BadInput(f"--config {path}, {name}: expected a value, found a mapping")
-        elif not parameter.is_flag and value is not None:
-            value = str(value)
-        values[parameter.name] = value
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
 Inputs = Annotated[
     list[str],
     typer.Argument(metavar="IN...", hidden=True),
@@ -260,7 +225,7 @@ def merge(
     same_base: SameBase = False,
     config: Annotated[
         str | None,
-        typer.Option("--config", help="A YAML file with any of these options.", callback=_read_config, is_eager=True),
+        typer.Option("--config", help="A YAML file with any of these options.", callback=read_config, is_eager=True),
     ] = None,
 ) -> None:
     """Merge adapters or checkpoints IN … into the new folder OUT.
@@ -278,18 +243,18 @@ def merge(
     fedfrom merge merged model-a model-b --base pretrained --method ties --option density=0.3
     fedfrom merge merged owner/adapter-a owner/adapter-b@v2 --config merge.yaml
     """
-    own_weights = _numbers("--weights", weights, inputs)
-    counts = _numbers("--examples", examples, inputs)
+    own_weights = numbers("--weights", weights, inputs)
+    counts = numbers("--examples", examples, inputs)
     options = {
-        "k": None if k is None else _power(k),
-        "rank": None if rank is None else _rank(rank),
+        "k": None if k is None else power_of(k),
+        "rank": None if rank is None else rank_of(rank),
         "solver": solver,
         "scope": scope,
         "examples_power": 1.0 if counts is not None and examples_power is None else examples_power,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    own = _own_options(option or [], given)
-    rate: float | str = server_lr if server_lr == "safe" else _number("--server-lr", server_lr)
+    own = own_options(option or [], given)
+    rate: float | str = server_lr if server_lr == "safe" else number("--server-lr", server_lr)
     if dtype is not None and dtype not in _DTYPES:
         meant = did_you_mean(dtype, _DTYPES, _ALSO)
         raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}{meant}")
@@ -298,11 +263,11 @@ def merge(
 
     from fedfrom.files.merge import merge_folders
 
-    with _progress("Merging", in_bytes=True) as progress:
+    with progress_bar("Merging", in_bytes=True) as progress:
         report = merge_folders(
             out,
             inputs,
-            _method(method, {**given, **own}),
+            method_of(method, {**given, **own}),
             base=base,
             examples=counts,
             weights=own_weights,
@@ -314,14 +279,14 @@ def merge(
             force_base=force_base,
             dora=dora,
             same_base=same_base,
-            command=_command(context),
+            command=command_line(context),
             progress=progress,
         )
     without = sum(layer.kind == "tensor" and not layer.has_reference for layer in report.layers)
     averaged = f", {without} of them without a base and so averaged" if without else ""
     dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
     cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
-    idle = "" if report.has_adapters else _without_effect(given, own)
+    idle = "" if report.has_adapters else without_effect(given, own)
     print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}{idle}")
 
 
@@ -357,14 +322,14 @@ def inspect(
     fedfrom inspect model-a model-b --base pretrained --json > found.json
     fedfrom inspect adapter-a adapter-b --plot inputs.png
     """
-    power = _power(k)
+    power = power_of(k)
     from fedfrom.files.inspection import inspect_folders
 
     if plot is not None:
         from fedfrom.files.figure import check_plot
 
         check_plot(Path(plot))
-    with _progress("Reading") as progress:
+    with progress_bar("Reading") as progress:
         found = inspect_folders(inputs, power, base, device, force_base, dora, same_base, progress)
     if plot is not None:
         from fedfrom.files.figure import draw
@@ -403,123 +368,3 @@ def methods() -> None:
         ]
         python_only = kind.needs or name == "greedy-soup"
         print(f"    {' '.join(options)}" + ("  [from Python alone: needs data]" if python_only else ""))
-
-
-# --- What is given as text -------------------------------------------------------------------------------------------
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(f"{name}: expected a number, found {text!r}") from None
-
-
-def _numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] | None:
-    """Return one number for each input, as text separated by commas gives them; None where there is none."""
-    if text is None:
-        return None
-    found = [_number(name, part) for part in text.split(",")]
-    if len(found) != len(inputs):
-        raise BadInput(f"{name}: expected one number an input, {len(inputs)}, found {len(found)}")
-    return found
-
-
-def _power(text: str) -> float:
-    if text == "auto":
-        raise BadInput(
-            "--k auto: needs validation data, which a command line has none of: give a number, or call "
-            "fedfrom.merge(..., k='auto', validate=...) in Python"
-        )
-    k = _number("--k", text)
-    if not k >= 0:
-        raise BadInput(f"--k: expected a number >= 0 (inf included), found {text}")
-    return k
-
-
-def _rank(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return _number("--rank", text)
-
-
-def _own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
-    """Return --option name=value as a dict, numbers as numbers."""
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name:
-            raise BadInput(f"--option: expected name=value, found {text!r}")
-        if name in ("validate", "search"):
-            raise BadInput(f"--option {name}: needs validation data: call fedfrom.merge in Python")
-        if name in options or name in taken:
-            raise BadInput(f"--option {name}: given twice")
-        options[name] = _plain(value.strip())
-    if isinstance(options.get("k"), str):
-        options["k"] = _power(options["k"])
-    return options
-
-
-def _without_effect(given: dict[str, Any], own: dict[str, Any]) -> str:
-    """Return what to say of options that concern adapters alone, where there are none; "" without such options."""
-    from fedfrom.merging.solve import RANK_OPTIONS
-
-    options = [f"--{name} {value}" for name, value in given.items() if name in RANK_OPTIONS]
-    options += [f"--option {name}={value}" for name, value in own.items() if name in RANK_OPTIONS]
-    verb = "has" if len(options) == 1 else "have"
-    return f"; {' and '.join(options)} {verb} no effect: full models have no rank" if options else ""
-
-
-def _plain(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _method(name: str, options: dict[str, Any]) -> Any:
-    from fedfrom.merging.methods.registry import make_method
-
-    try:
-        return make_method(name, **options)
-    except TypeError:  # an option of text that is compared with a number
-        text = ", ".join(f"{option}={value}" for option, value in options.items() if isinstance(value, str))
-        raise BadInput(f"--option: expected a number, found {text}") from None
-    except ValueError as error:
-        raise BadInput(f"{error} (see fedfrom methods)") from None
-
-
-def _command(context: typer.Context) -> str:
-    """Return the command that does the same again, with the options that a file gave spelled out."""
-    words, options = [], []
-    for parameter in context.command.params:
-        assert parameter.name is not None
-        value = context.params.get(parameter.name)
-        source = context.get_parameter_source(parameter.name)
-        if isinstance(parameter, click.Argument):
-            words += [value] if isinstance(value, str) else list(value or [])
-        elif source is not None and source.name != "DEFAULT" and parameter.name not in ("config", "force"):
-            if isinstance(value, bool):
-                options += [parameter.opts[0]] if value else []
-            else:
-                for entry in value if isinstance(value, list | tuple) else [value]:
-                    options += [parameter.opts[0], str(entry)]
-    return shlex.join(["fedfrom", context.command.name or "", *words, *options])
-
-
-@contextlib.contextmanager
-def _progress(title: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar with rate and time left on stderr; None where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    rate = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if in_bytes else [bars.MofNCompleteColumn()]
-    columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *rate, bars.TimeRemainingColumn()]
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedfrom.merging.beside import merge_beside
 from fedfrom.merging.clients import Round
-from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
 from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines, random_normal
@@ -20,7 +20,7 @@ from fedfrom.merging.methods.base import Context, ProductMethod, Survey
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.solve import Solution, energy_probes
-from fedfrom.merging.sources import Inputs, Source, check_finite, check_norms, summing_order
+from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
 from fedfrom.merging.unchanged import keep_unchanged
 from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each, weigh
 
@@ -176,47 +176,10 @@ class _Module:
         layer, scaling = template.layers[self.name], self._scaling_out()
         part = L.write_adapter(layer, solution.matrix * self.updates.unit, template.state, scaling)
         for extra in {"bias", "magnitude"} & layer.keys.keys():
-            part[layer.keys[extra]] = self._beside(extra, weighing, scaling)
+            part[layer.keys[extra]] = merge_beside(
+                self.inputs, self.name, extra, weighing, self.updates.order, self.clip, scaling
+            )
         return part
-
-    def _beside(self, part: str, weighing: Weighing, scaling: float) -> Tensor:
-        """Merge what goes with a LoRA module by its weights: lora_B.bias, which acts as s * bias, or magnitudes."""
-
-        is_bias = part == "bias"
-        W, received = self.inputs.reference_of(self.name), self.inputs.received_of(self.name)
-        check_finite([W, *received, *self.inputs.sent], self.name, [part])
-
-        def held(source: Source, own: float) -> Tensor:
-            """Return what a client of that scaling holds, in the dtype that it came in."""
-            tensor = source.tensor(self.name, part)
-            return rescaled(tensor, source.scaling(self.name) / own) if is_bias else tensor
-
-        def acting(tensor: Tensor, own: float) -> Tensor:
-            return tensor.to(torch.float64) * (own if is_bias else 1.0)
-
-        values, references = [], []
-        for sent, source in zip(self.inputs.sent, received, strict=True):
-            own, found = sent.scaling(self.name), sent.tensor(self.name, part)
-            reference = None if source is None else held(source, own)
-            is_rescaled = is_bias and source is not None and own != source.scaling(self.name)
-            if is_rescaled and reference is not None and is_rounding(found, reference.to(torch.float64)):
-                found = reference
-            values.append(acting(found, own))
-            references.append(None if reference is None else acting(reference, own))
-        norms = blocks.delta_norms(list(zip(values, references, strict=True)))
-        # without a reference a magnitude is no update, and has nothing to be clipped
-        factors = clip_factors(norms, None if W is None else self.clip)
-        order = self.updates.order
-        total, _, _ = blocks.weighted_sum(
-            [values[i] for i in order],
-            [references[i] for i in order],
-            [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],
-            None if W is None else acting(W.tensor(self.name, part), W.scaling(self.name)),
-            weighing.server_lr,
-        )
-        return (total / scaling if part == "bias" else total).to(
-            self.inputs.template(self.name).tensor(self.name, part).dtype
-        )
 
 
 def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowRank], list[LowRank]]:
