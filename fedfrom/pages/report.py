@@ -43,7 +43,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     path = _page_path(Path(out).expanduser())
     found = read_runs(runs)
     try:
-        import_module("scipy.stats")
+        for name in ("jinja2", "scipy.stats"):
+            import_module(name)
         from fedfrom.pages import figures
     except ModuleNotFoundError as error:
         raise BadRuns(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None

@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and named in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "scipy.stats"])
+@pytest.mark.parametrize("missing", ["matplotlib", "scipy.stats", "jinja2"])
 def test_without_a_library_the_remedy_is_named(
     real_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -344,7 +344,7 @@ def test_no_page_needs_the_simulations_and_its_command_loads_nothing_heavy(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; import fedfrom.pages.command\n"
-        "heavy = {'torch', 'numpy', 'matplotlib', 'flwr', 'scipy'}\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'flwr', 'scipy', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         f"fedfrom.pages.write_report([Path({str(real_runs[0])!r})], Path({str(tmp_path)!r}))\n"
         "assert not {'simulations', 'flwr', 'peft'} & set(sys.modules)"
