@@ -1,12 +1,6 @@
 """`python -m simulations`: the command line, made from the options themselves."""
 
-import dataclasses
-import inspect
-import types
-import typing
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from simulations import commands, environment
 from simulations.errors import BadInput
@@ -50,38 +44,10 @@ def run(**given: Any) -> None:
         raise commands.ended(error, 1) from None
 
 
-def _parameters() -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(Options)
-    parameters = []
-    for field in dataclasses.fields(Options):
-        kind = hints[field.name]
-        listed = typing.get_origin(kind) is tuple
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
-        default: Any = field.default
-        if listed:
-            default = ",".join(map(str, default))
-        # None stands for "not given", so that --quick changes only what was left open.
-        shown = "" if default in (None, "") or kind is bool else f" [default: {default}]"
-        name = "--" + field.name.replace("_", "-")
-        declared = typer.Option(
-            f"{name}/--no-{name[2:]}" if kind is bool else name, help=field.metadata["help"] + shown, show_default=False
-        )
-        parameters.append(_keyword(field.name, Annotated[(str if listed else kind) | None, declared], None))
-    quick = typer.Option("--quick", help="A preset of seconds: 2 clients, 2 rounds, 3 steps, 1 layer.")
-    return [*parameters, _keyword("quick", Annotated[bool, quick], False)]
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
 def main() -> None:
     """Run the command line."""
-    parameters = _parameters()
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    commands.execute(commands.command(run), "python -m simulations")
+    preset = "A preset of seconds: 2 clients, 2 rounds, 3 steps, 1 layer."
+    commands.execute(commands.command(commands.with_options(run, Options, quick=preset)), "python -m simulations")
 
 
 if __name__ == "__main__":

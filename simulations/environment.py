@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -63,3 +64,14 @@ def machine() -> str:
 def given() -> str:
     """Return the arguments of this process, without the paths of this machine."""
     return re.sub(r"(--(?:mergekit|spool|out)[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
+
+
+def command(program: str) -> str:
+    """Return the command line of a study, after its program's name, without what is this machine's alone."""
+    dropped, kept = False, []
+    for word in sys.argv[2:]:
+        if dropped or word in ("--glue-dir", "--out", "--processes"):
+            dropped = not dropped
+        elif word != "--report":
+            kept.append(shlex.quote(word))
+    return " ".join([program, *kept])

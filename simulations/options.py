@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from simulations.errors import BadInput
 
@@ -23,6 +23,7 @@ TASKS = ("reviews", *GLUE_TASKS)
 DEFAULT_MODEL = "minilm"
 GLUE_VARIABLE = "FEDFROM_GLUE_DIR"
 RECORD_KEY = "options"
+T = TypeVar("T")
 OWN = "own"  # the partition that nobody makes: each site's folder holds its share
 
 
@@ -227,12 +228,23 @@ class Options:
         BadInput
             A name is unknown, or a value is not of the option's type.
         """
-        hints = typing.get_type_hints(cls)
-        given = {name.replace("-", "_"): value for name, value in values.items() if value is not None}
-        for name in given:
-            if name not in hints:
-                raise BadInput(f"unknown option {name!r}")
-        return cls(**{name: _converted(name, value, hints[name]) for name, value in given.items()})
+        return read(cls, values)
+
+
+def read(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of options from names and values, as `Options.from_mapping` does."""
+    hints = typing.get_type_hints(kind)
+    given = {name.replace("-", "_"): value for name, value in values.items() if value is not None}
+    for name in given:
+        if name not in hints:
+            raise BadInput(f"unknown option {name!r}")
+    return kind(**{name: _converted(name, value, hints[name]) for name, value in given.items()})
+
+
+def like(name: str, default: Any = None) -> Any:
+    """Declare the option of that name that a simulation has, for a study: its help, and its default or another."""
+    found = Options.__dataclass_fields__[name]
+    return option(found.default if default is None else default, found.metadata["help"])
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:

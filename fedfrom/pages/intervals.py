@@ -1,9 +1,12 @@
-"""Means over seeds with their 95 % intervals, paired where the seeds are the same."""
+"""Means over seeds with their 95 % intervals, paired where the seeds are the same.
+
+scipy is imported where it is called: what only names colours or folders of pages need not wait for it.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import fmean, stdev
 
 LEVEL = 0.95
 
@@ -28,12 +31,13 @@ def mean(values: Sequence[float]) -> Interval:
     values : Sequence[float]
         At least one, a value a seed.
     """
-    count = len(values)
-    centre = math.fsum(values) / count
+    from scipy import stats
+
+    count, centre = len(values), fmean(values)
     if count < 2:
         return Interval(centre, float("nan"), count)
-    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (count - 1))
-    return Interval(centre, student(count - 1) * spread / math.sqrt(count), count)
+    quantile = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+    return Interval(centre, quantile * stdev(values) / math.sqrt(count), count)
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Interval:
@@ -43,31 +47,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Interval:
 
 def proportion(correct: int, total: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a proportion, for one model on a finite set of examples."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    p, shrunk = correct / total, 1 + z * z / total
-    centre = (p + z * z / (2 * total)) / shrunk
-    half = z / shrunk * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    # rounding must not leave 1e-17 where the interval ends at 0 or 1
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
+    from scipy import stats
 
-
-def student(freedom: int) -> float:
-    """Return t such that Student's t with that many degrees of freedom, 1 or more, lies within ±t 95 % of the time.
-
-    Bisection on the angle whose tangent is t/√freedom, in which the distribution is a finite sum (Abramowitz & Stegun
-    26.7.3 and 26.7.4): the pages need no scipy for one number.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < LEVEL else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    sine, cosine = math.sin(angle), math.cos(angle)
-    term, total = (cosine, 0.0) if freedom % 2 else (1.0, 0.0)
-    for i in range(freedom // 2):
-        total += term
-        term *= cosine * cosine * ((2 * i + 2) / (2 * i + 3) if freedom % 2 else (2 * i + 1) / (2 * i + 2))
-    return 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+    found = stats.binomtest(correct, total).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)

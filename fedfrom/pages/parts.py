@@ -22,6 +22,11 @@ class Table:
     rows: list[list[str]]
     folded: bool = False
 
+    @property
+    def numeric(self) -> bool:
+        """Whether all cells but the rows' names are numbers, which stand to the right."""
+        return all(cell[:1] in "0123456789+-−–" or cell == "never" for row in self.rows for cell in row[1:])
+
 
 @dataclass(frozen=True)
 class Section:

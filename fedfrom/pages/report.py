@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import fedfrom
@@ -37,19 +38,21 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises
     ------
     BadRuns
-        A folder holds no results, `out` can't be written, or matplotlib is not installed.
+        A folder holds no results, `out` can't be written, or what the extra `cli` brings is not installed.
     """
     path = _page_path(Path(out).expanduser())
     found = read_runs(runs)
+    try:
+        for name in ("jinja2", "scipy.stats"):
+            import_module(name)
+        from fedfrom.pages import figures
+    except ModuleNotFoundError as error:
+        raise BadRuns(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None
     about = [run_data(run) for run in found]
     groups = group(found, about)
     all_lines = list(lines(groups))
     parts = sections(about, groups, all_lines)
     charts = [chart for part in parts for chart in part.charts]
-    try:
-        from fedfrom.pages import figures
-    except ModuleNotFoundError as error:
-        raise BadRuns(f"expected {error.name}, found it not installed; pip install 'fedfrom[simulation]'") from None
     drawn = {chart["name"]: figures.draw(chart) for chart in charts}
     said = summary(groups, all_lines)
     data = {

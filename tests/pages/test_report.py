@@ -325,15 +325,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and named in done.stderr
 
 
-def test_without_matplotlib_the_remedy_is_named(
-    real_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["matplotlib", "scipy.stats", "jinja2"])
+def test_without_a_library_the_remedy_is_named(
+    real_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     import fedfrom.pages
 
     monkeypatch.delitem(sys.modules, "fedfrom.pages.figures", raising=False)
     monkeypatch.delattr(fedfrom.pages, "figures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BadRuns, match=r"matplotlib.*pip install 'fedfrom\[simulation\]'"):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BadRuns, match=rf"{missing}.*pip install 'fedfrom\[cli\]'"):
         write_report([real_runs[0]], tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -343,10 +344,10 @@ def test_no_page_needs_the_simulations_and_its_command_loads_nothing_heavy(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; import fedfrom.pages.command\n"
-        "heavy = {'torch', 'numpy', 'matplotlib', 'flwr', 'scipy'}\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'flwr', 'scipy', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         f"fedfrom.pages.write_report([Path({str(real_runs[0])!r})], Path({str(tmp_path)!r}))\n"
-        "assert not {'simulations', 'scipy', 'flwr', 'peft'} & set(sys.modules)"
+        "assert not {'simulations', 'flwr', 'peft'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

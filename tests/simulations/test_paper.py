@@ -14,12 +14,12 @@ from fedfrom.merging.methods.registry import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
 from simulations.errors import BadInput
-from simulations.paper import data, findings, grids, report, training
-from simulations.paper.arena import Arena, new_model, trained_state
-from simulations.paper.files import Shelf
-from simulations.paper.merging import Clients
-from simulations.paper.options import CANDIDATES, KINDS, TASKS, PaperOptions
-from simulations.paper.search import search
+from simulations.studies.paper import data, findings, grids, report, training
+from simulations.studies.paper.arena import Arena, new_model, trained_state
+from simulations.studies.paper.files import Shelf
+from simulations.studies.paper.merging import Clients
+from simulations.studies.paper.options import CANDIDATES, KINDS, TASKS, PaperOptions
+from simulations.studies.paper.search import search
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_a_greedy_soup_is_scored_as_the_adapter_that_it_is(options: PaperOptions
     seen: list[float] = []
 
     def validate(state: Mapping[str, torch.Tensor]) -> float:
-        from simulations.paper.search import _product
+        from simulations.studies.paper.search import _product
 
         seen.append(arena.score(state, ["qnli"], data.VALIDATION, _product(clients))["qnli"]["loss"])
         return 0.0
@@ -331,7 +331,7 @@ def test_what_k_alone_explains_is_no_prediction() -> None:
         return findings.Correlation(rho, low, high, 12)
 
     settled, open_, reverse = one(0.5, 0.2, 0.8), one(0.5, -0.2, 0.8), one(-0.5, -0.8, -0.2)
-    said = report._predicts
+    said = report.predicts
     assert said({"all k": settled, "k = 0": settled, "k = 1": open_}).endswith(": it predicts")
     assert said({"all k": settled, "k = 0": open_, "k = 1": None}).endswith("it is not shown to predict")
     assert said({"all k": settled, "k = 0": reverse}).endswith("it is not shown to predict")

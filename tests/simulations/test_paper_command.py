@@ -1,18 +1,22 @@
-"""`python -m simulations.paper` from end to end, tiny: what it writes, and going on after it was stopped."""
+"""`python -m simulations.studies paper` from end to end, tiny: what it writes, and going on after it was stopped."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 
-from simulations.paper import __main__ as command
-from simulations.paper import pieces, report, running
-from simulations.paper.grids import rows
-from simulations.paper.options import KINDS, TASKS
-from simulations.study import Study
+from simulations import environment
+from simulations.studies import __main__ as command
+from simulations.studies.frame import Frame
+from simulations.studies.paper import cells, report
+from simulations.studies.paper.grids import rows
+from simulations.studies.paper.options import KINDS, PaperOptions
+from simulations.studies.running import ready
+from simulations.studies.study import Done
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,8 @@ def arguments(tiny_model: str, tiny_glue: str) -> dict[str, Any]:
         "statistics_batches": 1,
         "precision": "float32",
         "processes": 1,
+        "quick": False,
+        "report": False,
     }
 
 
@@ -38,7 +44,7 @@ def arguments(tiny_model: str, tiny_glue: str) -> dict[str, Any]:
 def done(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run that was stopped on the way and started again."""
     out = tmp_path_factory.mktemp("paper") / "out"
-    real, calls = pieces.search, []
+    real, calls = cells.search, []
 
     def stopped(*given: Any) -> Any:
         calls.append(given)
@@ -47,19 +53,26 @@ def done(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "search", stopped)
+        patch.setattr(cells, "search", stopped)
         with pytest.raises(KeyboardInterrupt):
-            command.run(out=str(out), **arguments)
-    kept = {path: path.stat().st_mtime_ns for path in (out / "work" / "pieces").iterdir()}
-    assert len(kept) == 7  # the base, four trainings, two searches
-    command.run(out=str(out), **arguments)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "finished work was done again"
+            command.paper(out=str(out), **arguments)
+    kept = (out / "work" / "cells.jsonl").read_text()
+    assert kept.count("\n") == 7  # the base, four trainings, two searches
+    command.paper(out=str(out), **arguments)
+    assert (out / "work" / "cells.jsonl").read_text().startswith(kept), "finished work was done again"
     return out
 
 
-def piece(out: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "work" / "pieces" / f"{name}.json").read_text())
-    return found
+def lines(out: Path) -> dict[str, dict[str, Any]]:
+    """Return every cell that is kept, by its name."""
+    found = map(json.loads, (out / "work" / "cells.jsonl").read_text().splitlines())
+    return {cell["cell"]: cell for cell in found}
+
+
+def part(out: Path, kind: str, name: str, split: str = "reported") -> pd.DataFrame:
+    """Return the rows of one part of the study."""
+    every = pd.DataFrame([row for cell in lines(out).values() for row in cell["rows"]])
+    return every[(every["kind"] == kind) & (every["part"] == name) & (every["split"] == split)]
 
 
 def table(out: Path, name: str) -> list[dict[str, str]]:
@@ -76,52 +89,46 @@ def test_every_table_and_picture_is_there(done: Path) -> None:
         for name in pictures:
             assert (done / f"{name}-{kind}.png").stat().st_size > 5000
     page = (done / "results.md").read_text()
-    assert "CPU minutes" in page and "python -m simulations.paper" in page and "seeds 2" in page
+    assert "CPU minutes" in page and "python -m simulations.studies paper" in page and "seeds 2" in page
     assert str(done) not in page and "glue" not in page
 
 
-def test_table_3_holds_what_the_pieces_say(done: Path) -> None:
+def test_table_3_holds_what_the_cells_say(done: Path) -> None:
     for kind in KINDS:
-        lines = {line["method"]: line for line in table(done, f"table3-{kind}")}
+        texts = {line["method"]: line for line in table(done, f"table3-{kind}")}
         scores = {(line["method"], line["seed"], line["task"]): line for line in table(done, f"scores-{kind}")}
-        for row in rows(kind):
-            found = [piece(done, f"{kind}-s{s}-search-{row.name.replace(', ', '-')}") for s in range(2)]
-            for task in TASKS:
-                shares = [one["reported"][task]["correct"] / one["reported"][task]["total"] for one in found]
-                assert lines[row.label][task].startswith(f"{sum(shares) / 2:.3f} ±")
-                for seed, one in enumerate(found):
-                    assert int(scores[row.label, str(seed), task]["right"]) == one["reported"][task]["correct"]
-        bounds = piece(done, f"{kind}-s0-bounds")
-        assert int(scores["base head", "0", "rte"]["right"]) == bounds["base"]["rte"]["correct"]
-        own = scores["each task by its own", "0", "wnli"]["right"]
-        assert int(own) == bounds["wnli"]["wnli"]["correct"]
-        assert lines["each task by its own"]["mean"].count("±") == 1
+        for row in part(done, kind, "search").itertuples():
+            assert int(scores[row.method, str(row.seed), row.task]["right"]) == round(row.score * row.n)
+        for (method, task), score in part(done, kind, "search").groupby(["method", "task"])["score"].mean().items():
+            assert texts[method][task].startswith(f"{score:.3f} ±")
+        bounds = part(done, kind, "bounds").set_index(["method", "seed", "task"])
+        right = (bounds.score * bounds.n).round()
+        assert int(scores["base head", "0", "rte"]["right"]) == right["base head", 0, "rte"]
+        assert int(scores["each task by its own", "0", "wnli"]["right"]) == right["WNLI alone", 0, "wnli"]
+        assert texts["each task by its own"]["mean"].count("±") == 1
+        assert list(texts)[: len(bounds.index.unique(level=0))][0] == "constant answer"
 
 
 def test_what_was_chosen_was_best_on_the_validation_half(done: Path) -> None:
     for kind in KINDS:
-        for row in rows(kind):
-            for seed in range(2):
-                found = piece(done, f"{kind}-s{seed}-search-{row.name.replace(', ', '-')}")
-                assert len(found["candidates"]) == 2
-                means = {
-                    json.dumps(one["setting"]): sum(s["correct"] / s["total"] for s in one["scores"].values())
-                    for one in found["candidates"]
-                }
-                assert means[json.dumps(found["chosen"])] == pytest.approx(max(means.values()))
-                halves = {tuple(s["total"] for s in one["scores"].values()) for one in found["candidates"]}
-                assert halves == {(15, 15, 15)}
-                assert [found["reported"][task]["total"] for task in TASKS] == [15, 15, 15]
+        tried, chosen = part(done, kind, "search", "validation"), part(done, kind, "search")
+        assert set(chosen.method) == {row.label for row in rows(kind)}
+        assert set(tried.n) == set(chosen.n) == {15}
+        means = tried.groupby(["method", "seed", "setting"])["score"].mean()
+        for (method, seed), setting in chosen.groupby(["method", "seed"])["setting"].first().items():
+            assert len(means[method, seed]) == 2
+            assert means[method, seed, setting] == pytest.approx(means[method, seed].max())
 
 
 def test_the_sweeps_meet_the_search_where_the_settings_do(done: Path) -> None:
-    """FroM at k = 0 is the average, and Task Arithmetic at 1.0 three times it, whoever computed them."""
+    """FroM at the k that the search chose has the sweep's scores, whoever computed them."""
     for kind in KINDS:
-        ks = {point["k"]: point["reported"] for point in piece(done, f"{kind}-s0-k")["points"]}
-        assert sorted(ks) == [0.0, 0.125, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 4.0, 8.0]
-        found = piece(done, f"{kind}-s0-search-from")
-        if found["chosen"]["k"] in ks:
-            assert found["reported"] == ks[found["chosen"]["k"]]
+        sweep = part(done, kind, "k")
+        assert sorted(set(sweep.value)) == [0.0, 0.125, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 4.0, 8.0]
+        columns = ["seed", "setting", "task", "score"]
+        found = part(done, kind, "search")[lambda every: every.method == "from"][columns]
+        both = found.merge(sweep[columns], on=["seed", "setting", "task"])
+        assert len(both) and (both.score_x == both.score_y).all()
 
 
 @pytest.fixture
@@ -131,70 +138,77 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report.heatmaps, "draw", lambda found, folder: None)
 
 
+def untimed(cell: dict[str, Any]) -> dict[str, Any]:
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in cell["rows"]]
+    return {**cell, "rows": rows, "seconds": 0, "cpu-seconds": 0}
+
+
 @pytest.mark.usefixtures("undrawn")
-def test_a_removed_piece_is_done_again_and_alone(done: Path, arguments: dict[str, Any], capsys: Any) -> None:
-    name = "full-s1-search-ties"
-    before = piece(done, name)
-    (done / "work" / "pieces" / f"{name}.json").unlink()
-    command.run(out=str(done), **arguments)
+def test_a_removed_cell_is_done_again_and_alone(done: Path, arguments: dict[str, Any], capsys: Any) -> None:
+    name = "search/full/1/ties = knots-ties"
+    before, path = lines(done), done / "work" / "cells.jsonl"
+    kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["cell"] != name]
+    path.write_text("".join(kept))
+    command.paper(out=str(done), **arguments)
     said = [line for line in capsys.readouterr().out.splitlines() if "done; about" in line]
     assert len(said) == 1 and name in said[0]
-    after = piece(done, name)
-    assert {**after, "took": 0, "seconds": 0} == {**before, "took": 0, "seconds": 0}
+    assert untimed(lines(done)[name]) == untimed(before[name])
 
 
 def test_other_settings_are_refused(done: Path, arguments: dict[str, Any], capsys: Any) -> None:
     with pytest.raises(typer.Exit) as stopped:
-        command.run(out=str(done), **{**arguments, "lora_lr": 0.5})
+        command.paper(out=str(done), **{**arguments, "lora_lr": 0.5})
     assert stopped.value.exit_code == 2
     assert "lora_lr" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_report_is_of_whole_seeds_only(done: Path, arguments: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "work" / "pieces").mkdir(parents=True)
-    for path in [*(done / "work").glob("*.json"), *(done / "work" / "pieces").iterdir()]:
-        if not path.name.startswith(("full-s1-k", "lora-")):
-            (tmp_path / path.relative_to(done)).write_bytes(path.read_bytes())
-    command.run(out=str(tmp_path), report=True, **arguments)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "settings.json").write_bytes((done / "work" / "settings.json").read_bytes())
+    path = tmp_path / "work" / "cells.jsonl"
+    left = [
+        json.dumps(cell) + "\n"
+        for name, cell in lines(done).items()
+        if "/lora/" not in name and name != "k/full/1/from"
+    ]
+    path.write_text("".join(left))
+    arguments = {**arguments, "report": True}
+    command.paper(out=str(tmp_path), **arguments)
     assert not list(tmp_path.glob("*-lora.*"))
     assert {line["seed"] for line in table(tmp_path, "scores-full")} == {"0"}
     assert "±" not in (tmp_path / "table3-full.csv").read_text()
-    for path in (tmp_path / "work" / "pieces").glob("full-s0-*.json"):
-        path.unlink()
+    path.write_text("".join(line for line in left if "/full/0/" not in line))
     with pytest.raises(typer.Exit):
-        command.run(out=str(tmp_path), report=True, **arguments)
+        command.paper(out=str(tmp_path), **arguments)
     assert "no seed is finished" in capsys.readouterr().err
 
 
 def test_the_command_line_that_is_named_is_of_no_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ["paper", "--seeds", "2", "--glue-dir", "/data", "--report", "--out", "/tmp/x", "--model", "a b"]
-    monkeypatch.setattr(report.sys, "argv", line)
-    assert report.command() == "python -m simulations.paper --seeds 2 --model 'a b'"
+    line = ["studies", "paper", "--seeds", "2", "--glue-dir", "/data", "--report", "--out", "/tmp/x", "--model", "a b"]
+    monkeypatch.setattr(environment.sys, "argv", line)
+    assert environment.command("x paper") == "x paper --seeds 2 --model 'a b'"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_several_processes_give_the_same(done: Path, arguments: dict[str, Any], tmp_path: Path) -> None:
-    command.run(out=str(tmp_path), **{**arguments, "processes": 2})
-    for path in sorted((tmp_path / "work" / "pieces").iterdir()):
-        mine, other = (json.loads(where.read_text()) for where in (path, done / path.relative_to(tmp_path)))
-        assert {**mine, "took": 0, "seconds": 0} == {**other, "took": 0, "seconds": 0}, path.name
+    command.paper(out=str(tmp_path), **{**arguments, "processes": 2})
+    mine, other = lines(tmp_path), lines(done)
+    assert mine.keys() == other.keys()
+    assert all(untimed(mine[name]) == untimed(other[name]) for name in mine)
 
 
-def test_no_piece_starts_before_what_it_needs(arguments: dict[str, Any], tmp_path: Path) -> None:
-    options = command.PaperOptions(seeds=2)
-    work = {one.name: one for one in pieces.pieces(options)}
-    study = Study(tmp_path, {}, list(work), say=lambda line: None)
-    seen: list[str] = []
-    left = dict(work)
+def test_no_cell_starts_before_what_it_needs(tmp_path: Path) -> None:
+    study = cells.study(PaperOptions(seeds=2), tmp_path)
+    frame, left, seen = Frame(tmp_path, study), [[cell] for cell in study.cells], list[str]()
     while left:
-        ready = running._ready(left, study)
-        assert ready, "nothing can start"
-        for one in ready:
-            assert set(one.needs) <= set(seen)
-            del left[one.name]
-        for one in ready:
-            study.put(one.name, {})
-            seen.append(one.name)
-    assert seen[:2] == ["base-s0", "base-s1"]
+        now = ready(left, frame)
+        assert now, "nothing can start"
+        for (cell,) in now:
+            assert set(cell.needs) <= set(seen)
+            left.remove([cell])
+        for (cell,) in now:
+            frame.add(Done(cell, []))
+            seen.append(cell.name)
+    assert seen[:2] == ["train/base/0/mnli", "train/base/1/mnli"]

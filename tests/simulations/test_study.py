@@ -1,79 +1,144 @@
-"""What long studies stand on: work kept piece by piece, means with intervals, tables."""
+"""What studies stand on: cells kept one by one in a tidy frame, means with intervals, tables."""
 
 import csv
 import json
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from fedfrom.pages import intervals
-from simulations import study
 from simulations.errors import BadInput
-from simulations.study import Study
+from simulations.studies import running, tables
+from simulations.studies.frame import COLUMNS, Frame
+from simulations.studies.study import Cell, Done, Study
 from simulations.tables import write_table
 
-PIECES = ["one", "two", "three"]
+CELLS = tuple(Cell("part", "kind", seed, method, group=method) for method in ("one", "two", "three") for seed in (0, 1))
+
+
+def nothing(cells: Sequence[Cell], rows: pd.DataFrame) -> Iterator[Done]:
+    yield from (Done(cell, [scored(cell)]) for cell in cells)
+
+
+def scored(cell: Cell, score: float = 0.5) -> dict[str, Any]:
+    return {"setting": "", "task": "rte", "split": "reported", "n": 10, "score": score}
+
+
+def study(cells: tuple[Cell, ...] = CELLS, run: Any = nothing, **budget: Any) -> Study:
+    return Study("small", (0, 1), ("kind",), ("one", "two", "three"), ("rte",), budget, cells, run)
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    first = Study(tmp_path, {"steps": 3}, PIECES)
-    assert first.missing() == PIECES and first.get("two") is None
-    first.put("two", {"score": 0.5})
-    again = Study(tmp_path, {"steps": 3}, PIECES)
-    assert again.missing() == ["one", "three"]
-    assert again.get("two") == {"score": 0.5}
-    assert again.get("one") is None
+    calls: list[str] = []
+
+    def stopped(cells: Sequence[Cell], rows: pd.DataFrame) -> Iterator[Done]:
+        for cell in cells:
+            calls.append(cell.name)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            yield Done(cell, [scored(cell)], {"norms": [1.0]})
+
+    with pytest.raises(KeyboardInterrupt):
+        running.run(Frame(tmp_path, study(run=stopped)), say=lambda line: None)
+    again = Frame(tmp_path, study(run=stopped))
+    assert [cell.name for cell in again.missing()] == [cell.name for cell in CELLS[3:]]
+    running.run(again, say=lambda line: None)
+    assert calls == [cell.name for cell in (*CELLS[:4], *CELLS[3:])]
+    found = Frame(tmp_path, study()).rows()
+    assert list(found.columns) == list(COLUMNS) and len(found) == 6
+    assert list(found["method"]) == ["one", "one", "two", "two", "three", "three"]
+    assert again.beside(CELLS[0]) == {"norms": [1.0]}
 
 
-def test_a_study_refuses_results_of_other_settings(tmp_path: Path) -> None:
-    Study(tmp_path, {"steps": 3, "lr": 0.1}, PIECES)
+def test_cells_are_handed_the_rows_of_those_they_need(tmp_path: Path) -> None:
+    def best(cells: Sequence[Cell], rows: pd.DataFrame) -> Iterator[Done]:
+        yield from (Done(cell, [scored(cell, 0.1 * len(rows))]) for cell in cells)
+
+    frame = Frame(tmp_path, study(run=best))
+    running.run(frame, say=lambda line: None)
+    assert frame.rows()["score"].tolist() == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+
+
+def test_a_line_that_was_not_finished_is_no_cell(tmp_path: Path) -> None:
+    frame = Frame(tmp_path, study())
+    for cell in CELLS[:2]:
+        frame.add(Done(cell, [scored(cell)]))
+    path = tmp_path / "cells.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    again = Frame(tmp_path, study())
+    assert CELLS[0] in again and CELLS[1] not in again
+    again.add(Done(CELLS[1], [scored(CELLS[1])]))
+    assert len(Frame(tmp_path, study()).rows()) == 2
+
+
+def test_a_cell_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    frame = Frame(tmp_path, study())
+    with pytest.raises(ValueError, match="JSON"):
+        frame.add(Done(CELLS[0], [scored(CELLS[0]), scored(CELLS[0], math.nan)]))
+    assert frame.missing() == list(CELLS) and Frame(tmp_path, study()).missing() == list(CELLS)
+
+
+def test_a_frame_refuses_results_of_other_settings(tmp_path: Path) -> None:
+    Frame(tmp_path, study(steps=3, lr=0.1))
     with pytest.raises(BadInput, match=r"steps is 3 there, 4 here"):
-        Study(tmp_path, {"steps": 4, "lr": 0.1}, PIECES)
+        Frame(tmp_path, study(steps=4, lr=0.1))
     with pytest.raises(BadInput, match="layers"):
-        Study(tmp_path, {"steps": 3, "lr": 0.1, "layers": 2}, PIECES)
+        Frame(tmp_path, study(steps=3, lr=0.1, layers=2))
 
 
 def test_settings_compare_as_json_does(tmp_path: Path) -> None:
-    Study(tmp_path, {"ks": (0.5, 1.0)}, PIECES)
-    Study(tmp_path, {"ks": (0.5, 1.0)}, PIECES)  # a tuple is a list on disk
+    Frame(tmp_path, study(ks=(0.5, 1.0)))
+    Frame(tmp_path, study(ks=(0.5, 1.0)))  # a tuple is a list on disk
+    assert json.loads((tmp_path / "settings.json").read_text())["ks"] == [0.5, 1.0]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="file"):
-        Study(tmp_path / "file", {}, PIECES)
+        Frame(tmp_path / "file", study())
 
 
-def test_a_piece_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    kept = Study(tmp_path, {}, PIECES)
-    with pytest.raises(ValueError, match="JSON"):
-        kept.put("one", {"score": math.nan})
-    assert kept.missing() == PIECES
+def test_the_time_left_goes_by_what_cells_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
+
+    def slow(cells: Sequence[Cell], rows: pd.DataFrame) -> Iterator[Done]:
+        clock[0] += 60.0
+        yield Done(cells[0], [])
+
+    one, two, three = (replace(cell, group="", cost=cost) for cell, cost in zip(CELLS, (1.0, 1.0, 8.0), strict=False))
+    frame = Frame(tmp_path, study((one, two, three), slow))
+    frame.add(Done(one, []))  # what was there before tells nothing of the speed now
+    running.run(frame, say=said.append)
+    assert said == [f"[2/3] {two.name} done; about 8 min left", f"[3/3] {three.name} done; about 0 min left"]
 
 
-def test_the_time_left_goes_by_what_pieces_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = [0.0], []
-    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
-    costs = {"one": 1.0, "two": 1.0, "three": 8.0}
-    kept = Study(tmp_path, {}, PIECES, said.append, costs)
-    clock[0] = 60.0
-    kept.put("one", {})
-    clock[0] = 120.0
-    kept.put("two", {})
-    assert said == ["[1/3] one done; about 9 min left", "[2/3] two done; about 8 min left"]
-    # what was there before tells nothing of the speed now
-    later = Study(tmp_path, {}, PIECES, said.append, costs)
-    clock[0] = 180.0
-    later.put("three", {})
-    assert said[-1] == "[3/3] three done; about 0 min left"
-    plain: list[str] = []
-    even = Study(tmp_path / "even", {}, PIECES, plain.append)
-    clock[0] = 240.0
-    even.put("one", {})
-    assert plain == ["[1/3] one done; about 2 min left"]
+def test_views_are_paired_by_seed() -> None:
+    scores = {"one": {0: 0.5, 1: 0.7, 2: 0.6}, "two": {0: 0.4, 1: 0.5}}
+    rows = pd.DataFrame(
+        [
+            {"method": method, "seed": seed, "task": task, "score": score + shift}
+            for method, seeds in scores.items()
+            for seed, score in seeds.items()
+            for task, shift in (("rte", 0.1), ("qnli", -0.1))
+        ]
+    )
+    found = tables.by_seed(rows, "method", ("qnli", "rte"))
+    assert list(found.columns) == ["qnli", "rte", "mean"]
+    assert tables.interval(found, "one").mean == pytest.approx(0.6)
+    ahead = tables.gain(found, "one", "two")  # of the seeds that both have
+    assert ahead.mean == pytest.approx(0.15) and ahead.count == 2
+    texts = tables.means(found)
+    assert list(texts.index) == ["one", "two"] and texts.loc["two", "rte"].startswith("0.550 ±")
+    with pytest.raises(ValueError, match="duplicate"):
+        tables.by_seed(pd.concat([rows, rows]), "method", ("qnli", "rte"))
 
 
 def test_mean_has_students_interval(seed: int) -> None:
@@ -124,11 +189,10 @@ def test_a_table_says_the_same_as_csv_and_as_markdown(tmp_path: Path) -> None:
     ]
 
 
-def test_settings_file_is_readable(tmp_path: Path) -> None:
-    Study(tmp_path, {"steps": 3}, PIECES)
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"steps": 3}
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 501])
-def test_students_t_is_scipys(freedom: int) -> None:
-    assert intervals.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-12)
+# Two-sided 95 % quantiles of Student's t as tables print them, and Wilson's bounds by their closed form: scipy's change
+# would move every interval that is published.
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157)])
+def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    values = [0.0, 2.0 * math.sqrt(freedom)] + [math.sqrt(freedom)] * (freedom - 1)  # their deviation is √2
+    half = quantile * math.sqrt(2 / (freedom + 1))
+    assert intervals.mean(values).half_width == pytest.approx(half, rel=1e-6)

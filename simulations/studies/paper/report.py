@@ -1,23 +1,21 @@
 """Everything that is written of the finished work, and the page that says where it was done and what it says."""
 
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedfrom.pages import intervals
-from simulations import training
+from simulations import environment
 from simulations.errors import BadInput
-from simulations.paper import figures, heatmaps, tables
-from simulations.paper.findings import MEAN, Correlation, Findings, chances, values
-from simulations.paper.grids import rows
-from simulations.paper.options import TASKS, PaperOptions
-from simulations.study import Study
+from simulations.studies.frame import Frame
+from simulations.studies.paper import figures, heatmaps, tables
+from simulations.studies.paper.cells import BASE, CONSTANT, POOLED
+from simulations.studies.paper.findings import KIND_NAMES, OWN, Correlation, Findings, correlations
+from simulations.studies.paper.grids import rows
+from simulations.studies.paper.options import TASKS, PaperOptions
+from simulations.studies.tables import gain, interval
 
 
-def write(options: PaperOptions, study: Study, folder: Path) -> None:
+def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
     """Write tables, pictures and results.md for every kind of which a seed is whole.
 
     Raises
@@ -25,7 +23,7 @@ def write(options: PaperOptions, study: Study, folder: Path) -> None:
     BadInput
         None is, or the folder can't be written.
     """
-    every = [Findings.of(options, study, kind) for kind in options.kinds]
+    every = [Findings.of(frame, kind) for kind in options.kinds]
     every = [found for found in every if found.seeds]
     if not every:
         raise BadInput(f"--out {folder}: no seed is finished yet")
@@ -35,32 +33,33 @@ def write(options: PaperOptions, study: Study, folder: Path) -> None:
             tables.write_all(found, folder)
             figures.draw_all(found, folder)
             heatmaps.draw(found, folder)
-        text = "\n".join(_page(options, study, every)) + "\n"
+        text = "\n".join(_page(options, frame, every)) + "\n"
         (folder / "results.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--out {folder}: can't be written: {error}") from None
 
 
-def _page(options: PaperOptions, study: Study, every: list[Findings]) -> list[str]:
-    lines = ["# Merging QNLI, RTE and WNLI under one head", "", *_made(options, study, every)]
+def _page(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[str]:
+    lines = ["# Merging QNLI, RTE and WNLI under one head", "", *_made(options, frame, every)]
     for found in every:
-        lines += ["", f"## {tables.KIND_NAMES[found.kind]}", "", *_table(found), "", *_reading(found)]
+        lines += ["", f"## {KIND_NAMES[found.kind]}", "", *_table(found), "", *_reading(found)]
     return [*lines, "", "Files: for each kind `lora` and `full`,", *_files()]
 
 
-def _made(options: PaperOptions, study: Study, every: list[Findings]) -> list[str]:
-    took = [result["took"] for piece in study.pieces if (result := study.get(piece)) is not None]
-    cpu, seconds = (sum(one[name] for one in took) / 60 for name in ("cpu-seconds", "seconds"))
+def _made(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[str]:
+    cpu, seconds = (frame.took(name) / 60 for name in ("cpu-seconds", "seconds"))
     settings = {**options.settings(), "layers": options.simulation("full", 0).kept_layers or "all"}
-    where = "a GPU" if training.device().type == "cuda" else f"{training.cores()} cores of {cpu_name()}"
     seeds = ", ".join(f"{found.kind} {len(found.seeds)}" for found in every)
-    low, high = chances(every[0])
+    total = int(every[0].bounds().query("task == 'wnli'").n.iloc[0])
+    low, high = intervals.proportion(total // 2, total)
+    command = environment.command("python -m simulations.studies paper")
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     return [
-        f"Machine: {where}, one thread a process. Time: {cpu:.0f} CPU minutes, {seconds:.0f} minutes by the clock.",
+        f"Machine: {environment.machine()}, one thread a process. Time: {cpu:.0f} CPU minutes, {seconds:.0f} minutes "
+        "by the clock.",
         f"Finished seeds: {seeds}. Settings: {text}.",
         "",
-        f"Reproduce with `{command()}`; it goes on with what is missing in `work/`.",
+        f"Reproduce with `{command}`; it goes on with what is missing in `work/`.",
         "",
         "Every task's dev set is cut into two halves that share no example: hyperparameters are chosen on one, and "
         "every number here is from the other. Intervals are Student's, 95 %, over seeds of training; how far so few "
@@ -69,49 +68,29 @@ def _made(options: PaperOptions, study: Study, every: list[Findings]) -> list[st
     ]
 
 
-def command() -> str:
-    """Return the command line without what is this machine's alone."""
-    dropped, kept = False, []
-    for word in sys.argv[1:]:
-        if dropped or word in ("--glue-dir", "--out", "--processes"):
-            dropped = not dropped
-        elif word != "--report":
-            kept.append(shlex.quote(word))
-    return " ".join(["python -m simulations.paper", *kept])
-
-
-def cpu_name() -> str:
-    """Return the CPU's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or os.name
-
-
 def _table(found: Findings) -> list[str]:
     table = tables.table_3(found)
-    return [f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]]
+    cells = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def _reading(found: Findings) -> list[str]:
     """Return sentences that follow from the numbers alone."""
-    means = {row.label: intervals.mean(values(found.reported(row), MEAN)).mean for row in rows(found.kind)}
+    scores = found.scores()
+    means = {row.label: interval(scores, row.label).mean for row in rows(found.kind)}
     order = sorted(means, key=lambda name: -means[name])
     place = order.index("from") + 1
     lines = [f"- Best mean: {order[0]} ({means[order[0]]:.3f}); FroM is {place} of {len(order)} ({means['from']:.3f})."]
     for row in rows(found.kind):
         if row.name.startswith("from"):
-            lines.append(f"- {row.label} less the average, paired: {_verdict(tables.against(found, row))}.")
-    bounds = {name: intervals.mean(values(scores, MEAN)) for name, scores in found.bounds().items()}
-    for name in ("constant answer", "base head", "each task by its own", "all data pooled"):
-        lines.append(f"- {name[0].upper()}{name[1:]}: {bounds[name]}.")
-    correlations = tables.correlations(found)
-    for measure in dict.fromkeys(measure for measure, _ in correlations):
-        parts = {part: one for (name, part), one in correlations.items() if name == measure}
-        lines.append(f"- {measure[0].upper()}{measure[1:]} and accuracy lost: {_predicts(parts)}.")
+            verdict = _verdict(gain(scores, row.label, tables.average(found)))
+            lines.append(f"- {row.label} less the average, paired: {verdict}.")
+    for name in (CONSTANT, BASE, OWN, POOLED):
+        lines.append(f"- {name[0].upper()}{name[1:]}: {interval(scores, name)}.")
+    found_all = correlations(found)
+    for measure in dict.fromkeys(measure for measure, _ in found_all):
+        parts = {part: one for (name, part), one in found_all.items() if name == measure}
+        lines.append(f"- {measure[0].upper()}{measure[1:]} and accuracy lost: {predicts(parts)}.")
     return lines
 
 
@@ -122,7 +101,7 @@ def _verdict(gain: intervals.Interval) -> str:
     return f"{gain.mean:+.3f} ± {gain.half_width:.3f}, {'settled' if settled else 'not settled: the interval holds 0'}"
 
 
-def _predicts(parts: Mapping[str, Correlation | None]) -> str:
+def predicts(parts: Mapping[str, Correlation | None]) -> str:
     """Return what a measure's correlations, over all k and at each, come to."""
     every, *single = parts.values()
     if every is None:

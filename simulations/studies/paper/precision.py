@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simulations import models, training
-from simulations.paper.options import PaperOptions
+from simulations.studies.paper.options import PaperOptions
 
 
 def settled(options: PaperOptions) -> PaperOptions:

@@ -9,17 +9,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from fedfrom.pages import intervals
 from fedfrom.pages.look import COLOURS, MARKERS, STYLE
-from simulations.paper.arena import Scores
-from simulations.paper.findings import COLUMNS, MEAN, Findings, points, values
-from simulations.paper.grids import ALPHAS, KS_FIGURE, KS_PAIRS, rows
-from simulations.paper.options import CHECKPOINTS, CHECKPOINTS_OF, TASKS
-from simulations.paper.tables import KIND_NAMES, correlations
+from simulations.studies.paper.cells import BASE, POOLED
+from simulations.studies.paper.findings import COLUMNS, KIND_NAMES, OWN, Findings, correlations, points
+from simulations.studies.paper.grids import ALPHAS, KS_FIGURE, KS_PAIRS
+from simulations.studies.paper.options import CHECKPOINTS, CHECKPOINTS_OF, TASKS
+from simulations.studies.tables import MEAN, by_seed, interval
 
-LEVELS = {"base head": ("#555555", ":"), "each task by its own": ("#555555", "--"), "all data pooled": ("#555555", "-")}
+LEVELS = {BASE: ("#555555", ":"), OWN: ("#555555", "--"), POOLED: ("#555555", "-")}
 TITLES = {**{task: task.upper() for task in TASKS}, MEAN: "mean of the tasks"}
 
 
@@ -49,13 +50,13 @@ def _dots(axes: Axes, names: Sequence[str], means: Sequence[intervals.Interval],
 
 
 def _table_3(found: Findings) -> Any:
-    table, bounds = found.table(), len(found.bounds())
-    names = list(table)
+    scores, bounds = found.scores(), found.bounds().method.nunique()
+    names = list(scores.index.unique(level=0))
     figure, panels = plt.subplots(
         1, len(COLUMNS), figsize=(12, 1.6 + 0.27 * len(names)), dpi=130, layout="constrained", sharey=True
     )
     for axes, column in zip(panels, COLUMNS, strict=True):
-        _dots(axes, names, [intervals.mean(values(scores, column)) for scores in table.values()], bounds)
+        _dots(axes, names, [interval(scores, name, column) for name in names], bounds)
         axes.set_title(TITLES[column])
         axes.set_xlabel("accuracy")
     panels[0].set_yticks(range(len(names)), names)
@@ -68,9 +69,9 @@ def _seeds(found: Findings) -> str:
     return f"mean and 95 % interval over {count} seeds" if count > 1 else "one seed"
 
 
-def _lines(axes: Axes, positions: Sequence[float], sweep: Sequence[Sequence[Scores]]) -> None:
+def _lines(axes: Axes, positions: Sequence[float], sweep: pd.DataFrame, ticks: Sequence[float]) -> None:
     for number, column in enumerate(COLUMNS):
-        means = [intervals.mean(values(scores, column)) for scores in sweep]
+        means = [interval(sweep, tick, column) for tick in ticks]
         centre, half = np.array([one.mean for one in means]), np.array([one.half_width for one in means])
         width = 2.4 if column == MEAN else 1.4
         band = column == MEAN and not np.isnan(half).any()
@@ -82,16 +83,16 @@ def _lines(axes: Axes, positions: Sequence[float], sweep: Sequence[Sequence[Scor
 
 
 def _levels(axes: Axes, found: Findings) -> None:
-    bounds = found.bounds()
+    scores = found.scores()
     for name, (colour, style) in LEVELS.items():
-        level = intervals.mean(values(bounds[name], MEAN)).mean
+        level = interval(scores, name).mean
         axes.axhline(level, color=colour, linestyle=style, linewidth=1.2, label=f"{name} (mean)")
 
 
-def _sweep(found: Findings, ticks: Sequence[float], sweep: Sequence[Sequence[Scores]], title: str, label: str) -> Any:
+def _sweep(found: Findings, part: str, ticks: Sequence[float], title: str, label: str) -> Any:
     figure, axes = plt.subplots(figsize=(8, 4.6), dpi=130, layout="constrained")
     positions = list(range(len(ticks)))
-    _lines(axes, positions, sweep)
+    _lines(axes, positions, found.sweep(part), ticks)
     _levels(axes, found)
     axes.set_xticks(positions, [f"{tick:g}" for tick in ticks])
     axes.set_xlabel(label)
@@ -102,30 +103,19 @@ def _sweep(found: Findings, ticks: Sequence[float], sweep: Sequence[Sequence[Sco
 
 
 def _alphas(found: Findings) -> Any:
-    sweep = found.sweep("alpha", "coefficient")
-    return _sweep(found, ALPHAS, [sweep[alpha] for alpha in ALPHAS], "Task Arithmetic by its coefficient", "alpha")
+    return _sweep(found, "alpha", ALPHAS, "Task Arithmetic by its coefficient", "alpha")
 
 
 def _ks(found: Findings) -> Any:
-    sweep = found.sweep("k", "k")
-    return _sweep(found, KS_FIGURE, [sweep[k] for k in KS_FIGURE], "FroM by k", "k (0 is the mean)")
+    return _sweep(found, "k", KS_FIGURE, "FroM by k", "k (0 is the mean)")
 
 
 def _checkpoints(found: Findings) -> Any:
-    pieces = found.pieces("checkpoints")
-    named = {
-        f"checkpoint at {share:.0%}": [piece["alone"][number] for piece in pieces]
-        for number, share in enumerate(CHECKPOINTS)
-    }
-    merged = {
-        row.label: [p["merged"][row.name] for p in pieces]
-        for row in rows(found.kind)
-        if row.name in pieces[0]["merged"]
-    }
-    names = [*named, *merged]
-    means = [intervals.mean(values(scores, CHECKPOINTS_OF)) for scores in {**named, **merged}.values()]
+    scores = by_seed(found.part("checkpoints"), "method", (CHECKPOINTS_OF,))
+    names = list(scores.index.unique(level=0))
+    means = [interval(scores, name) for name in names]
     figure, axes = plt.subplots(figsize=(7.5, 1.4 + 0.27 * len(names)), dpi=130, layout="constrained")
-    _dots(axes, names, means, len(named))
+    _dots(axes, names, means, len(CHECKPOINTS))
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("accuracy, reported half")
     axes.set_title(f"Three checkpoints of {CHECKPOINTS_OF.upper()} merged, {KIND_NAMES[found.kind]}")

@@ -3,11 +3,11 @@
 import time
 from typing import Any
 
-from simulations.paper.arena import Arena, mean_accuracy
-from simulations.paper.data import REPORTED, VALIDATION
-from simulations.paper.grids import Row, Setting
-from simulations.paper.merging import Clients, Merged
-from simulations.paper.options import TASKS
+from simulations.studies.paper.arena import Arena, mean_accuracy
+from simulations.studies.paper.data import REPORTED, VALIDATION
+from simulations.studies.paper.grids import Row, Setting
+from simulations.studies.paper.merging import Clients, Merged
+from simulations.studies.paper.options import TASKS
 
 
 def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from simulations import models, tasks
 from simulations.batches import Tokens, tokenise, training_batches
 from simulations.errors import BadInput
 from simulations.options import Options
-from simulations.paper.options import BASE_TASK, TASKS, PaperOptions
+from simulations.studies.paper.options import BASE_TASK, TASKS, PaperOptions
 from simulations.training import round_seed
 
 VALIDATION, REPORTED = "validation", "reported"

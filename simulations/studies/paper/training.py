@@ -1,32 +1,32 @@
 """Training: the base model with its head, then each task's adapter or weights under that head."""
 
-from typing import Any
-
 from torch import Tensor
 
 from simulations import statistics, training
 from simulations.batches import Tokens
-from simulations.paper import arena, data
-from simulations.paper.files import Shelf
-from simulations.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
-from simulations.paper.precision import computing
+from simulations.studies.paper import arena, data
+from simulations.studies.paper.files import Shelf
+from simulations.studies.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
+from simulations.studies.paper.precision import computing
+from simulations.studies.study import Row
 
 STATISTICS = ("gram", "fisher")
 
 
-def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> dict[str, Any]:
-    """Train encoder and head on binary MNLI, keep the weights, and return what it took and came to."""
+def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> list[Row]:
+    """Train encoder and head on binary MNLI, keep the weights, and return its loss and what it came to."""
     model = arena.new_model(options, "base", seed, None)
     tokens = data.load(options)[BASE_TASK]
     runs = computing(model, options)
     done = training.train(runs, tokens.train, options.simulation("base", seed), data.order_seed(seed, BASE_TASK))
     scores = training.evaluate(runs, tokens.reported, BASE_TASK)
     shelf.put(f"base-s{seed}", arena.trained_state(model, "base"))
-    constant = data.constant(tokens.reported)
-    return {"loss": done.loss, "accuracy": scores["accuracy"], "constant": constant["correct"] / constant["total"]}
+    trained = {"task": BASE_TASK, "split": "training", "n": done.examples, "loss": done.loss}
+    reported = {"split": data.REPORTED, "n": len(tokens.reported), "score": scores["accuracy"], "loss": scores["loss"]}
+    return [trained, {"task": BASE_TASK, **reported}]
 
 
-def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Shelf) -> dict[str, Any]:
+def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Shelf) -> list[Row]:
     """Train one task, or all of them pooled, from the base model; keep the state, checkpoints and statistics."""
     model = arena.new_model(options, kind, seed, shelf.get(f"base-s{seed}"))
     simulation = options.simulation(kind, seed, options.task_steps(task))
@@ -50,7 +50,7 @@ def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Sh
 
     done = training.train(computing(model, options), tokens, simulation, order, after_step)
     keep(f"{kind}-s{seed}-{task}")
-    return {"loss": done.loss, "steps": done.steps, "examples": done.examples}
+    return [{"task": task, "split": "training", "n": done.examples, "loss": done.loss}]
 
 
 def _pooled(options: PaperOptions, kind: str, seed: int) -> Tokens:

@@ -33,6 +33,11 @@ class Row:
         return " = ".join([self.name, *self.also])
 
 
+def setting_text(setting: Setting) -> str:
+    """Return a setting as the tables have it."""
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+
+
 def _grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 

@@ -37,10 +37,10 @@ class Shelf:
         Raises
         ------
         BadInput
-            Its file is gone, though the piece that wrote it is done.
+            Its file is gone, though the cell that wrote it is done.
         """
         if not self._path(name).is_file():
-            raise BadInput(f"{self._path(name)}: missing; remove the JSON of the training that wrote it from pieces/")
+            raise BadInput(f"{self._path(name)}: missing; remove cells.jsonl, which says that it was written")
         return load_file(self._path(name))
 
     def _path(self, name: str) -> Path:

@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from fedfrom.pages.look import STYLE
-from simulations.paper.findings import Findings
-from simulations.paper.options import TASKS
-from simulations.paper.tables import KIND_NAMES
+from simulations.studies.paper.findings import KIND_NAMES, Findings
+from simulations.studies.paper.options import TASKS
 
 Matrix = NDArray[np.float64]
 ROWS_LABELLED = 30  # with more layers than that, names would run into each other
@@ -35,13 +34,13 @@ def _worth_showing(name: str, layers: list[dict[str, Any]]) -> bool:
 
 def draw(found: Findings, folder: Path) -> None:
     """Draw the cosines and, by layer, the norms and the weights at k = 1; means over seeds."""
-    pieces = found.pieces("geometry")
-    shown = [i for i, layer in enumerate(pieces[0]["layers"]) if _worth_showing(layer["name"], pieces[0]["layers"])]
-    names = [short_name(pieces[0]["layers"][i]["name"]) for i in shown]
+    seeds = found.geometry()
+    shown = [i for i, layer in enumerate(seeds[0]["layers"]) if _worth_showing(layer["name"], seeds[0]["layers"])]
+    names = [short_name(seeds[0]["layers"][i]["name"]) for i in shown]
     norms, weights = (
-        np.mean([[piece["layers"][i][key] for i in shown] for piece in pieces], axis=0) for key in ("norms", "weights")
+        np.mean([[seed["layers"][i][key] for i in shown] for seed in seeds], axis=0) for key in ("norms", "weights")
     )
-    alike = np.mean([piece["cosines"] for piece in pieces], axis=0)
+    alike = np.mean([seed["cosines"] for seed in seeds], axis=0)
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(figsize=(4.6, 3.9), dpi=130, layout="constrained")
         _map(axes, alike, list(map(str.upper, TASKS)), "cosine", "RdBu_r", (-1.0, 1.0))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fedfrom.merging.peft.configs import rank_and_scaling
 from simulations import models, training
-from simulations.paper.data import load
-from simulations.paper.options import PaperOptions
-from simulations.paper.pairs import PairClassifier
-from simulations.paper.precision import computing
+from simulations.studies.paper.data import load
+from simulations.studies.paper.options import PaperOptions
+from simulations.studies.paper.pairs import PairClassifier
+from simulations.studies.paper.precision import computing
 
 Scores = dict[str, dict[str, float]]
 

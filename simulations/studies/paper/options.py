@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulations.errors import BadInput
-from simulations.options import Options
+from simulations.options import Options, like, option
 
 TASKS = ("qnli", "rte", "wnli")
 BASE_TASK = "mnli"
@@ -16,32 +16,46 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 CANDIDATES = 6
 
 
+# Minutes instead of an hour: every row, table and picture, and no result worth reading.
+QUICK: dict[str, Any] = {
+    "layers": 1,
+    "seeds": 2,
+    "base_steps": 20,
+    "steps": (15, 10, 5),
+    "validation_examples": 40,
+    "reported_examples": 60,
+    "candidates": 2,
+    "statistics_batches": 1,
+}
+
+
 @dataclass(frozen=True)
 class PaperOptions:
-    """What is trained, merged and evaluated; all of it but the folder and `processes` changes results."""
+    """What is trained, merged and evaluated; all of it but the folders and `processes` changes results."""
 
-    model: str = "minilm"
-    layers: int | None = None
-    pooling: str = "auto"
-    apart: bool = True
-    glue_dir: str = ""
-    kinds: tuple[str, ...] = KINDS
-    seeds: int = 3
-    base_steps: int = 160
-    steps: tuple[int, ...] = (100, 60, 20)
-    batch_size: int = 16
-    max_length: int = 48
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_lr: float = 2e-3
-    full_lr: float = 3e-4
-    embeddings: bool = False
-    validation_examples: int = 80
-    reported_examples: int = 200
-    candidates: int = CANDIDATES
-    statistics_batches: int = 4
-    precision: str = "auto"
-    processes: int = 0
+    out: str = option("results/paper", "Folder of tables and pictures, and in work of all that is kept.")
+    glue_dir: str = like("glue_dir")
+    model: str = like("model")
+    layers: int | None = like("layers")
+    pooling: str = like("pooling")
+    apart: bool = option(True, "Encode the two sentences apart where the model pools by the mean.")
+    kinds: tuple[str, ...] = option(KINDS, "lora (adapters), full (weights), or both.")
+    seeds: int = option(3, "Seeds of training: 0, 1, ...")
+    base_steps: int = option(160, "Steps of the base model on MNLI.")
+    steps: tuple[int, ...] = option((100, 60, 20), "Steps on QNLI, RTE, WNLI.")
+    batch_size: int = like("batch_size")
+    max_length: int = like("max_length", 48)
+    lora_r: int = like("lora_r", 16)
+    lora_alpha: float = like("lora_alpha", 32.0)
+    lora_lr: float = option(2e-3, "Learning rate of adapters.")
+    full_lr: float = option(3e-4, "Learning rate of full fine-tuning, and of the base.")
+    embeddings: bool = option(False, "Train the word embeddings too, if full.")
+    validation_examples: int = option(80, "Of a task's dev, to choose by, at most.")
+    reported_examples: int = option(200, "Of a task's dev, to report, at most.")
+    candidates: int = option(CANDIDATES, "Settings tried for each method.")
+    statistics_batches: int = like("statistics_batches", 4)
+    precision: str = option("auto", "float32, bfloat16, or auto (the latter if fast).")
+    processes: int = option(0, "Processes at a time, 0: one a core.")
 
     def checked(self) -> "PaperOptions":
         """Return these options.
@@ -107,6 +121,6 @@ class PaperOptions:
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as plain JSON types."""
         values = dataclasses.asdict(self)
-        for name in ("glue_dir", "processes"):
+        for name in ("out", "glue_dir", "processes"):
             del values[name]
         return {**values, "kinds": list(self.kinds), "steps": list(self.steps)}
