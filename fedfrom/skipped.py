@@ -1,4 +1,4 @@
-"""Rounds whose replies were all rejected: how many there may be before the run is an error, and what it says."""
+"""Rounds that merge nothing: how many there may be before the run is an error, and what it says."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Skipped:
     kinds : dict[str, Kind]
         The rejections of `rounds`, by their kind, with the newest example of each.
     failures : int (default: 0)
-        Rounds whose valid replies could not be merged.
+        Other rounds that merged nothing, though valid replies came: too few of them, or a merge that failed.
     failure : str (default: "")
-        Why not, in the newest of them.
+        Why, in the newest of them.
     """
 
     in_a_row: int = 0
@@ -69,19 +69,17 @@ class Skipped:
             Why which nodes' replies were rejected. Replies that are errors are not among them: a round of errors alone
             is one without replies.
         failure : str (default: "")
-            Why the merge of valid replies failed, if it did: a function that scores states raises, say.
+            Why else the round merged nothing, though valid replies came.
         """
         if merged:
             return type(self)(has_merged=True)
-        if valid:
-            ended = replace(self, in_a_row=0, is_newest=False)
-            return replace(ended, failures=self.failures + 1, failure=failure) if failure else ended
-        if not rejected:
-            return replace(self, is_newest=False)
-        kinds = dict(self.kinds)
-        for kind, new in by_kind(rejected).items():
-            kinds[kind] = new._replace(times=new.times + (kinds[kind].times if kind in kinds else 0))
-        return replace(self, in_a_row=self.in_a_row + 1, is_newest=True, rounds=self.rounds + 1, kinds=kinds)
+        if rejected and not valid:
+            kinds = dict(self.kinds)
+            for kind, new in by_kind(rejected).items():
+                kinds[kind] = new._replace(times=new.times + (kinds[kind].times if kind in kinds else 0))
+            return replace(self, in_a_row=self.in_a_row + 1, is_newest=True, rounds=self.rounds + 1, kinds=kinds)
+        after = replace(self, is_newest=False, in_a_row=0 if valid else self.in_a_row)
+        return replace(after, failures=self.failures + 1, failure=failure) if failure else after
 
     def check(self, most: int | None, is_last: bool) -> None:
         """Raise RuntimeError where too many rounds were such: clients and server don't fit each other.
@@ -100,10 +98,10 @@ class Skipped:
             )
         if not is_last or self.has_merged:
             return
-        if self.failures:
+        if self.failures > self.rounds:
             raise RuntimeError(
-                f"expected at least one round that merges its replies, found none: in {self.failures} "
-                f"{_rounds(self.failures)} the merge failed, last because of: {self.failure}"
+                f"expected at least one round that merges its replies, found none: {self.failures} "
+                f"{_rounds(self.failures)} merged nothing, the last one because of: {self.failure}"
             )
         if self.rounds:
             raise RuntimeError(

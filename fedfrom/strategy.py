@@ -26,7 +26,7 @@ from fedfrom.closest import did_you_mean
 from fedfrom.loop import STORAGE, RoundLoop
 from fedfrom.merging import MergeReport, methods
 from fedfrom.merging.clients import Client, Round
-from fedfrom.merging.inputs import check_clip, check_server_lr
+from fedfrom.merging.inputs import check_clip, check_safe, check_server_lr
 from fedfrom.merging.linalg.blocks import Empty
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.merge import merge_clients
@@ -168,6 +168,7 @@ class FedMerge(RoundLoop):
                 options.setdefault("seed", seed)
         self.method = make_method(method, **options)
         check_server_lr(server_lr)
+        check_safe(server_lr, self.method.candidates())
         check_clip(clip)
         check_screening(examples_cap, min_valid_replies, select, attackers)
         self.server_lr, self.clip = server_lr, clip
@@ -320,6 +321,8 @@ class FedMerge(RoundLoop):
         try:
             if len(valid) < self.min_valid_replies:
                 least = num_replies(self.min_valid_replies, "valid ")
+                if valid:
+                    failed_by = f"expected at least {least}, found {len(valid)}"
                 log.warning("aggregate_train: expected at least %s, found %d", least, len(valid))
             else:
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
@@ -434,7 +437,8 @@ class FedMerge(RoundLoop):
             self._warned = True
             log.warning(
                 "aggregate_train: server_lr (1 + k lambda_max) reaches %.2f: at 2 and more, clients whose updates "
-                "oppose each other can make rounds swing for ever; if the scores do, lower k, or say server_lr='safe'",
+                "oppose each other can make rounds swing for ever; if the scores do, lower k, or say server_lr='safe' "
+                "(where k is finite)",
                 max(beyond),
             )
 
@@ -542,6 +546,11 @@ class FedFroM(FedMerge):
         examples_cap: float | None = 3.0,
         **others: Any,
     ) -> None:
+        if "method" in others:
+            raise ValueError(
+                f"method: expected none, as FedFroM merges with FroM, found {others['method']!r}: say "
+                f"FedMerge({others['method']!r})"
+            )
         super().__init__(
             "from",
             clip=clip,

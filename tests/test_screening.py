@@ -112,19 +112,30 @@ def test_what_is_wrong_first_is_the_reason() -> None:
         assert strategy.reports[1].reasons == {fault: 1}
 
 
+def later(faults: dict[int, Fault]) -> Any:
+    """Return clients that are at fault from the second round on: a run that merged nothing would be an error."""
+
+    def client(message: Message, context: Context) -> Message:
+        is_first = message.content["config"]["server-round"] == 1
+        return noisy(message, context) if is_first else faulty(faults)(message, context)
+
+    return client
+
+
 @pytest.mark.parametrize(("least", "skipped"), [(3, False), (4, True)])
 def test_with_fewer_than_min_valid_replies_the_arrays_stay(
     least: int, skipped: bool, flower_log: pytest.LogCaptureFixture
 ) -> None:
     faults = {0: renamed, 1: spoiled(HEAD, math.nan)}
-    strategy = FedFroM(min_valid_replies=least)
-    result = run(strategy, faults)
-    assert same_bits(result.arrays, record_of(mixed_state())) == skipped
-    assert (strategy.reports[1].merge is None) == skipped
+    strategy, start = FedFroM(min_valid_replies=least), record_of(mixed_state())
+    result = strategy.start(InProcessGrid(later(faults), 5), start, num_rounds=2)
+    before = FedFroM(min_valid_replies=least).start(InProcessGrid(noisy, 5), start, num_rounds=1)
+    assert same_bits(result.arrays, before.arrays) == skipped
+    assert (strategy.reports[2].merge is None) == skipped
     assert logged(flower_log, "expected at least 4 valid replies, found 3") == skipped
-    assert logged(flower_log, "round 1 is skipped") == skipped
+    assert logged(flower_log, "round 2 is skipped") == skipped
     # a skipped round says what it lacked, too
-    metrics = result.train_metrics_clientapp[1]
+    metrics = result.train_metrics_clientapp[2]
     assert (metrics["replies-valid"], metrics["replies-rejected"], metrics["replies-rejected-keys"]) == (3, 2, 1)
     assert ("weight-max" in metrics) == (not skipped)
 
@@ -283,8 +294,9 @@ def test_what_is_selected_does_not_depend_on_the_factors_or_the_order() -> None:
 
 def test_a_round_with_too_few_replies_to_select_from_is_skipped(flower_log: pytest.LogCaptureFixture) -> None:
     strategy = FedFroM(select="multikrum", attackers=2)
-    result = run(strategy, {}, nodes=6)
-    assert same_bits(result.arrays, record_of(mixed_state())) and strategy.reports[1].merge is None
+    with pytest.raises(RuntimeError, match="select: expected at least .* found 6"):  # as no round merges anything
+        run(strategy, {}, nodes=6)
+    assert strategy.reports[1].merge is None and logged(flower_log, "round 1 is skipped")
     assert logged(flower_log, "select: expected at least 2 * 2 + 3 valid replies", "found 6")
 
 

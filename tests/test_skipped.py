@@ -239,7 +239,7 @@ def test_a_run_whose_merges_all_fail_ends_with_what_failed() -> None:
     def validate(state: Any) -> float:
         raise FileNotFoundError("held-out.tsv")
 
-    with pytest.raises(RuntimeError, match=r"in 2 rounds the merge failed.*raised FileNotFoundError: held-out\.tsv"):
+    with pytest.raises(RuntimeError, match=r"2 rounds merged nothing.*raised FileNotFoundError: held-out\.tsv"):
         run({}, 2, "fine", k="auto", validate=validate)
     scores = iter([None, 0.0, 0.0])
     strategy, _ = run({}, 2, "fine", k="auto", search={"k": (0, 1)}, validate=lambda state: next(scores))

@@ -103,7 +103,8 @@ def test_reasons_are_logged_by_kind_and_before_what_comes_of_them(caplog: pytest
 
     strategy = FedFroM(min_valid_replies=2, fraction_evaluate=0.0)
     grid = InProcessGrid(faulty({0: emptied, 1: infinite, 2: emptied, 3: emptied}), 5)
-    with caplog.at_level(logging.DEBUG, logger="flwr"):
+    ended = pytest.raises(RuntimeError, match="expected at least 2 valid replies, found 1")
+    with caplog.at_level(logging.DEBUG, logger="flwr"), ended:
         strategy.start(grid, record_of(mixed_state()), num_rounds=1)
     at = {"keys": "rejected 3 replies (keys), such as node", "not-finite": "rejected 1 reply (not-finite), node"}
     at |= {"few": "expected at least 2 valid replies, found 1", "skipped": "round 1 is skipped"}

@@ -94,6 +94,8 @@ def test_reports_can_be_written_as_json() -> None:
         ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
         ({"grid": (0, 1)}, ["search", "found grid", "search={'k': ...}"]),
+        ({"k": math.inf, "server_lr": "safe"}, ["server_lr", "k = infinity", "'safe'"]),
+        ({"method": "ties"}, ["method", "FedMerge('ties')"]),
         ({"k": "auto", "validate": len, "search": {"k": ()}}, ["search, 'k'", "found ()"]),
         ({"validate": len}, ["validate", "k='auto'", "k=0.5"]),
         ({"on_round": 3}, ["on_round", "a function", "found 3"]),

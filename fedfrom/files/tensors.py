@@ -177,6 +177,10 @@ class Tensors(Mapping[str, Tensor]):
         for path, keys in files.items():
             self._add(path, keys)
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """Return the dtype that a tensor has in its file, whatever it is widened to when it is read."""
+        return self.specs[key].dtype
+
     def _add(self, path: Path, keys: Sequence[str] | None) -> None:
         try:
             file = self._opened(path)

@@ -140,7 +140,12 @@ class _Module:
             rank=rank if isinstance(rank, int) else None,
             base=None if self.W is None else self.W * (1 / self.updates.unit),
             server_lr=server_lr,
-            tolerance=rank_tolerance(self.products[0].terms[0].B.dtype),
+            tolerance=max(
+                rank_tolerance(sent.state.stored_dtype(key))
+                for sent in self.inputs.sent
+                for part, key in sent.layers[self.name].keys.items()
+                if part in L.RANK_DIMENSION
+            ),
         )
 
     def _sizes(

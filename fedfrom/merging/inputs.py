@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.methods.base import Method
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.peft.layers import State
@@ -173,6 +174,14 @@ def check_server_lr(server_lr: float | str) -> None:
     is_number = isinstance(server_lr, int | float) and not isinstance(server_lr, bool)
     if server_lr != SAFE and (not is_number or not 0 <= server_lr < 1e100):  # type: ignore[operator]
         raise ValueError(f"server_lr: expected a finite number >= 0 or 'safe', found {server_lr!r}")
+
+
+def check_safe(server_lr: float | str, candidates: Sequence[Method]) -> None:
+    """Raise ValueError where alpha is "safe" and one of the methods weighs by the largest norm alone."""
+    if server_lr == SAFE and any(math.isinf(method.k) for method in candidates):
+        raise ValueError(
+            "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
+        )
 
 
 def check_clip(clip: float | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fedfrom.merging.adapters import merge_adapter
 from fedfrom.merging.clients import Client, Round, clients_of
-from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, check_server_lr
+from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, check_safe, check_server_lr
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.threads import begin, one_thread_each
 from fedfrom.merging.methods.base import Method, ProductMethod, Survey
@@ -25,7 +24,6 @@ from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.sources import Inputs, check_result
 from fedfrom.merging.survey import survey
 from fedfrom.merging.tensors import keep, merge_tensors
-from fedfrom.merging.weighing import SAFE
 
 # entries of what is held of the tensors that are merged before the first of them is handed on, in float32: their
 # results, of small ones all clients' updates in float64, and the cosines of their pairs
@@ -241,10 +239,7 @@ def layer_by_layer(clients: Sequence[Client], shared: Round, method: Method) -> 
     if shared.as_reference and (reference is None or reference.layers.keys() != first.layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
     candidates = method.candidates()
-    if shared.server_lr == SAFE and math.isinf(candidates[-1].k):
-        raise ValueError(
-            "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
-        )
+    check_safe(shared.server_lr, candidates)
     return LayerByLayer(inputs, candidates, shared)
 
 

@@ -49,6 +49,11 @@ class Readable(Mapping[str, Tensor]):
             raise ValueError(f"{self._who}, {key!r}: expected a dense tensor of real numbers, found {kind}")
         return tensor
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """Return the dtype that a tensor came in, where its state reads it in a wider one."""
+        state: Any = self._state
+        return state.stored_dtype(key) if hasattr(state, "stored_dtype") else self[key].dtype
+
     def entries(self, key: str) -> Values:
         """Return the tensor of a key, or what reads it a block at a time where the state has that."""
         state: Any = self._state

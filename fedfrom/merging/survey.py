@@ -12,7 +12,6 @@ from fedfrom.merging.adapters import adapter_deltas
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.entries import Entries, Histogram, kth_largest
 from fedfrom.merging.methods.base import Method, Survey
-from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.sources import Inputs, check_norms
 from fedfrom.merging.tensors import delta_norms, plain_tensors
 from fedfrom.merging.weighing import clip_factors
@@ -28,7 +27,7 @@ def survey(inputs: Inputs, method: Method, clip: float | None) -> Survey:
             "scope: expected adapter configs with scope='model', which compares adapters with plain tensors by their "
             "true size, found none: give configs= (a strategy: lora_config=), or scope='layer'"
         )
-    if isinstance(method, Ties):
+    if method.kept(0) is not None:
         return Survey(thresholds=_thresholds(inputs, method, clip))
     norms = [0.0] * len(inputs.sent)
     for name in updated(inputs):
@@ -46,7 +45,7 @@ def _norms(inputs: Inputs, name: str) -> list[float]:
     return check_norms(found, inputs, name)
 
 
-def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]:
+def _thresholds(inputs: Inputs, method: Method, clip: float | None) -> list[float]:
     """Return the magnitude that each client's largest entries reach; holds one dense adapter layer at a time."""
     names = updated(inputs)
     factors = {name: clip_factors([] if clip is None else _norms(inputs, name), clip) for name in names}
@@ -56,7 +55,7 @@ def _thresholds(inputs: Inputs, method: Ties, clip: float | None) -> list[float]
     thresholds = []
     for i in range(len(inputs.sent)):
         own = {name: 1.0 if clip is None else factors[name][i] for name in names}
-        kept = method.kept(sum(_numel(inputs, name) for name in names))
+        kept = method.kept(sum(_numel(inputs, name) for name in names)) or 0
 
         def counts(histogram: Histogram, i: int = i, own: dict[str, float] = own) -> Iterator[Tensor]:
             for name in names:

@@ -26,7 +26,8 @@ def keep_unchanged(
 
     Where all A are W's A and the rows of T lie in their span, A stays and B = T A^+. Where all B are W's B and the
     columns of T lie in their span, B stays and A = B^+ T. T always lies there for methods whose theta* is a weighted
-    sum of the updates, and for others where it happens to. Nothing is truncated, so this is Eq. 6's optimum too.
+    sum of the updates, and for others where it happens to. What is lost is at most rounding in the factors' dtype, so
+    this is Eq. 6's optimum too.
 
     Parameters
     ----------

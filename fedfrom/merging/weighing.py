@@ -225,11 +225,12 @@ def safe_lr(k: float, lambda_max: float, clients: int) -> float:
 def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
     """Return (n,) factors in (0, 1] that bring every norm to at most `clip` times the median of those that count.
 
-    Norms of 0 do not count: those clients do not train the layer. Nor do negligible norms, those below a hundredth of
-    the norm that three tenths of the other clients, and two at least, exceed or reach. So a majority that hardly moves
-    a layer (weight decay without a gradient, a head that most barely train) does not clip those who learn there. And
-    so up to three attackers of ten can't make their own norms the measure, as long as the honest clients' norms are
-    within a hundred times each other.
+    Norms of 0 do not count: those clients do not train the layer. Of the others, so many may be attackers: three
+    tenths, and one at least. The largest norm but for as many as that is taken for honest, and norms below a hundredth
+    of it are negligible and do not count either. So a majority that hardly moves a layer (weight decay without a
+    gradient, a head that most barely train) does not clip those who learn there, if they are more than so many. And
+    three attackers of ten can't make their own norms the measure, as long as the honest clients' norms are within a
+    hundred times each other.
 
     Parameters
     ----------

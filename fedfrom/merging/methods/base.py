@@ -161,6 +161,10 @@ class Method:
         """Return the shape of what a client sends beside a layer of this shape, (d_out, d_in) for a LoRA module."""
         return shape
 
+    def kept(self, entries: int) -> int | None:
+        """Return how many of so many entries of each update are kept, the largest; None where none are sought."""
+        return None
+
     def prepare(self, entries: Entries, context: Context) -> Context:
         """Return the context with what `combine` has to know of the whole tensor before it is given blocks of it."""
         return context

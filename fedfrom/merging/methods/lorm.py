@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank, random_normal
-from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.methods.base import Context
-from fedfrom.merging.methods.regmean import RegMean, widest_rounding
+from fedfrom.merging.methods.regmean import RegMean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,9 @@ class LoRM(RegMean):
         M = right.project(right.project(metric).T)
         A = random_normal(rank, C.shape[1], f"{self.seed}:{context.name}").to(C.device)
         result = torch.zeros_like(C)
-        rounding = rank_tolerance(widest_rounding(context.statistics))
         for _ in range(self.iterations):
             A = torch.linalg.qr(A.T).Q.T  # its span is all that counts
-            B = C @ (M @ A.T) @ torch.linalg.pinv(A @ M @ A.T, rtol=rounding, hermitian=True)
+            B = C @ (M @ A.T) @ torch.linalg.pinv(A @ M @ A.T, hermitian=True)
             A = torch.linalg.pinv(B) @ C
             before, result = result, B @ A
             if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
-from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.methods.base import Context, ProductMethod
 
 
@@ -21,46 +20,58 @@ def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
     return result
 
 
+# a factor's pivots closer than this (squared) are those of a matrix that is safely invertible in float64
+_CONDITION = 1e-10
 # A column of a Gram matrix with at least this share of its square beyond the span of the columns before it is no
 # combination of them: at least this, or so many epsilons of the dtype that the matrix came in.
 _APART, _EPSILONS = 1e-3, 32
+# Eigenvalues up to so many epsilons of the largest are rounding: up to 0.8 are seen in float32 sums.
+_ROUNDING = 2
 
 
-def divide(rows: Tensor, gram: Tensor, dtype: torch.dtype = torch.float64, is_shrunk: bool = False) -> Tensor:
-    """Return rows @ gram^+, in which directions that no input has are 0.
+def divide(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return rows @ gram^+ of (any, d) rows and a (d, d) Gram matrix: 0 where no client has inputs.
 
-    By Cholesky, some ten times faster than the pseudo-inverse by eigenvalues, where no column of the Gram matrix is
-    near to a combination of others. Off-diagonals that are shrunk see to that. Else the pseudo-inverse leaves out the
-    eigenvalues that are rounding in the dtype that the matrix came in: with fewer inputs than d_in those would be
-    inverted, and rounding would outweigh the update.
+    By Cholesky, some ten times faster than the pseudo-inverse by eigenvalues, where the matrix is far from singular,
+    as off-diagonals that are shrunk make it.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    if not failed and pivots.min() ** 2 > _CONDITION * pivots.max() ** 2:
+        return torch.cholesky_solve(rows.T, factor).T
+    return rows @ torch.linalg.pinv(gram, hermitian=True)
+
+
+def without_rounding(gram: Tensor, grams: Sequence[Tensor]) -> Tensor:
+    """Return a sum of Gram matrices without the directions that are rounding in the dtype that these came in.
+
+    With fewer inputs than d_in the sum has eigenvalues of rounding. An inverse would enlarge them until they outweigh
+    the update. Rounding is relative to each entry, so it is told from inputs on features of length 1: otherwise one
+    feature that is far larger than the others would make all of them count as rounding.
 
     Parameters
     ----------
-    rows : Tensor
-        (any, d) float64.
     gram : Tensor
-        (d, d) float64, positive semidefinite but for rounding.
-    dtype : torch.dtype (default: torch.float64)
-        That the Gram matrices came in.
-    is_shrunk : bool (default: False)
-        Whether its off-diagonals were multiplied by 0.999 or less, so that it has a Cholesky factor.
+        (d, d) float64; not changed.
+    grams : Sequence[Tensor]
+        What it is the sum of. A float64 matrix counts as float32: clients sum theirs in float32.
+
+    Returns
+    -------
+    Tensor
+        (d, d) float64: the matrix itself where every direction counts.
     """
-    kept = gram.diagonal() > 0  # without inputs a column is zero, and so is its row
-    if not bool(kept.all()):
-        result = torch.zeros_like(rows)
-        if bool(kept.any()):
-            result[:, kept] = divide(rows[:, kept], gram[kept][:, kept], dtype, is_shrunk)
-        return result
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    apart = 0.0 if is_shrunk else max(_APART, _EPSILONS * torch.finfo(dtype).eps)
-    if not failed and bool((factor.diagonal().square() > apart * gram.diagonal()).all()):
-        return torch.cholesky_solve(rows.T, factor).T
-    return rows @ torch.linalg.pinv(gram, rtol=rank_tolerance(dtype), hermitian=True)
-
-
-def widest_rounding(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype, of those that the tensors have, that rounds the most."""
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    eps = max(torch.finfo(torch.float32).eps, *(torch.finfo(each.dtype).eps for each in grams))
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(lengths > 0, 1 / lengths, 0)
+    alike = gram * scale * scale[:, None]
+    factor, failed = torch.linalg.cholesky_ex(alike)
+    if not failed and bool((factor.diagonal().square() > max(_APART, _EPSILONS * eps)).all()):
+        return gram
+    values, vectors = torch.linalg.eigh(alike)
+    kept = values > _ROUNDING * eps * values[-1]
+    half = lengths[:, None] * vectors[:, kept]
+    return (half * values[kept]) @ half.T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +108,7 @@ class RegMean(ProductMethod):
         return (shape[-1], shape[-1]) if shape else ()
 
     def regress(self, rows: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return ([X_i w_i G_i], sum_i w_i G_i), float64; holds one Gram matrix beside the sum.
+        """Return ([X_i w_i G_i], sum_i w_i G_i without rounding), float64; holds one Gram matrix beside the sum.
 
         Parameters
         ----------
@@ -113,14 +124,15 @@ class RegMean(ProductMethod):
             weighted = shrink(gram, self.off_diagonal).mul_(w)
             products.append(x.to(torch.float64) @ weighted)
             total += weighted
-        return products, total
+        # shrunk off-diagonals keep the columns apart
+        return products, without_rounding(total, grams) if 1 - self.off_diagonal < _APART else total
 
     def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
         """Return theta* of (d_out, d_in) weights; without statistics their mean."""
         if context.statistics is None:
             return super().combine(deltas, coefficients, context)
         products, total = self.regress(deltas, context.statistics, coefficients)
-        return self._divide(torch.stack(products).sum(dim=0), total, context.statistics).to(deltas[0].dtype)
+        return divide(torch.stack(products).sum(dim=0), total).to(deltas[0].dtype)
 
     def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
         """Return theta* of a LoRA module: the factors A_i G_i (sum G)^-1 in place of A_i."""
@@ -139,9 +151,5 @@ class RegMean(ProductMethod):
             See `regress`.
         """
         products, total = self.regress([delta.A for delta in deltas], grams, weights)
-        rows = self._divide(torch.cat(products), total, grams).split([len(x) for x in products])
+        rows = divide(torch.cat(products), total).split([len(x) for x in products])
         return LowRank.sum([LowRank(d.B, x) for d, x in zip(deltas, rows, strict=True)]), total
-
-    def _divide(self, rows: Tensor, total: Tensor, grams: Sequence[Tensor]) -> Tensor:
-        """Return rows @ total^+, total being the weighted sum of these Gram matrices."""
-        return divide(rows, total, widest_rounding(grams), is_shrunk=1 - self.off_diagonal >= _APART)
