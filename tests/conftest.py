@@ -36,6 +36,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis.internal.conjecture import providers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +53,9 @@ settings.register_profile(
 settings.register_profile("explore", settings.get_profile("fedfrom"), derandomize=False, max_examples=1000)
 settings.register_profile("hostile", settings.get_profile("explore"), max_examples=650)
 settings.load_profile("fedfrom")
+# Hypothesis also draws numbers that it finds in the loaded modules of this project: then the cases would depend on
+# which tests ran before in the same process.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_sessionfinish() -> None:
