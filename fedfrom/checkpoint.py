@@ -16,13 +16,11 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -35,11 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedfrom import __version__
+from fedfrom.fingerprint import as_json, differences, fingerprint
+from fedfrom.wire.digests import differing
 from fedfrom.wire.records import BF16, to_record, to_state_dict
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
-FORMAT = 2
+FORMAT = 3
 """Of the files below; another one is refused."""
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
@@ -87,6 +87,9 @@ class Checkpoints:
         How many of the newest checkpoints stay, >= 1.
     settings : Mapping[str, Any]
         What a run must share with the one that it goes on with: see `fingerprint`.
+    initial : Mapping[str, str] | None (default: None)
+        `digests` of the arrays that the run starts from, by key. One that goes on with another run's checkpoint keeps
+        that one's, and is warned where they differ: its own arrays are not used.
 
     Raises
     ------
@@ -96,10 +99,13 @@ class Checkpoints:
         When entered: the folder can't be made or written to.
     """
 
-    def __init__(self, path: str | Path, kept: int, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, kept: int, settings: Mapping[str, Any], initial: Mapping[str, str] | None = None
+    ) -> None:
         self.path = Path(path).absolute()
         self.kept = kept
         self.settings = fingerprint(settings)
+        self.initial = dict(initial or {})
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -151,14 +157,25 @@ class Checkpoints:
                 f"checkpoint {folder}: expected format {FORMAT}, found {state['format']}: finish that run with the "
                 "version of fedfrom that wrote it, or start a new one in another folder"
             )
-        if differences := _differences(state["settings"], self.settings):
-            more = len(differences) - _SHOWN
+        if found := differences(state["settings"], self.settings):
+            more = len(found) - _SHOWN
             raise ValueError(
-                f"checkpoint {folder}: expected a run with its settings, found {'; '.join(differences[:_SHOWN])}"
+                f"checkpoint {folder}: expected a run with its settings, found {'; '.join(found[:_SHOWN])}"
                 f"{f'; and {more} more' if more > 0 else ''}; give this run those settings, or another folder"
             )
         if others := [f"{name} {old}" for name, old in state["versions"].items() if old != _VERSIONS.get(name)]:
             log.warning("checkpoint %s is by %s: the last bits may differ from then on", folder, ", ".join(others))
+        if others := differing(state["initial"], self.initial):
+            log.warning(
+                "checkpoint %s: expected the initial arrays that its run started from, found other numbers in %d of %d "
+                "keys, such as %s: they are not used, the checkpoint's arrays are; to start from them, give another "
+                "folder",
+                folder,
+                len(others),
+                len(self.initial),
+                ", ".join(map(repr, others[:2])),
+            )
+        self.initial = state["initial"]
         metrics = {
             field: {int(number): MetricRecord(record) for number, record in rounds.items()}
             for field, rounds in state["metrics"].items()
@@ -225,6 +242,7 @@ class Checkpoints:
             "round": checkpoint.server_round,
             "versions": _VERSIONS,
             "settings": self.settings,
+            "initial": self.initial,
             "arrays": layout,
             "metrics": {
                 field.name: {number: dict(record) for number, record in getattr(checkpoint.result, field.name).items()}
@@ -234,7 +252,7 @@ class Checkpoints:
             "strategy": checkpoint.state,
             "random": checkpoint.random,
         }
-        text = json.dumps(state, default=_as_json)
+        text = json.dumps(state, default=as_json)
         try:
             hidden.mkdir()
             save_file(arrays, hidden / ARRAYS)
@@ -374,99 +392,3 @@ def _read_arrays(path: Path, layout: list[list[str]]) -> ArrayRecord:
         else:
             record[key] = Array(np.asarray(tensor.numpy(), order=order))  # type: ignore[call-overload]
     return record
-
-
-def _as_json(value: Any) -> Any:
-    """Return plain data for what JSON has no form for; words, where nothing else tells it."""
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)
-    if isinstance(value, Enum):
-        return value.value
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else repr(value)
-
-
-# --- Settings --------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as one flat dict of JSON's values, by dotted name.
-
-    Mappings and dataclasses are taken apart. What is not plain data (functions, above all) has no form that could be
-    compared in another process and is left out.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        _flatten(name, value, flat)
-    return json.loads(json.dumps(flat))  # tuples become lists, as they will when read
-
-
-def _flatten(name: str, value: Any, flat: dict[str, Any]) -> None:
-    if isinstance(value, type) or callable(value):
-        return
-    if is_dataclass(value):
-        flat[name] = type(value).__name__
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            _flatten(f"{name}.{key}", entry, flat)
-        return
-    if isinstance(value, set | frozenset | Enum | np.generic | np.ndarray):
-        value = _as_json(value)
-    elif isinstance(value, bytes | Path):
-        value = repr(value)
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return
-    flat[name] = value
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return `name: value there and value here` for every setting that is not the same."""
-
-    def shown(settings: Mapping[str, Any], name: str) -> str:
-        text = repr(settings[name]) if name in settings else "nothing"
-        return text if len(text) <= 80 else f"{text[:77]}..."
-
-    names = [*saved, *(name for name in here if name not in saved)]
-    return [
-        f"{name} = {shown(here, name)} where the checkpoint has {shown(saved, name)}"
-        for name in names
-        if name not in saved or name not in here or saved[name] != here[name]
-    ]
-
-
-# --- Random states ---------------------------------------------------------------------------------------------------
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of the global generators of Python, NumPy and torch, as JSON's values.
-
-    fedfrom draws from none of them, but clients in this process and evaluation functions may.
-    """
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
-        "torch": _hex(torch.get_rng_state()),
-        # looking would wake up CUDA where nobody uses it
-        "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
-    }
-    return json.loads(json.dumps(states, default=lambda array: array.tolist()))
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the global generators into the states that `random_states` returned."""
-    kind, words, gauss = states["python"]
-    random.setstate((kind, tuple(words), gauss))
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(_unhex(states["torch"]))
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
-
-
-def _hex(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _unhex(text: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

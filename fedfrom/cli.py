@@ -399,7 +399,7 @@ def methods() -> None:
         options = [
             f"{field.name}={field.default}"
             for field in fields(kind)
-            if field.default is not MISSING and field.name not in ("validate", "grid")
+            if field.default is not MISSING and field.name not in ("validate", "search")
         ]
         python_only = kind.needs or name == "greedy-soup"
         print(f"    {' '.join(options)}" + ("  [from Python alone: needs data]" if python_only else ""))
@@ -452,7 +452,7 @@ def _own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise BadInput(f"--option: expected name=value, found {text!r}")
-        if name in ("validate", "grid"):
+        if name in ("validate", "search"):
             raise BadInput(f"--option {name}: needs validation data: call fedfrom.merge in Python")
         if name in options or name in taken:
             raise BadInput(f"--option {name}: given twice")

@@ -30,7 +30,7 @@ class RoundReport:
     seconds : float
         Spent reading, merging and writing; not waiting for replies.
     reasons : dict[str, int]
-        Kind of rejection -> how many replies: see `fedfrom.wire.replies.Rejection`.
+        Kind of rejection -> how many replies: see `fedfrom.wire.reply.Rejection`.
     examples_capped : int
         Replies whose num-examples counted for less than they said.
     bytes_down, bytes_up : int

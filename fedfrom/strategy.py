@@ -13,22 +13,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor
+from flwr.serverapp.strategy import FedAvg
 
-from fedfrom.checkpoint import Checkpoint, Checkpoints, random_states, set_random_states
 from fedfrom.closest import did_you_mean
-from fedfrom.merging import MergeReport, merge, methods
-from fedfrom.merging.inputs import check_clip, check_screening, check_server_lr
+from fedfrom.loop import STORAGE, RoundLoop
+from fedfrom.merging import MergeReport, methods
+from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.inputs import check_clip, check_server_lr
+from fedfrom.merging.linalg.blocks import Empty
 from fedfrom.merging.linalg.threads import one_thread_each
+from fedfrom.merging.merge import merge_clients
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import make_method, method_options
 from fedfrom.merging.peft import layers as L
@@ -36,34 +37,27 @@ from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.selection import gram_of_updates, multikrum
 from fedfrom.merging.weighing import stable
 from fedfrom.rounds import RoundReport
+from fedfrom.settings import check_fedavg, check_screening
+from fedfrom.skipped import Skipped, check_max_skipped
+from fedfrom.wire.failures import failure
 from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
-from fedfrom.wire.pulling import Arriving, send_and_receive
+from fedfrom.wire.metrics import average_metrics, average_train_metrics, check_metrics, count_examples, with_examples
+from fedfrom.wire.pulling import Arriving
 from fedfrom.wire.ranks import NodeRanks
-from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
-from fedfrom.wire.replies import (
-    RejectedReply,
-    Rejection,
-    Reply,
-    Room,
-    Sent,
-    cap_examples,
-    check_metrics,
-    comparable_metrics,
-    damaged,
-    discard,
-    screen,
-    with_examples,
-)
+from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record
+from fedfrom.wire.rejections import log_rejected, num_replies
+from fedfrom.wire.reply import RejectedReply, Rejection, Reply
+from fedfrom.wire.room import Room, damaged, discard
+from fedfrom.wire.screening import screen
+from fedfrom.wire.sent import Sent
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
-# what may differ between a run and the one it goes on with
-_STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round"}
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
-_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *_STORAGE}
+_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *STORAGE}
 
 
-class FedMerge(FedAvg):
+class FedMerge(RoundLoop):
     """FedAvg with its averaging replaced by any of fedfrom's merging methods.
 
     Parameters
@@ -71,7 +65,8 @@ class FedMerge(FedAvg):
     method : str | Method (default: "from")
         A name of `fedfrom.methods()`, with its options as further keywords, or a method object.
     server_lr : float | str (default: 1.0)
-        alpha: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might swing.
+        alpha >= 0: the new global model is W + alpha theta*. "safe" lowers it, layer by layer, where rounds might
+        swing.
     clip : float | None (default: None)
         No client's update of a layer counts for more than so many times the median norm there: see `merge`.
     examples_cap : float | None (default: 10.0)
@@ -79,6 +74,11 @@ class FedMerge(FedAvg):
         in weights nor in the averages of metrics. None: no bound.
     min_valid_replies : int (default: 1)
         With fewer valid replies a round is skipped, and the global arrays stay.
+    max_skipped : int | None (default: 3)
+        After so many rounds in a row whose replies were all rejected `start` raises RuntimeError, with the most
+        frequent reason: clients and server don't fit each other. Rounds without replies neither count nor end the row;
+        a valid reply ends it. None: no bound. A run in which replies were rejected and no round merged anything is
+        the same error at its end, whatever the bound.
     select : str | None (default: None)
         "multikrum" merges only the n - f of n valid replies whose whole updates are closest to others', adapters as
         products: see `fedfrom.merging.selection`. A round with n < 2f + 3 is skipped.
@@ -135,6 +135,7 @@ class FedMerge(FedAvg):
         clip: float | None = None,
         examples_cap: float | None = 10.0,
         min_valid_replies: int = 1,
+        max_skipped: int | None = 3,
         select: str | None = None,
         attackers: int = 0,
         lora_config: Any = None,
@@ -150,12 +151,16 @@ class FedMerge(FedAvg):
         checkpoints_kept: int = 2,
         **options: Any,
     ) -> None:
-        super().__init__(**{name: options.pop(name) for name in _FEDAVG & options.keys()})
+        fedavg = {name: options.pop(name) for name in _FEDAVG & options.keys()}
+        check_fedavg(fedavg)
+        super().__init__(**fedavg)
         if isinstance(method, str) and method in methods():
             known = method_options(method)
             if unknown := sorted(options.keys() - known):
                 expected = sorted(known | _OWN | _FEDAVG)
                 meant = did_you_mean(unknown, [*expected, *inspect.signature(type(self)).parameters])
+                if "grid" in unknown and "search" in known:
+                    meant = "; the k to try are search={'k': ...}"
                 raise ValueError(
                     f"{type(self).__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}"
                 )
@@ -169,11 +174,16 @@ class FedMerge(FedAvg):
         if not node_timeout >= 0:
             raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
         self.examples_cap, self.min_valid_replies = examples_cap, min_valid_replies
+        check_max_skipped(max_skipped)
+        self.max_skipped = max_skipped
         self.select, self.attackers = select, attackers
         self.seed, self.node_timeout = seed, node_timeout
         if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
             raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
-        self.memory_budget, self.spool, self.on_round = memory_budget, spool, on_round
+        self.memory_budget, self.spool = memory_budget, spool
+        if on_round is not None and not callable(on_round):
+            raise ValueError(f"on_round: expected a function that takes a round's report, or None, found {on_round!r}")
+        self.on_round = on_round
         self.dora, self.same_base = dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.frozen = check_frozen(frozen)
@@ -181,16 +191,17 @@ class FedMerge(FedAvg):
             raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         self.reports: dict[int, RoundReport] = {}
-        self._ranks = NodeRanks()
+        self._ranks, self._skipped = NodeRanks(), Skipped()
         self._sent: Sent | None = None
         self._asked: list[Message] = []
         self._warned = False
 
     def summary(self) -> None:
         """Log the strategy's settings: its own, then FedAvg's."""
+        names = ("clip", "examples_cap", "min_valid_replies", "max_skipped", "select", "frozen")
         settings = {
             "server_lr": self.server_lr,
-            **{name: getattr(self, name) for name in ("clip", "examples_cap", "min_valid_replies", "select", "frozen")},
+            **{name: getattr(self, name) for name in names},
             "seed": self.seed,
             "lora_config": self.lora_config is not None,
             "checkpoint": self.checkpoint,
@@ -282,6 +293,8 @@ class FedMerge(FedAvg):
             arriving, self._sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, self._room(replies)
         )
         self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, self._sent)
+        arriving.log("aggregate_train")
+        log_rejected("aggregate_train", rejected)  # before what comes of it
         try:
             return self._aggregate(server_round, self._sent, valid, rejected, arriving)
         finally:
@@ -302,31 +315,31 @@ class FedMerge(FedAvg):
         arriving: Arriving,
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the valid replies, and report on all of them."""
-        arriving.log("aggregate_train")
         merged, report, examples = None, None, [reply.examples for reply in valid]
-        outgoing = Outgoing()
+        outgoing, unselected = Outgoing(), dict[int, Rejection]()
         try:
             if len(valid) < self.min_valid_replies:
-                log.warning(
-                    "aggregate_train: expected at least %d valid replies, found %d", self.min_valid_replies, len(valid)
-                )
+                least = num_replies(self.min_valid_replies, "valid ")
+                log.warning("aggregate_train: expected at least %s, found %d", least, len(valid))
             else:
                 valid, unselected = self._selected(valid, sent, self.attackers - len(rejected))
                 rejected |= unselected
-                examples = self._capped("aggregate_train", [(reply.node_id, reply.examples) for reply in valid])
+                said = [(reply.node_id, reply.examples) for reply in valid]
+                examples = count_examples("aggregate_train", said, self.examples_cap, self.weighted_by_key)
                 merged, report = self._merge(valid, sent, examples, outgoing)
         except ValueError as error:
             if lost := damaged(valid):  # the others are as good as they were
                 rest = [reply for reply in valid if reply.node_id not in lost]
+                log_rejected("aggregate_train", lost)
                 return self._aggregate(server_round, sent, rest, rejected | lost, arriving)
             log.error("aggregate_train: %s", error)
         except (RuntimeError, MemoryError):  # torch's: no memory, a factorisation that fails
             log.exception("aggregate_train: the merge failed")
-        for node_id, (_, reason) in rejected.items():
-            log.warning("aggregate_train: rejected the reply of node %d: %s", node_id, reason)
+        log_rejected("aggregate_train", unselected)
+        self._skipped = self._skipped.after(merged=merged is not None, valid=bool(valid), rejected=rejected)
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): one_line(message.error.reason or "") for message in arriving.failures}
+        failed = {self._answers_for(message): failure(message) for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out
@@ -346,7 +359,7 @@ class FedMerge(FedAvg):
         if merged is None or report is None:
             return None, found.metrics()
         self._warn_of_swinging(report)
-        metrics = self._aggregate_train_metrics(valid, examples)
+        metrics = average_train_metrics(valid, examples, self.weighted_by_key, self.train_metrics_aggr_fn)
         metrics.update(found.metrics())
         return sent.whole(outgoing.record(merged)), metrics
 
@@ -357,65 +370,53 @@ class FedMerge(FedAvg):
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked}
         return asked.get(error.metadata.reply_to_message_id, error.metadata.src_node_id)
 
-    def _shared(self, replies: list[Reply], sent: Sent) -> dict[str, Any]:
-        """Return what of the replies both merging and selecting take beside the states."""
-        configs = None
-        if sent.lora_config is not None:
-            configs = [sent.lora_config if reply.config is None else reply.config for reply in replies]
-        return {
-            "received": sent.received_by(replies),
-            "configs": configs,
-            "reference_config": sent.lora_config,
-            "names": [reply.who for reply in replies],
-            "deltas": [reply.deltas for reply in replies],
-            "dora": self.dora,
-            "same_base": self.same_base,
-        }
+    def _clients(self, replies: Sequence[Reply], sent: Sent, examples: Sequence[float] | None = None) -> list[Client]:
+        """Return the replies as a merge takes them, each with its config and what it was sent."""
+        counts = [None] * len(replies) if examples is None else examples
+        return [
+            Client(
+                reply.state,
+                reply.who,
+                count,
+                config=None if sent.lora_config is None else reply.config or sent.lora_config,
+                received=received,
+                statistics=reply.statistics,
+                norms=reply.norms,
+                deltas=reply.deltas,
+            )
+            for reply, count, received in zip(replies, counts, sent.received_by(replies), strict=True)
+        ]
+
+    def _round(self, sent: Sent, empty: Empty = torch.empty) -> Round:
+        """Return what the clients of a round share."""
+        return Round(
+            sent.state,
+            sent.lora_config,
+            self.server_lr,
+            self.clip,
+            as_reference=True,
+            dora=self.dora,
+            same_base=self.same_base,
+            empty=empty,
+        )
 
     def _selected(self, replies: list[Reply], sent: Sent, attackers: int) -> tuple[list[Reply], dict[int, Rejection]]:
         """Return the replies that `select` keeps where so many may be attackers', and why not the others."""
         if self.select is None or attackers <= 0:
             return replies, {}
         with one_thread_each():
-            inner = gram_of_updates([reply.state for reply in replies], sent.state, **self._shared(replies, sent))
+            inner = gram_of_updates(self._clients(replies, sent), self._round(sent))
         kept = set(multikrum(inner, attackers))
         reason = f"select: expected an update among the {len(kept)} closest to others, found it further away"
         others = {r.node_id: Rejection("unselected", reason) for i, r in enumerate(replies) if i not in kept}
         return [reply for i, reply in enumerate(replies) if i in kept], others
 
-    def _capped(self, who: str, said: list[tuple[int, float]]) -> list[float]:
-        """Return what the nodes' numbers of examples count for, and log where it is less than they said."""
-        counts = cap_examples([count for _, count in said], self.examples_cap)
-        for (node_id, count), counted in zip(said, counts, strict=True):
-            if counted != count:
-                log.warning(
-                    "%s: %s %g of node %d counts as %g, %g times the median of the valid replies",
-                    who,
-                    self.weighted_by_key,
-                    count,
-                    node_id,
-                    counted,
-                    self.examples_cap,
-                )
-        return counts
-
     def _merge(
         self, replies: list[Reply], sent: Sent, examples: list[float], outgoing: Outgoing
-    ) -> tuple[dict[str, Tensor], MergeReport]:
-        """Hand the replies to `merge`, each with its config and what it was sent."""
-        return merge(
-            [reply.state for reply in replies],
-            sent.state,
-            sent.scoring(self.method),
-            examples=examples,
-            norms=[reply.norms for reply in replies],
-            server_lr=self.server_lr,
-            clip=self.clip,
-            as_reference=True,
-            empty=outgoing.empty,
-            statistics=[reply.statistics for reply in replies] if self.method.needs else None,
-            **self._shared(replies, sent),
-        )
+    ) -> tuple[dict[str, torch.Tensor], MergeReport]:
+        """Merge the replies by the method, into the memory that the global arrays leave in."""
+        shared = self._round(sent, outgoing.empty)
+        return merge_clients(self._clients(replies, sent, examples), shared, sent.scoring(self.method))
 
     def _warn_of_swinging(self, report: MergeReport) -> None:
         """Log, once, that a layer's step may be beyond the bound alpha c (1 + k lambda_max) < 2 at c = 1."""
@@ -451,174 +452,19 @@ class FedMerge(FedAvg):
         if not valid:
             return None
         valid.sort(key=lambda reply: reply[0])
-        counts = self._capped("aggregate_evaluate", [said for _, _, said in valid])
+        said = [each for _, _, each in valid]
+        counts = count_examples("aggregate_evaluate", said, self.examples_cap, self.weighted_by_key)
         contents = [
             with_examples(content, self.weighted_by_key, count)
             for (_, content, _), count in zip(valid, counts, strict=True)
         ]
-        return self._aggregate_metrics(contents, self.evaluate_metrics_aggr_fn)
+        return average_metrics(contents, self.weighted_by_key, self.evaluate_metrics_aggr_fn)
 
-    def _aggregate_train_metrics(self, replies: list[Reply], examples: list[float]) -> MetricRecord:
-        """Average the metrics of the merged replies, but for those that have NaN or infinity among them."""
-        contents = []
-        for reply, count in zip(replies, examples, strict=True):
-            try:
-                check_metrics(reply.content, self.weighted_by_key)
-                contents.append(with_examples(reply.content, self.weighted_by_key, count))
-            except RejectedReply as error:
-                log.warning("aggregate_train: left the metrics of %s out of the averages: %s", reply.who, error)
-        found = self._aggregate_metrics(contents, self.train_metrics_aggr_fn) if contents else None
-        return MetricRecord() if found is None else found
+    # --- What is carried from round to round --------------------------------------------------------------------------
 
-    def _aggregate_metrics(
-        self, contents: list[RecordDict], aggregate: Callable[[list[RecordDict], str], MetricRecord | None]
-    ) -> MetricRecord | None:
-        contents, dropped, left_out = comparable_metrics(contents)
-        if dropped:
-            log.warning("metrics %s: not in most replies, or of other lengths: left out of the averages", dropped)
-        if left_out:
-            log.warning("metrics: %d replies lack some that most have: left out of the averages", left_out)
-        return aggregate(contents, self.weighted_by_key) if contents else None
-
-    # --- The loop ----------------------------------------------------------------------------------------------------
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds: Flower's signature, and a Result whose arrays are filled even where rounds are skipped.
-
-        With `checkpoint`, a round is whole once its server evaluation is over and its checkpoint has got its name; so
-        is round 0, the evaluation before the first round. Killed at any instant, the next run with that folder goes on
-        after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
-        states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
-        to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
-        shapes and dtypes to expect; num_rounds and timeout may differ, other settings may not (functions can't be
-        compared). Where all rounds are done, it returns at once. The folder is locked meanwhile.
-
-        A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
-        the one before stays, and training goes on: the next round tries again.
-
-        Parameters
-        ----------
-        grid : Grid
-            What sends messages to the nodes.
-        initial_arrays : ArrayRecord
-            The global adapter's or model's arrays.
-        num_rounds : int (default: 3)
-            How many rounds.
-        timeout : float (default: 3600)
-            Seconds to wait for the replies of a round.
-        train_config, evaluate_config : ConfigRecord | None (default: None)
-            Sent to the clients; "server-round" is added.
-        evaluate_fn : Callable[[int, ArrayRecord], MetricRecord | None] | None (default: None)
-            Evaluates the global arrays on the server, before the first round (round 0) and after each.
-
-        Returns
-        -------
-        Result
-            The final arrays and the metrics of all rounds, those before a resume too.
-
-        Raises
-        ------
-        ValueError
-            No reply to the initial arrays could be merged; or the checkpoint is damaged, of a run with other settings
-            or of more than num_rounds rounds, or its folder is in use or holds something else: see
-            `fedfrom.checkpoint.Checkpoints`.
-        OSError
-            Before training: the checkpoint can't be written.
-        """
-        megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
-        log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
-        self.summary()
-        train_config = ConfigRecord() if train_config is None else train_config
-        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
-        result = Result(arrays=initial_arrays)
+    def begin(self) -> None:
+        """Forget all that was carried from an earlier run."""
         self.reports, self._warned, self._ranks = {}, False, NodeRanks()
-        start, done = time.perf_counter(), -1
-        with ExitStack() as stack:
-            checkpoints = None
-            if self.checkpoint is not None:
-                settings = self._settings(initial_arrays, train_config, evaluate_config)
-                checkpoints = stack.enter_context(Checkpoints(self.checkpoint, self.checkpoints_kept, settings))
-                if (saved := self._resume(checkpoints, num_rounds)) is not None:
-                    result, done = saved.result, saved.server_round
-            for server_round in range(done + 1, num_rounds + 1):
-                if server_round > 0:
-                    log.info("")
-                    log.info("[ROUND %d/%d]", server_round, num_rounds)
-                    self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
-                self._evaluate_on_server(server_round, result, evaluate_fn)
-                self._tell(server_round, result)
-                if checkpoints is not None:
-                    self._save(checkpoints, server_round, result)
-        log.info("")
-        log.info("Strategy execution finished in %.2fs", time.perf_counter() - start)
-        return result
-
-    def _train_and_evaluate(
-        self,
-        server_round: int,
-        result: Result,
-        grid: Grid,
-        timeout: float,
-        train_config: ConfigRecord,
-        evaluate_config: ConfigRecord,
-    ) -> None:
-        """Let the clients train, then evaluate, and put into `result` what came of it."""
-        messages = self.configure_train(server_round, result.arrays, train_config, grid)
-        replies = send_and_receive(grid, messages, timeout) if messages else []
-        arrays, metrics = self.aggregate_train(server_round, replies)
-        if arrays is not None:
-            result.arrays = arrays
-        if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-            result.train_metrics_clientapp[server_round] = metrics
-
-        messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
-        replies = send_and_receive(grid, messages, timeout) if messages else []
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
-            result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _evaluate_on_server(
-        self,
-        server_round: int,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    ) -> None:
-        if evaluate_fn is None:
-            return
-        metrics = evaluate_fn(server_round, result.arrays)
-        log.info("Global evaluation, round %d: %s", server_round, metrics)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-
-    def _tell(self, server_round: int, result: Result) -> None:
-        """Put what the round scored into its report, and hand that to `on_round`."""
-        if (report := self.reports.get(server_round)) is None:
-            return
-        found = {
-            "train": result.train_metrics_clientapp,
-            "evaluate": result.evaluate_metrics_clientapp,
-            "server": result.evaluate_metrics_serverapp,
-        }
-        scores = {kind: dict(rounds[server_round]) for kind, rounds in found.items() if server_round in rounds}
-        self.reports[server_round] = report = replace(report, scores=scores)
-        if self.on_round is not None:
-            try:
-                self.on_round(report)
-            except Exception:
-                log.exception("on_round: round %d: training goes on", server_round)
-
-    # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what this object carries from round to round, as plain data with str keys: part of a checkpoint.
@@ -626,55 +472,19 @@ class FedMerge(FedAvg):
         A subclass that carries more adds to it, and takes it out again in `restore`.
         """
         reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
-        return {"warned": self._warned, "reports": reports, "ranks": self._ranks.state()}
+        return {
+            "warned": self._warned,
+            "reports": reports,
+            "ranks": self._ranks.state(),
+            "skipped": self._skipped.to_dict(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned when the checkpoint was written."""
         self._warned = state["warned"]
         self._ranks.restore(state.get("ranks", NodeRanks().state()))  # a subclass may keep a state of its own
+        self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
         self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
-
-    def _settings(
-        self, initial_arrays: ArrayRecord, train_config: ConfigRecord, evaluate_config: ConfigRecord
-    ) -> dict[str, Any]:
-        """Return what a resumed run must share with the one before: the constructors' arguments, arrays and configs."""
-        inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
-        names = {name for init in inits for name in inspect.signature(init).parameters}
-        arguments = {name: getattr(self, name) for name in sorted(names - _STORAGE) if hasattr(self, name)}
-        if self.lora_config is not None:  # who wrote it is no setting
-            arguments["lora_config"] = {k: value for k, value in self.lora_config.items() if k != "peft_version"}
-        configs = {"train_config": train_config, "evaluate_config": evaluate_config}
-        sent = {
-            name: {key: value for key, value in config.items() if key != "server-round"}
-            for name, config in configs.items()
-        }
-        arrays = {key: f"{array.dtype} {tuple(array.shape)}" for key, array in initial_arrays.items()}
-        return {"strategy": type(self).__name__, **arguments, **sent, "initial_arrays": arrays}
-
-    def _resume(self, checkpoints: Checkpoints, num_rounds: int) -> Checkpoint | None:
-        """Return the checkpoint to go on from and become what the strategy was then; None where there is none."""
-        saved = checkpoints.newest()
-        if saved is None:
-            return None
-        if saved.server_round > num_rounds:
-            raise ValueError(
-                f"num_rounds: expected {saved.server_round} or more, the rounds that the checkpoint in "
-                f"{checkpoints.path} has behind it, found {num_rounds}"
-            )
-        if saved.server_round < num_rounds:
-            checkpoints.rehearse(saved)
-        self.restore(saved.state)
-        set_random_states(saved.random)
-        log.info("Going on after round %d, from the checkpoint in %s", saved.server_round, checkpoints.path)
-        return saved
-
-    def _save(self, checkpoints: Checkpoints, server_round: int, result: Result) -> None:
-        try:
-            checkpoints.save(Checkpoint(server_round, result, self.state(), random_states()))
-        except OSError as error:
-            if server_round == 0:
-                raise
-            log.error("checkpoint of round %d: %s; training goes on, the one before stays", server_round, error)
 
 
 class FedFroM(FedMerge):
@@ -688,7 +498,7 @@ class FedFroM(FedMerge):
     k : float | str (default: 0.5)
         Power of the norm, k >= 0; 0 with examples_power 1, and clip and examples_cap None, is exactly FedAvg, on
         products. The paper's is 1. Infinity is the largest update alone only with clip=None: clipping comes first, and
-        updates that it shortens to the same norm share the weight. "auto" takes in each round the k of `grid` whose
+        updates that it shortens to the same norm share the weight. "auto" takes in each round the k of `search` whose
         merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
@@ -700,16 +510,17 @@ class FedFroM(FedMerge):
         "layer", the paper's, or "model": one weight a client from the norm of its whole update.
     iterations, tolerance
         Algorithm 1's, with its defaults: see `fedfrom.merging.solve.Solver`.
-    validate, grid
-        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from.
+    validate, search
+        For k="auto": a function from a global state (key -> tensor) to its score, and what to choose from, such as
+        {"k": (0, 0.5, 1)}. Where the function raises, or returns no number, the round is skipped with that reason.
     clip : float | None (default: 1.0)
         No client's update of a layer counts for more than so many times the median norm there; None: no bound. Comes
         before the weights: with k = infinity and norms 1, 2, 3, 4 the weights are 0, 0, 1/2, 1/2 at the default.
     examples_cap : float | None (default: 3.0)
         No client's num-examples counts for more than so many times the round's median; None: no bound.
-    server_lr, min_valid_replies, select, attackers, lora_config, frozen, seed, node_timeout, dora, same_base
+    server_lr, min_valid_replies, max_skipped, select, attackers, lora_config, frozen, seed, node_timeout
         See `FedMerge`.
-    memory_budget, spool, on_round, checkpoint, checkpoints_kept
+    dora, same_base, memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.
     **fedavg
         FedAvg's arguments, passed on.

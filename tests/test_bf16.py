@@ -9,7 +9,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fedfrom import FedFroM, FedMerge, client, merge, to_record, to_state_dict
+from fedfrom import FedFroM, FedMerge, FroM, client, merge, to_record, to_state_dict
+from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.merge import merge_clients
+from fedfrom.merging.methods.registry import make_method
+from fedfrom.wire.digests import digests
 from fedfrom.wire.records import DELTA, delta_array
 from tests.inprocess import InProcessGrid
 from tests.merging import oracle
@@ -74,6 +78,15 @@ def test_checkpoints_keep_bfloat16(tmp_path: Path) -> None:
     assert load_file(folder / "round-0003" / "arrays.safetensors")["large"].dtype == torch.bfloat16
 
 
+def test_digests_are_of_the_numbers() -> None:
+    states = [state_of(dtype, seed) for dtype in (torch.bfloat16, torch.float32) for seed in (0, 1)]
+    found = [digests(to_record(state)) for state in states]
+    for key in states[0]:
+        same = key.endswith("num_batches_tracked")  # 7 in all of them
+        assert len({each[key] for each in found}) == (1 if same else len(found))
+    assert found[0] == digests(to_record(states[0]))
+
+
 def test_clients_load_and_reply_in_bfloat16() -> None:
     initial = net().to(torch.bfloat16)
     message = next(iter(asked(to_record(initial.state_dict()))))
@@ -82,6 +95,53 @@ def test_clients_load_and_reply_in_bfloat16() -> None:
     assert all(torch.equal(value, initial.state_dict()[key]) for key, value in model.state_dict().items())
     reply = client.reply(model, message, {"num-examples": 1})
     assert same_bits(reply.content["arrays"], message.content["arrays"])
+
+
+def reading(message: Message, context: Context) -> Message:
+    """Read what came as Flower's own examples do."""
+    state = message.content["arrays"].to_torch_state_dict()
+    return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
+
+
+def listing(message: Message, context: Context) -> Message:
+    """Read what came as Flower's own examples of other frameworks do."""
+    return Message(RecordDict({"arrays": ArrayRecord(message.content["arrays"].to_numpy_ndarrays())}), reply_to=message)
+
+
+def sending(message: Message, context: Context) -> Message:
+    """Send what came as Flower's own examples do."""
+    state = to_state_dict(message.content["arrays"])
+    return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("app", "remedies"),
+    [
+        (reading, ["fedfrom.to_state_dict", "fedfrom.client.load"]),
+        (listing, ["fedfrom.to_state_dict", "fedfrom.client.load"]),
+        (sending, ["fedfrom.to_record", "fedfrom.client.reply"]),
+    ],
+)
+def test_a_client_with_flowers_own_conversions_is_told_which_to_use(
+    app: Any, remedies: list[str], flower_log: pytest.LogCaptureFixture
+) -> None:
+    """In the log, of train and evaluate replies, and in the report."""
+    strategy = FedFroM()
+    strategy.start(InProcessGrid(app, 2), to_record(net().to(torch.bfloat16).state_dict()), num_rounds=1)
+    lines = [r.getMessage() for r in flower_log.records if "error in reply" in r.getMessage()]
+    assert len(strategy.reports[1].failed) == 2 and len(lines) == 4
+    for text in (*strategy.reports[1].failed.values(), *lines):
+        assert "TypeError" in text and all(remedy in text for remedy in remedies)
+
+
+def test_no_other_error_is_taken_for_bfloat16() -> None:
+    def app(message: Message, context: Context) -> Message:
+        message.content["arrays"].to_torch_state_dict()
+        raise TypeError("Unsupported serialization type")
+
+    strategy = FedFroM()
+    strategy.start(InProcessGrid(app, 2), to_record(net().state_dict()), num_rounds=1)
+    assert set(strategy.reports[1].failed.values()) == {"TypeError: Unsupported serialization type"}
 
 
 def asked(arrays: ArrayRecord, clients: int = 3) -> list[Message]:
@@ -154,6 +214,7 @@ def test_rounding_what_clients_end_with_spoils_the_weights_and_deltas_do_not() -
     assert spoiled == pytest.approx([0.205, 0.303, 0.491], abs=0.02)  # not vacuous
 
 
+SHARED = {"clip", "server_lr"}
 METHODS: list[dict[str, Any]] = [
     {"method": "from", "k": 1.0, "clip": 1.0},
     {"method": "from", "scope": "model", "server_lr": 0.5},
@@ -174,7 +235,11 @@ def test_deltas_merge_as_the_values_that_they_lead_to(options: dict[str, Any], d
     expected, report = merge(values, {"w": W}, **options)
     for senders in ([0, 1, 2], [1]):
         states = [{"w": changes[i]} if i in senders else values[i] for i in range(3)]
-        found, own = merge(states, {"w": W}, deltas=[["w"] if i in senders else [] for i in range(3)], **options)
+        own_options = {name: value for name, value in options.items() if name not in SHARED | {"method"}}
+        method = make_method(options["method"], **own_options)
+        shared = Round({"w": W}, **{name: value for name, value in options.items() if name in SHARED})
+        clients = [Client(state, deltas=["w"] if i in senders else []) for i, state in enumerate(states)]
+        found, own = merge_clients(clients, shared, method)
         assert found["w"].dtype == dtype
         if dtype == torch.float64:  # the norms of changes in bfloat16 are float32's
             torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
@@ -187,9 +252,9 @@ def test_deltas_of_what_has_none_are_refused() -> None:
     W = {"w": torch.ones(3), "bn.running_mean": torch.ones(3)}
     for names in (["bn.running_mean"], ["nobody"]):
         with pytest.raises(ValueError, match=f"client 1, '{names[0]}': expected a delta of a plain tensor"):
-            merge([W, W], W, deltas=[[], names])
+            merge_clients([Client(W), Client(W, "client 1", deltas=names)], Round(W), FroM())
     with pytest.raises(ValueError, match="reference"):
-        merge([W, W], deltas=[[], ["w"]])
+        merge_clients([Client(W), Client(W, deltas=["w"])], Round(), FroM(k=0.0))
 
 
 @pytest.mark.parametrize(

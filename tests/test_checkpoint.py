@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from fedfrom import FedFroM
-from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints, random_states, set_random_states
+from fedfrom.checkpoint import ARRAYS, STATE, SUMS, Checkpoint, Checkpoints
+from fedfrom.random_states import random_states, set_random_states
 from tests import killed
 from tests.checkpoints import ROUNDS, Stopped, contents, names, start
 from tests.inprocess import InProcessGrid
@@ -71,6 +72,52 @@ def test_a_finished_run_is_returned_at_once_and_can_be_made_longer(tmp_path: Pat
     assert killed.outcome(*killed.run(tmp_path, 4)) == killed.outcome(*killed.run(None, 4))
     with pytest.raises(ValueError, match=r"num_rounds: expected 4 or more.*found 3"):
         killed.run(tmp_path, 3)
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
+    def said(words: str) -> list[str]:
+        return [record.getMessage() for record in flower_log.records if words in record.getMessage()]
+
+    start(tmp_path, rounds=2)
+    start(tmp_path, rounds=3)
+    assert not said("Nothing is left") and len(said("Going on after round 2")) == 1
+    flower_log.clear()
+    start(tmp_path, rounds=3)
+    (line,) = said("Nothing is left to do")
+    assert str(tmp_path) in line and "all 3 rounds" in line and "num_rounds" in line and "another folder" in line
+    assert not said("Going on")
+
+
+def not_used(log: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings that initial arrays are not used, and forget them."""
+    found = [r.getMessage() for r in log.records if r.levelname == "WARNING" and "initial arrays" in r.getMessage()]
+    log.clear()
+    return found
+
+
+def test_other_initial_arrays_are_warned_of(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
+    """Compared with those that the run started from, over any number of resumes, and in a finished run too."""
+    state = mixed_state()
+    head, q = "base_model.model.head.weight", "base_model.model.q.lora_A.weight"
+    columns = state | {head: np.asfortranarray(state[head])}  # the same numbers, stored in another order
+    first = start(tmp_path, rounds=1, state=state)
+    for rounds in (2, 3):
+        start(tmp_path, rounds, state=columns)
+        assert not not_used(flower_log)
+        start(tmp_path, rounds, state=state | {head: state[head] + 1})
+        (line,) = not_used(flower_log)
+        assert f"in 1 of 5 keys, such as {head!r}: they are not used" in line and f"round-{rounds:04d}" in line
+    start(tmp_path, 4, state=state | {key: state[key] + 1 for key in (head, q)})
+    (line,) = not_used(flower_log)
+    assert f"in 2 of 5 keys, such as {q!r}, {head!r}: " in line
+    start(tmp_path, 4, state=state)  # what did not count in round 4 is not what the run started from, then or later
+    assert not not_used(flower_log)
+    start(tmp_path, 4, state=arrays_of(first.arrays))  # the global arrays of a round are not what it started from
+    (line,) = not_used(flower_log)
+    found = start(tmp_path, 4, state=mixed_state(seed=1))
+    (line,) = not_used(flower_log)
+    assert "in 4 of 5 keys" in line and line.count("base_model.model") == 2
+    assert same_bits(found.arrays, start(None, 4, state=state).arrays)
 
 
 def test_reports_come_back_whole(tmp_path: Path) -> None:

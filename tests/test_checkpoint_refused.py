@@ -57,13 +57,13 @@ def test_another_method_is_refused_and_the_same_by_object_is_not(tmp_path: Path)
         once(Average(), 3)
 
 
-def test_a_grid_counts_as_a_setting_as_a_list_and_as_an_array_alike(tmp_path: Path) -> None:
-    def once(grid: Any, rounds: int) -> None:
-        start(tmp_path, rounds, k="auto", grid=grid, validate=lambda state: 0.0)
+def test_what_is_searched_counts_as_a_setting_as_a_list_and_as_an_array_alike(tmp_path: Path) -> None:
+    def once(values: Any, rounds: int) -> None:
+        start(tmp_path, rounds, k="auto", search={"k": values}, validate=lambda state: 0.0)
 
     once([0.0, 1.0], 1)
     once(np.array([0.0, 1.0]), 2)
-    with pytest.raises(ValueError, match=r"grid = \[0\.0, 2\.0\] where the checkpoint has \[0\.0, 1\.0\]"):
+    with pytest.raises(ValueError, match=r"search\.k = \[0\.0, 2\.0\] where the checkpoint has \[0\.0, 1\.0\]"):
         once(np.array([0.0, 2.0]), 3)
 
 

@@ -145,7 +145,7 @@ def test_methods_lists_every_method_with_its_options(capsys):
     assert [line.partition(":")[0] for line in lines[::2]] == methods()
     for name, line in zip(methods(), lines[1::2], strict=True):
         listed = {word.partition("=")[0] for word in line.split("[")[0].split()}
-        assert listed == method_options(name) - {"validate", "grid"}
+        assert listed == method_options(name) - {"validate", "search"}
 
 
 def test_version(capsys):

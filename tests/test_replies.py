@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from fedfrom import FedFroM
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.metrics import comparable_metrics
+from fedfrom.wire.reading import read_reply
 from fedfrom.wire.records import (
     ADAPTER_KEY,
     Outgoing,
@@ -29,7 +31,7 @@ from fedfrom.wire.records import (
     to_state,
     to_state_dict,
 )
-from fedfrom.wire.replies import Sent, comparable_metrics, read_reply
+from fedfrom.wire.sent import Sent
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits
 
@@ -115,14 +117,14 @@ SPOILED = {
     "a key missing": (drop("arrays", HEAD), [HEAD, "missing"]),
     "a key more": (put("base_model.model.extra", np.zeros(2)), ["base_model.model.extra", "more"]),
     "other keys": (more("arrays", record_of({"w": np.zeros(2)})), ["missing", "'w'"]),
-    "a plain shape": (put(HEAD, np.zeros((10, 3), np.float32)), [HEAD, "(3, 10)", "(10, 3)"]),
+    "a plain shape": (put(HEAD, np.zeros((10, 3), np.float32)), [HEAD, "expected shape (3, 10), found (10, 3)"]),
     "a shape that broadcasts": (put(HEAD, np.zeros((1, 10), np.float32)), [HEAD, "(3, 10)", "(1, 10)"]),
     "a number for a matrix": (put(HEAD, np.float32(1)), [HEAD, "(3, 10)", "()"]),
     "a rank": (edit(A, lambda a: a[:2]), [A, "(4, 12)", "(2, 12)"]),
     "a rank, as text says what to do": (edit(B, lambda b: b[:, :2]), [B, "lora_config", "fedfrom.client"]),
     "d_in": (edit(A, lambda a: a[:, :6]), [A, "(4, 12)", "(4, 6)"]),
-    "float64 for float32": (edit(HEAD, lambda a: a.astype(np.float64)), [HEAD, "float32", "float64"]),
-    "float16 for float32": (edit(B, lambda a: a.astype(np.float16)), [B, "float32", "float16"]),
+    "float64 for float32": (edit(HEAD, lambda a: a.astype(np.float64)), [HEAD, "dtype float32, found float64"]),
+    "float16 for float32": (edit(B, lambda a: a.astype(np.float16)), [B, "expected dtype float32, found float16"]),
     "integers for float32": (edit(HEAD, lambda a: a.astype(np.int32)), [HEAD, "float32", "int32"]),
     "uint16 as bfloat16's bits": (edit(HEAD, lambda a: a.astype(np.uint16)), [HEAD, "float32", "uint16"]),
     "float for an integer": (put(COUNT, np.float32(1)), [COUNT, "int64", "float32"]),

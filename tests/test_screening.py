@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 
 from fedfrom import FedFroM, FedMerge
-from fedfrom.wire.replies import cap_examples, with_examples
+from fedfrom.wire.metrics import cap_examples, with_examples
 from tests.inprocess import InProcessGrid
 from tests.models import (
     Fault,

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedfrom.wire.spool
-from fedfrom import FedFroM, FedMerge, merge
+from fedfrom import FedFroM, FedMerge, FroM, merge
+from fedfrom.merging.clients import Client, Round
 from fedfrom.merging.linalg import blocks
+from fedfrom.merging.merge import merge_clients
 from fedfrom.wire.pulling import LONGEST, SHORTEST, send_and_receive
 from fedfrom.wire.spool import SpooledState, SpoolError
 from tests.inprocess import InProcessGrid
@@ -121,7 +123,8 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
-        found, _ = merge(spooled, case.reference, norms=norms)
+        clients = [Client(state, norms=own) for state, own in zip(spooled, norms, strict=True)]
+        found, _ = merge_clients(clients, Round(case.reference), FroM())
     assert sum(sizes) == 5 * 10**6  # once, where the norms are known
     expected, _ = merge(case.states, case.reference)
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -412,10 +412,11 @@ def test_bad_statistics_are_rejected_by_name_and_the_rest_goes_on(fault: str, ne
     assert same_bits(result.arrays, two.arrays)
 
 
-def test_a_round_without_any_statistics_is_skipped() -> None:
+def test_a_run_without_any_statistics_ends_with_what_is_missing() -> None:
     strategy, start = FedMerge("lorm"), record_of(mixed_state())
-    result = strategy.start(InProcessGrid(noisy, 3), start, num_rounds=1)
-    assert same_bits(result.arrays, start)
+    with pytest.raises(RuntimeError, match=r"fedfrom\.client\.gram"):
+        strategy.start(InProcessGrid(noisy, 3), start, num_rounds=1)
+    assert strategy.reports[1].merge is None
     assert all("fedfrom.client.gram" in reason for reason in strategy.reports[1].rejected.values())
     assert len(strategy.reports[1].rejected) == 3
 

@@ -1,9 +1,11 @@
 """Rounds with errors, rejections and silence, and the metrics of all rounds."""
 
+import logging
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fedfrom import FedFroM
@@ -86,14 +88,39 @@ def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixt
     assert not logged(flower_log, "no valid reply", "round 1")
 
 
-@pytest.mark.parametrize("fault", [raising, emptied])
-def test_with_all_rounds_skipped_the_result_is_the_initial_arrays(fault: Any) -> None:
-    """Flower's own loop leaves Result.arrays empty here."""
+def test_with_all_rounds_skipped_the_result_is_the_initial_arrays() -> None:
+    """Flower's own loop leaves Result.arrays empty here. Errors are lost replies; rejected ones: test_skipped.py."""
     initial = record_of(mixed_state())
-    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), fault)), 3), initial, num_rounds=2)
+    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), raising)), 3), initial, num_rounds=2)
     assert same_bits(result.arrays, initial)
     assert [result.train_metrics_clientapp[i]["replies-valid"] for i in (1, 2)] == [0, 0]
     assert set(result.evaluate_metrics_clientapp) == {1, 2}
+
+
+def test_reasons_are_logged_by_kind_and_before_what_comes_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    def infinite(content: RecordDict) -> None:
+        content["arrays"]["base_model.model.head.weight"] = Array(np.full((3, 10), np.inf, np.float32))
+
+    strategy = FedFroM(min_valid_replies=2, fraction_evaluate=0.0)
+    grid = InProcessGrid(faulty({0: emptied, 1: infinite, 2: emptied, 3: emptied}), 5)
+    with caplog.at_level(logging.DEBUG, logger="flwr"):
+        strategy.start(grid, record_of(mixed_state()), num_rounds=1)
+    at = {"keys": "rejected 3 replies (keys), such as node", "not-finite": "rejected 1 reply (not-finite), node"}
+    at |= {"few": "expected at least 2 valid replies, found 1", "skipped": "round 1 is skipped"}
+    found = {name: logged(caplog, words) for name, words in at.items()}
+    assert all(len(records) == 1 and records[0].levelname == "WARNING" for records in found.values()), found
+    order = [caplog.records.index(found[name][0]) for name in at]
+    assert order == sorted(order)
+    keys = found["keys"][0].getMessage()
+    examples = [node for node, reason in strategy.reports[1].rejected.items() if f"{node}'s: {reason}" in keys]
+    assert len(examples) == 1 and grid.partition_of[examples[0]] in (0, 2, 3)
+    assert len(strategy.reports[1].rejected) == 4  # each with its own reason
+    for node, reason in strategy.reports[1].rejected.items():
+        (record,) = logged(caplog, f"rejected the reply of node {node}: {reason}")
+        assert record.levelname == "DEBUG"
+    caplog.clear()
+    FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(2), raising)), 2), record_of(mixed_state()), num_rounds=1)
+    assert logged(caplog, "expected at least 1 valid reply, found 0")
 
 
 def test_a_silent_node_costs_its_own_reply_alone() -> None:

@@ -1,7 +1,9 @@
 """Settings of the strategies: which are refused, what they change of a round, and what is reported and warned of."""
 
+import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 from fedfrom import Average, FedFroM, FedMerge, FroM
+from fedfrom.rounds import RoundReport
 from tests.inprocess import InProcessGrid
 from tests.models import (
     FEDFROM,
@@ -25,6 +29,11 @@ from tests.models import (
     same_bits,
 )
 from tests.rounds import Q, emptied, logged, raising, run
+
+FRACTIONS = ("fraction_train", "fraction_evaluate")
+COUNTS = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
+FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
 def test_summary_logs_the_settings(flower_log: pytest.LogCaptureFixture) -> None:
@@ -81,7 +90,13 @@ def test_reports_can_be_written_as_json() -> None:
         ({"tolerance": -1e-3}, ["tolerance", "-0.001"]),
         ({"server_lr": math.nan}, ["server_lr", "nan"]),
         ({"server_lr": math.inf}, ["server_lr", "inf"]),
+        ({"server_lr": -1.0}, ["server_lr", ">= 0", "-1.0"]),
+        ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
+        ({"grid": (0, 1)}, ["search", "found grid", "search={'k': ...}"]),
+        ({"k": "auto", "validate": len, "search": {"k": ()}}, ["search, 'k'", "found ()"]),
+        ({"validate": len}, ["validate", "k='auto'", "k=0.5"]),
+        ({"on_round": 3}, ["on_round", "a function", "found 3"]),
         ({"density": 0.2}, ["density"]),
         ({"lora_config": {"r": 0, "lora_alpha": 8}}, ["lora_config", "r", "0"]),
         ({"lora_config": {"r": 8}}, ["lora_config", "lora_alpha"]),
@@ -97,6 +112,29 @@ def test_a_wrong_setting_is_named(options: dict[str, Any], named: list[str]) -> 
         FedFroM(**options)
     for word in named:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        *((name, (-0.1, 2.0, math.nan, "1", True, None), (0, 0.0, 0.5, 1)) for name in FRACTIONS),
+        *((name, (-1, 1.5, 2.0, math.nan, "2", True, None), (0, 3)) for name in COUNTS),
+        *((name, ("", None, 3, b"k"), ("k",)) for name in KEYS),
+        *((name, (3, "mean"), (None, lambda contents, key: None)) for name in FUNCTIONS),
+    ],
+)
+def test_fedavgs_arguments_are_checked(name: str, wrong: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, found {re.escape(repr(value))}"):
+            FedFroM(**{name: value})
+    for value in right:
+        assert value in (None, getattr(FedFroM(**{name: value}), name))
+
+
+def test_all_of_fedavgs_arguments_are_checked() -> None:
+    """Flower may get new ones: a range that nobody thought of would pass."""
+    checked = {*FRACTIONS, *COUNTS, *KEYS, *FUNCTIONS}
+    assert checked == set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 
 
 def test_a_wrong_method_is_named() -> None:
@@ -190,15 +228,15 @@ def test_k_is_chosen_each_round_by_the_validation_function() -> None:
         # the smallest model is the best one, which is no k's by right
         return -float(sum(value.double().square().sum() for value in state.values()))
 
-    grid = (0.0, 0.25, 0.5)
-    found = run(k="auto", grid=grid, validate=validate, rounds=2)
-    assert len(seen) == 2 * len(grid) and all(keys == set(mixed_state()) for keys in seen)
+    tried = (0.0, 0.25, 0.5)
+    found = run(k="auto", search={"k": tried}, validate=validate, rounds=2)
+    assert len(seen) == 2 * len(tried) and all(keys == set(mixed_state()) for keys in seen)
     for server_round in (1, 2):
         metrics = found.train_metrics_clientapp[server_round]
-        assert metrics["k"] in grid and metrics["validation-score"] < 0
+        assert metrics["k"] in tried and metrics["validation-score"] < 0
     # each round is the one that the chosen k would have made
     fixed = run(k=float(found.train_metrics_clientapp[1]["k"]), rounds=1)
-    again = run(k="auto", grid=grid, validate=validate, rounds=1)
+    again = run(k="auto", search={"k": tried}, validate=validate, rounds=1)
     assert same_bits(fixed.arrays, again.arrays)
 
 
@@ -206,6 +244,26 @@ def test_a_validation_without_any_score_skips_the_round(flower_log: pytest.LogCa
     found = run(k="auto", validate=lambda state: math.nan, rounds=1)
     assert same_bits(found.arrays, record_of(mixed_state()))
     assert logged(flower_log, "validate: expected a number")
+
+
+@pytest.mark.parametrize("method", ["from", "greedy-soup"])
+def test_a_validation_that_fails_skips_the_round_by_name(method: str, flower_log: pytest.LogCaptureFixture) -> None:
+    """Only in some rounds: what a round could not score is not a reason to lose the others."""
+    rounds: list[RoundReport] = []
+
+    def validate(state: Mapping[str, torch.Tensor]) -> Any:
+        if len(rounds) == 1:
+            return None
+        if len(rounds) == 2:
+            raise FileNotFoundError("held-out.tsv")
+        return 0.0
+
+    options = {"k": "auto"} if method == "from" else {}
+    strategy = FedMerge(method, validate=validate, on_round=rounds.append, **options)
+    strategy.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=4)
+    assert [report.merge is None for report in strategy.reports.values()] == [False, True, True, False]
+    assert logged(flower_log, "validate: expected a score", "returned None")
+    assert logged(flower_log, "validate: expected a score", "raised FileNotFoundError: held-out.tsv")
 
 
 def test_a_safe_step_is_taken_where_clients_are_opposed(flower_log: pytest.LogCaptureFixture) -> None:

@@ -27,12 +27,10 @@ from fedfrom.files.folders import (
 )
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
+from fedfrom.merging.clients import Round, clients_of
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.merge import LayerByLayer, layer_by_layer
-from fedfrom.merging.methods.average import Average
 from fedfrom.merging.methods.base import Method
-from fedfrom.merging.methods.frobenius import AUTO, FroM
-from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.report import LayerReport, MergeReport
 
 Progress = Callable[[int, int], None]
@@ -94,7 +92,7 @@ def prepare(
     same_base: bool = False,
 ) -> LayerByLayer:
     """Return the merge of opened models, to be run a layer at a time; see `fedfrom.merge` for the arguments."""
-    if isinstance(method, GreedySoup) or (isinstance(method, FroM) and method.k == AUTO):
+    if method.validate is not None:
         raise BadInput("k='auto' and greedy-soup need validation data: call fedfrom.merge(..., validate=) in Python")
     if method.needs:
         raise BadInput(
@@ -102,25 +100,22 @@ def prepare(
             f"(fedfrom.client.{method.needs}), which no folder holds: call fedfrom.merge(..., statistics=) in Python"
         )
     checkpoints = not models[0].is_adapter
-    # an Average without a reference is the mean of the values: all else needs the updates
-    if checkpoints and base is None and (type(method) is not Average or clip is not None or server_lr != 1.0):
+    # without a reference a mean of updates is the mean of the values: all else needs the updates
+    if checkpoints and base is None and (not method.is_mean or clip is not None or server_lr != 1.0):
         raise BadInput(
             "--base: expected the pretrained model, which full checkpoints' updates are relative to, found none: pass "
             "--base MODEL, or --method average for the plain mean"
         )
-    return layer_by_layer(
+    clients = clients_of(
         [model.tensors for model in models],
-        None if base is None else _Reference(base.tensors, names_in_base(models[0], base)),
-        method,
         configs=None if checkpoints else [model.config for model in models],
         examples=examples,
         weights=weights,
-        server_lr=server_lr,
-        clip=clip,
         names=[model.name for model in models],
-        dora=dora,
-        same_base=same_base,
     )
+    reference = None if base is None else _Reference(base.tensors, names_in_base(models[0], base))
+    shared = Round(reference, server_lr=server_lr, clip=clip, dora=dora, same_base=same_base)
+    return layer_by_layer(clients, shared, method)
 
 
 def merge_folders(

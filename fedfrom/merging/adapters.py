@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedfrom.merging.clients import Round
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
@@ -30,17 +31,15 @@ def merge_adapter(
     inputs: Inputs,
     name: str,
     methods: Sequence[ProductMethod],
-    server_lr: float | str,
+    shared: Round,
     survey: Survey,
-    as_reference: bool,
-    clip: float | None,
 ) -> list[tuple[dict[str, Tensor], LayerReport]]:
     """Merge one LoRA module by each method: the products stacked into T = W + alpha theta*, solved back to the rank.
 
     What is the same for all methods (deltas, norms, Gram matrix, the QR of the stack) is computed once.
     """
-    module = _Module.read(inputs, name, survey, as_reference, clip)
-    [weighings] = weigh([module.updates], methods, survey, inputs.examples, inputs.weights, server_lr)
+    module = _Module.read(inputs, name, survey, shared.as_reference, shared.clip)
+    [weighings] = weigh([module.updates], methods, survey, inputs.examples, inputs.weights, shared.server_lr)
     return once_each(weighings, module.merged)
 
 

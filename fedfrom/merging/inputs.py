@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+from fedfrom.merging.clients import Client, Round
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.peft.layers import State
@@ -15,174 +17,168 @@ from fedfrom.merging.sources import Inputs, Readable, Source
 from fedfrom.merging.weighing import SAFE
 
 
-def check_inputs(
-    states: Sequence[State],
-    reference: State | None,
-    received: Sequence[State | None] | None,
-    configs: Sequence[Any] | None,
-    reference_config: Any,
-    examples: Sequence[float] | None,
-    names: Sequence[str] | None,
-    statistics: Sequence[State | None] | None,
-    needs: str | None,
-    pair: bool,
-    dora: bool,
-    same_base: bool,
-    norms: Sequence[Mapping[str, float]] | None = None,
-    deltas: Sequence[Collection[str]] | None = None,
-    weights: Sequence[float] | None = None,
-) -> Inputs:
-    """Return the inputs of `merge`, checked; see there."""
-    n = len(states)
-    if n == 0:
-        raise ValueError("states: expected at least one client's state, found none")
-    for label, values in {
-        "received": received,
-        "configs": configs,
-        "examples": examples,
-        "names": names,
-        "statistics": statistics,
-        "norms": norms,
-        "deltas": deltas,
-    }.items():
-        if values is not None and len(values) != n:
-            raise ValueError(f"{label}: expected one a client, {n}, found {len(values)}")
-    if received is not None and reference is None:
-        raise ValueError("received: expected together with reference, the state they were cut from, found None")
-    who = list(names) if names is not None else [f"client {i}" for i in range(n)]
-    for i, count in enumerate(examples or []):
-        # compared, not converted: an int may be beyond any float
-        if not isinstance(count, int | float) or not 0 < count <= sys.float_info.max:
-            raise ValueError(f"{who[i]}: expected a finite number of examples > 0, found {count!r}")
-    given = None if weights is None else check_weights(weights, who)
+def check_inputs(clients: Sequence[Client], shared: Round, needs: str | None, pair: bool) -> Inputs:
+    """Return what clients sent and were sent, checked against each other; no tensor is read.
 
-    for i in range(n if needs else 0):
-        if statistics is None or not statistics[i]:
+    Parameters
+    ----------
+    clients : Sequence[Client]
+        At least one.
+    shared : Round
+        What they share.
+    needs : str | None
+        The statistics that each client must have: "gram" or "fisher".
+    pair : bool
+        False takes A and B of a LoRA module for tensors of their own.
+
+    Raises
+    ------
+    ValueError
+        Names the client, the key, what was expected and what was found.
+    """
+    if not clients:
+        raise ValueError("states: expected at least one client's state, found none")
+    if shared.reference is None and any(client.received is not None for client in clients):
+        raise ValueError("received: expected together with reference, the state they were cut from, found None")
+    examples, weights = check_numbers(clients)
+    for client in clients:
+        if needs and not client.statistics:
             raise ValueError(
-                f"{who[i]}: expected {needs} statistics beside its state, found none: compute them with "
+                f"{client.name}: expected {needs} statistics beside its state, found none: compute them with "
                 f"fedfrom.client.{needs} and send them (statistics=)"
             )
-
-    alike: dict[tuple[str, ...], dict[str, L.Layer]] = {}  # most states have the keys of the one before
-
-    def layers_of(state: State, name: str) -> dict[str, L.Layer]:
-        keys = tuple(state)
-        if keys not in alike:
-            found = L.find_layers(state, name)
-            for layer in found.values():
-                L.check_dora(layer, name, dora)
-            alike[keys] = found if pair else L.find_layers(state, name, pair_factors=False)
-        return alike[keys]
-
-    def source(
-        state: State,
-        config: Any,
-        name: str,
-        sliced: bool = False,
-        statistics: State | None = None,
-        norms: Mapping[str, float] | None = None,
-        deltas: Collection[str] = (),
-    ) -> Source:
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{name}: expected a state dict (key -> tensor), found {type(state).__name__}: load it")
-        found = layers_of(state, name)
-        if not found:
-            raise ValueError(f"{name}: expected a state with at least one tensor, found none")
-        checked = None if config is None else check_config(config, name, dora, same_base)
-        return Source(name, Readable(state, name), found, checked, sliced, statistics, norms or {}, deltas)
-
-    beside = statistics if statistics is not None and needs else [None] * n
-    own = configs if configs is not None else [None] * n
-    known = norms if norms is not None else [None] * n
-    changes = deltas if deltas is not None else [()] * n
-    sent = [source(*given) for given in zip(states, own, who, [False] * n, beside, known, changes, strict=True)]
-    for client in sent:
-        if client.layers is not sent[0].layers:
-            if client.layers.keys() != sent[0].layers.keys():
-                found = L.difference(client.layers, sent[0].layers)
-                raise ValueError(f"{client.who}: expected the layers of {sent[0].who}, found {found}")
-            _check_parts(client, sent[0])
-        if (client.config is None) != (sent[0].config is None):
-            raise ValueError(f"{client.who}: expected an adapter config a client or none at all, found some without")
-    base = None if reference is None else source(reference, reference_config, "reference")
-    for client in sent:
-        for name in client.deltas:
-            has_update = name in client.layers and not client.layers[name].is_adapter
-            if not has_update or client.layers[name].is_running_statistic or base is None or name not in base.layers:
-                raise ValueError(
-                    f"{client.who}, {name!r}: expected a delta of a plain tensor that reference has, found another"
-                )
+    read = _Reading(shared, pair)
+    sent = [read.client(client, with_statistics=needs is not None) for client in clients]
+    for source in sent:
+        if source.layers is not sent[0].layers:
+            if source.layers.keys() != sent[0].layers.keys():
+                found = L.difference(source.layers, sent[0].layers)
+                raise ValueError(f"{source.who}: expected the layers of {sent[0].who}, found {found}")
+            _check_parts(source, sent[0])
+        if (source.config is None) != (sent[0].config is None):
+            raise ValueError(f"{source.who}: expected an adapter config a client or none at all, found some without")
+    base = None if shared.reference is None else read.source(shared.reference, shared.reference_config, "reference")
+    for source in sent:
+        _check_deltas(source, base)
     if base is not None:
-        shared = base.layers.keys() & sent[0].layers.keys()
-        if not shared:
-            raise ValueError(
-                f"reference: expected layers of the clients such as {next(iter(sent[0].layers), None)!r}, found "
-                f"others such as {next(iter(base.layers), None)!r}"
-            )
-        _check_parts(sent[0], base)
-        adapters = any(base.layers[name].is_adapter for name in shared)
-        if adapters and (base.config is None) != (sent[0].config is None):
-            raise ValueError("reference_config: expected together with configs, found one without the other")
+        _check_reference(base, sent[0])
     if not pair:
         _check_scalings([*sent, *([] if base is None else [base])])
     unique: dict[int, Source] = {}
-    for i, state in enumerate(received or []):
-        if state is not None and id(state) not in unique:
-            unique[id(state)] = source(state, reference_config, f"what {who[i]} received", sliced=True)
-    for part in unique.values():
-        assert base is not None
-        if missing := sorted((shared & base.layers.keys()) - part.layers.keys()):
-            raise ValueError(
-                f"{part.who}: expected the layers of reference, found {len(missing)} missing {missing[:3]}"
-            )
-        _check_parts(part, base)
-    cut = [None if state is None else unique[id(state)] for state in received or [None] * n]
-    return Inputs(sent, base, cut, None if examples is None else [float(count) for count in examples], given)
+    for client in clients:
+        if client.received is not None and id(client.received) not in unique:
+            who = f"what {client.name} received"
+            part = read.source(client.received, shared.reference_config, who, sliced=True)
+            assert base is not None
+            if missing := sorted((base.layers.keys() & sent[0].layers.keys()) - part.layers.keys()):
+                raise ValueError(f"{who}: expected the layers of reference, found {len(missing)} missing {missing[:3]}")
+            _check_parts(part, base)
+            unique[id(client.received)] = part
+    received = [None if client.received is None else unique[id(client.received)] for client in clients]
+    return Inputs(sent, base, received, examples, weights)
 
 
-def check_weights(weights: Any, who: Sequence[str]) -> list[float]:
-    """Return the user's own weights, one for each of these clients: finite numbers >= 0, at least one above 0."""
-    n = len(who)
-    if not isinstance(weights, Collection) or isinstance(weights, Mapping | str):
-        raise ValueError(f"weights: expected one number a client, {n}, found {weights!r}")
-    if len(weights) != n:
-        place = f"none for {who[len(weights)]}" if len(weights) < n else f"more than for {who[-1]}, the last client"
-        raise ValueError(f"weights: expected one number a client, {n}, found {len(weights)}, {place}")
+class _Reading:
+    """Finds the layers of states, once for all that have the same keys, and checks their configs."""
+
+    def __init__(self, shared: Round, pair: bool) -> None:
+        self._shared, self._pair = shared, pair
+        self._alike: dict[tuple[str, ...], dict[str, L.Layer]] = {}  # most states have the keys of the one before
+
+    def source(self, state: State, config: Any, who: str, sliced: bool = False) -> Source:
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{who}: expected a state dict (key -> tensor), found {type(state).__name__}: load it")
+        layers = self._layers(state, who)
+        if not layers:
+            raise ValueError(f"{who}: expected a state with at least one tensor, found none")
+        checked = None if config is None else check_config(config, who, self._shared.dora, self._shared.same_base)
+        return Source(who, Readable(state, who), layers, checked, sliced)
+
+    def client(self, client: Client, with_statistics: bool) -> Source:
+        statistics = client.statistics if with_statistics else None
+        source = self.source(client.state, client.config, client.name)
+        return replace(source, statistics=statistics, norms=client.norms, deltas=client.deltas)
+
+    def _layers(self, state: State, who: str) -> dict[str, L.Layer]:
+        keys = tuple(state)
+        if keys not in self._alike:
+            found = L.find_layers(state, who)
+            for layer in found.values():
+                L.check_dora(layer, who, self._shared.dora)
+            self._alike[keys] = found if self._pair else L.find_layers(state, who, pair_factors=False)
+        return self._alike[keys]
+
+
+def check_numbers(clients: Sequence[Client]) -> tuple[list[float] | None, list[float] | None]:
+    """Return the clients' numbers of examples and their own weights, or raise ValueError where one is out of range."""
+    return _check_examples(clients), _check_weights(clients)
+
+
+def _check_examples(clients: Sequence[Client]) -> list[float] | None:
+    """Return the clients' numbers of examples, all finite and above 0; None where no client has one."""
+    if all(client.examples is None for client in clients):
+        return None
+    for client in clients:
+        count = client.examples
+        # compared, not converted: an int may be beyond any float
+        if not isinstance(count, int | float) or not 0 < count <= sys.float_info.max:
+            raise ValueError(f"{client.name}: expected a finite number of examples > 0, found {count!r}")
+    return [float(client.examples) for client in clients if client.examples is not None]
+
+
+def _check_weights(clients: Sequence[Client]) -> list[float] | None:
+    """Return the clients' own weights, finite, >= 0, at least one above 0; None where no client has one."""
+    if all(client.weight is None for client in clients):
+        return None
     found = []
-    for name, u in zip(who, weights, strict=True):
+    for client in clients:
+        u: Any = client.weight
         try:
             found.append(math.nan if isinstance(u, bool) or not isinstance(u, Real) else float(u))
         except OverflowError:  # an int beyond any float
             found.append(math.inf)
         if not 0 <= found[-1] < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0 as its weight, found {u!r}")
+            raise ValueError(f"{client.name}: expected a finite number >= 0 as its weight, found {u!r}")
     if not any(found):
         raise ValueError("weights: expected at least one client's above 0, found 0 for all")
     return found
 
 
+def _check_deltas(source: Source, base: Source | None) -> None:
+    """Raise ValueError where a client's change is of something that it can't be a change of."""
+    for name in source.deltas:
+        has_update = name in source.layers and not source.layers[name].is_adapter
+        if not has_update or source.layers[name].is_running_statistic or base is None or name not in base.layers:
+            raise ValueError(
+                f"{source.who}, {name!r}: expected a delta of a plain tensor that reference has, found another"
+            )
+
+
+def _check_reference(base: Source, first: Source) -> None:
+    """Raise ValueError where the reference has none of the first client's layers, or a config where it has none."""
+    shared = base.layers.keys() & first.layers.keys()
+    if not shared:
+        raise ValueError(
+            f"reference: expected layers of the clients such as {next(iter(first.layers), None)!r}, found "
+            f"others such as {next(iter(base.layers), None)!r}"
+        )
+    _check_parts(first, base)
+    adapters = any(base.layers[name].is_adapter for name in shared)
+    if adapters and (base.config is None) != (first.config is None):
+        raise ValueError("reference_config: expected together with configs, found one without the other")
+
+
 def check_server_lr(server_lr: float | str) -> None:
-    """Raise ValueError where alpha is neither "safe" nor a finite number, whose square is in range."""
-    if server_lr != SAFE and (not isinstance(server_lr, int | float) or not abs(server_lr) < 1e100):
-        raise ValueError(f"server_lr: expected a finite number or 'safe', found {server_lr!r}")
+    """Raise ValueError where alpha is neither "safe" nor a finite number >= 0, whose square is in range."""
+    is_number = isinstance(server_lr, int | float) and not isinstance(server_lr, bool)
+    if server_lr != SAFE and (not is_number or not 0 <= server_lr < 1e100):  # type: ignore[operator]
+        raise ValueError(f"server_lr: expected a finite number >= 0 or 'safe', found {server_lr!r}")
 
 
 def check_clip(clip: float | None) -> None:
     """Raise ValueError where the bound on norms is neither None nor a positive number."""
     if clip is not None and (not isinstance(clip, int | float) or not 0 < clip <= sys.float_info.max):
         raise ValueError(f"clip: expected a positive number or None, found {clip!r}")
-
-
-def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
-    """Raise ValueError where a setting of the screening is out of range."""
-    if examples_cap is not None and (not isinstance(examples_cap, int | float) or not 1 <= examples_cap < math.inf):
-        raise ValueError(f"examples_cap: expected a finite number >= 1 or None, found {examples_cap!r}")
-    if not isinstance(min_valid_replies, int) or min_valid_replies < 1:
-        raise ValueError(f"min_valid_replies: expected a whole number >= 1, found {min_valid_replies!r}")
-    if select not in (None, "multikrum"):
-        raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
-    if not isinstance(attackers, int) or attackers < 0 or (attackers > 0 and select is None):
-        raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")
 
 
 def _check_scalings(sources: list[Source]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.adapters import merge_adapter
-from fedfrom.merging.inputs import check_clip, check_inputs, check_server_lr, check_weights
+from fedfrom.merging.clients import Client, Round, clients_of
+from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, check_server_lr
 from fedfrom.merging.linalg import blocks
-from fedfrom.merging.linalg.blocks import Empty
 from fedfrom.merging.linalg.threads import begin, one_thread_each
 from fedfrom.merging.methods.base import Method, ProductMethod, Survey
-from fedfrom.merging.methods.frobenius import AUTO, FroM
 from fedfrom.merging.methods.registry import check_method, make_method
-from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.peft.configs import output_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -49,11 +47,8 @@ def merge(
     as_reference: bool = False,
     names: Sequence[str] | None = None,
     statistics: Sequence[State | None] | None = None,
-    norms: Sequence[Mapping[str, float]] | None = None,
-    deltas: Sequence[Collection[str]] | None = None,
     dora: bool = False,
     same_base: bool = False,
-    empty: Empty = torch.empty,
     **options: Any,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """Merge the states of n clients into one: W + alpha theta*, layer by layer (Eq. 5; adapters by Eq. 6).
@@ -88,8 +83,9 @@ def merge(
         but it has a say in three things: the median of `clip`; the signs that TIES elects, and the counts that it
         divides by; and which entries DARE draws for the others.
     server_lr : float | str (default: 1.0)
-        alpha. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging: alpha (1 + k lambda_max)
-        is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is not in it.
+        alpha >= 0. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging:
+        alpha (1 + k lambda_max) is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is
+        not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
         are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see
@@ -104,15 +100,8 @@ def merge(
     statistics : Sequence[Mapping[str, Tensor]] | None (default: None)
         What each client sends beside its state, for the methods that need it: Gram matrices by module name
         (`fedfrom.client.gram`) or Fisher diagonals by key (`fedfrom.client.fisher`).
-    norms : Sequence[Mapping[str, float]] | None (default: None)
-        What is known of each client's ||W_i - ref_i||_F, by the name of a plain tensor, as `blocks.delta_norm` gives
-        it: taken as true, so that a state that is read from disk is read once.
-    deltas : Sequence[Collection[str]] | None (default: None)
-        The plain tensors, by name, in whose place each client's state has W_i - ref_i; any floating-point dtype.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base: see `configs.check_config`.
-    empty : Callable[..., Tensor] (default: torch.empty)
-        Gives the memory of merged plain tensors, called with a shape, and dtype and device as keywords.
     **options
         The method's, where it is given by name.
 
@@ -135,65 +124,38 @@ def merge(
     if isinstance(method, str):
         check_method(method, options, inspect.signature(merge).parameters)
     chosen = make_method(method, **options)
-    if isinstance(states, Mapping):
-        raise ValueError("states: expected a sequence of state dicts, one a client, found a single mapping")
-    for i, state in enumerate(states):
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"client {i}: expected a state dict (key -> tensor), found {type(state).__name__}: load it"
-            )
-    if isinstance(chosen, GreedySoup):
-        each: dict[str, Any] = {"received": received, "configs": configs, "examples": examples}
-        each |= {"norms": norms, "deltas": deltas, "weights": weights}
-        who = each["names"] = names or [f"client {i}" for i in range(len(states))]
-        # one of weight 0 alone is no mean
-        able = list(range(len(states)))
-        if weights is not None:
-            able = [i for i, u in enumerate(check_weights(weights, who)) if u > 0]
-
-        def mean_of(clients: list[int], empty: Empty = torch.empty) -> tuple[dict[str, Tensor], MergeReport]:
-            own: dict[str, Any] = {
-                key: None if values is None else [values[i] for i in clients] for key, values in each.items()
-            }
-            same: dict[str, Any] = {"reference_config": reference_config, "server_lr": server_lr, "clip": clip}
-            same |= {"as_reference": as_reference, "dora": dora, "same_base": same_base, "empty": empty}
-            return merge([states[i] for i in clients], reference, chosen.average(), **own, **same)
-
-        places = chosen.choose(len(able), lambda places: mean_of([able[place] for place in places])[0])
-        return mean_of([able[place] for place in places], empty)
-    layers = layer_by_layer(
+    clients = clients_of(
         states,
-        reference,
-        chosen,
         received=received,
         configs=configs,
-        reference_config=reference_config,
         examples=examples,
         weights=weights,
-        server_lr=server_lr,
-        clip=clip,
-        as_reference=as_reference,
         names=names,
         statistics=statistics,
-        norms=norms,
-        deltas=deltas,
-        dora=dora,
-        same_base=same_base,
-        empty=empty,
     )
+    shared = Round(reference, reference_config, server_lr, clip, as_reference, dora, same_base)
+    return merge_clients(clients, shared, chosen)
+
+
+def merge_clients(clients: Sequence[Client], shared: Round, method: Method) -> tuple[dict[str, Tensor], MergeReport]:
+    """Return what `merge` does, of clients as values."""
+
+    def merged_of(places: list[int], chosen: Method) -> State:
+        return merge_clients([clients[i] for i in places], replace(shared, empty=torch.empty), chosen)[0]
+
+    _, weights = check_numbers(clients)
+    selected = method.select(weights or [1.0] * len(clients), merged_of)
+    if selected is not None:
+        places, method = selected
+        clients = [clients[i] for i in places]
+    layers = layer_by_layer(clients, shared, method)
     merged: list[dict[str, Tensor]] = [{} for _ in layers.candidates]
     reports: list[list[LayerReport]] = [[] for _ in layers.candidates]
     for found in layers:
         for i, (part, report) in enumerate(found):
             merged[i].update(part)
             reports[i].append(report)
-    best, validation = 0, []
-    if isinstance(chosen, FroM) and chosen.k == AUTO:
-        scores = [chosen.score(state) for state in merged]
-        best = scores.index(max(scores))
-        validation = list(zip([float(candidate.k) for candidate in layers.candidates], scores, strict=True))
-        if scores[best] == -math.inf:
-            raise ValueError("validate: expected a number for the merge with at least one k, found none")
+    best, validation = method.best(merged)
     return merged[best], layers.report(reports[best], best, validation)
 
 
@@ -206,22 +168,19 @@ class LayerByLayer:
     inputs : Inputs
         What the clients sent; its `sent[0].layers` are the layers, in order.
     candidates : Sequence[Method]
-        The method; with k="auto" one for each k.
-    server_lr, clip, as_reference, empty
-        See `merge`.
+        The method, or those that it chooses from.
+    shared : Round
+        What the clients share.
     """
 
     inputs: Inputs
     candidates: Sequence[Method]
-    server_lr: float | str
-    clip: float | None
-    as_reference: bool
-    empty: Empty = torch.empty
+    shared: Round
 
     def __iter__(self) -> Iterator[list[tuple[dict[str, Tensor], LayerReport]]]:
         """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
         with one_thread_each():
-            whole = survey(self.inputs, self.candidates[0], self.clip)
+            whole = survey(self.inputs, self.candidates[0], self.shared.clip)
         for batch in self._batches():
             with one_thread_each():  # not across the yield: it is the caller's thread
                 found = _merge_batch(self, batch, whole)
@@ -261,66 +220,32 @@ class LayerByLayer:
     ) -> MergeReport:
         """Return the report of the whole merge from one candidate's reports of all layers."""
         chosen = self.candidates[candidate]
-        settings = {**chosen.settings(), "server_lr": self.server_lr, "clip": self.clip}
+        settings = {**chosen.settings(), "server_lr": self.shared.server_lr, "clip": self.shared.clip}
         if self.inputs.weights is not None:
             settings["weights"] = self.inputs.weights
-        config = _config(self.inputs, layers, keep=self.as_reference or chosen.on_factors)
+        config = _config(self.inputs, layers, keep=self.shared.as_reference or chosen.on_factors)
         clients = [source.who for source in self.inputs.sent]
         return MergeReport(settings, clients, layers, config, list(validation))
 
 
-def layer_by_layer(
-    states: Sequence[State],
-    reference: State | None,
-    method: Method,
-    *,
-    received: Sequence[State | None] | None = None,
-    configs: Sequence[Any] | None = None,
-    reference_config: Any = None,
-    examples: Sequence[float] | None = None,
-    weights: Sequence[float] | None = None,
-    server_lr: float | str = 1.0,
-    clip: float | None = None,
-    as_reference: bool = False,
-    names: Sequence[str] | None = None,
-    statistics: Sequence[State | None] | None = None,
-    norms: Sequence[Mapping[str, float]] | None = None,
-    deltas: Sequence[Collection[str]] | None = None,
-    dora: bool = False,
-    same_base: bool = False,
-    empty: Empty = torch.empty,
-) -> LayerByLayer:
-    """Return the merge that `merge` does with these arguments, to be run a layer at a time; raises as `merge` does.
+def layer_by_layer(clients: Sequence[Client], shared: Round, method: Method) -> LayerByLayer:
+    """Return the merge that `merge` does, to be run a layer at a time; raises as `merge` does.
 
-    `GreedySoup` merges many times and can't be run so; with FroM's k="auto" each layer comes once for each k.
+    A method that selects clients first merges many times, and can't be run so. Of one with several candidates, such as
+    FroM's with k="auto", each layer comes once for each.
     """
-    check_server_lr(server_lr)
-    check_clip(clip)
-    inputs = check_inputs(
-        states,
-        reference,
-        received,
-        configs,
-        reference_config,
-        examples,
-        names,
-        statistics,
-        method.needs,
-        not method.on_factors,
-        dora,
-        same_base,
-        norms,
-        deltas,
-        weights,
-    )
-    if as_reference and (inputs.reference is None or inputs.reference.layers.keys() != inputs.sent[0].layers.keys()):
+    check_server_lr(shared.server_lr)
+    check_clip(shared.clip)
+    inputs = check_inputs(clients, shared, method.needs, pair=not method.on_factors)
+    reference, first = inputs.reference, inputs.sent[0]
+    if shared.as_reference and (reference is None or reference.layers.keys() != first.layers.keys()):
         raise ValueError("as_reference: expected a reference with the clients' layers, found none or others")
-    candidates: Sequence[Method] = method.candidates() if isinstance(method, FroM) else [method]
-    if server_lr == SAFE and math.isinf(candidates[-1].k):
+    candidates = method.candidates()
+    if shared.server_lr == SAFE and math.isinf(candidates[-1].k):
         raise ValueError(
             "server_lr: expected a number with k = infinity, found 'safe': no step above 0 is within its bound"
         )
-    return LayerByLayer(inputs, candidates, server_lr, clip, as_reference, empty)
+    return LayerByLayer(inputs, candidates, shared)
 
 
 class _Part(NamedTuple):
@@ -336,11 +261,11 @@ def _merge_batch(
     asked: LayerByLayer, batch: list[_Part], whole: Survey
 ) -> dict[str, list[tuple[dict[str, Tensor], LayerReport]]]:
     """Return each of these layers merged by each method, by key, and what was done."""
-    inputs, methods = asked.inputs, asked.candidates
+    inputs, methods, shared = asked.inputs, asked.candidates, asked.shared
 
     def merged(parts: list[_Part]) -> list[list[tuple[dict[str, Tensor], LayerReport]]]:
         names, sizes = [part.name for part in parts], [part.entries_to_read for part in parts]
-        return merge_tensors(inputs, names, methods, asked.server_lr, whole, asked.clip, asked.empty, sizes)
+        return merge_tensors(inputs, names, methods, shared, whole, sizes)
 
     light = [part for part in batch if part.is_floating and part.is_light]
     apart = [part for part in batch if part.is_floating and not part.is_light]
@@ -351,7 +276,7 @@ def _merge_batch(
         if inputs.sent[0].layers[name].is_adapter:
             # methods on factors see no adapters
             products = [method for method in methods if isinstance(method, ProductMethod)]
-            found[name] = merge_adapter(inputs, name, products, asked.server_lr, whole, asked.as_reference, asked.clip)
+            found[name] = merge_adapter(inputs, name, products, shared, whole)
             for part, _ in found[name]:
                 for key, tensor in part.items():
                     check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.clients import Client, Round
 from fedfrom.merging.inputs import check_inputs
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.lowrank import norms_and_cosines
-from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import check_norms
 from fedfrom.merging.survey import updated
 from fedfrom.merging.tensors import plain_tensors
@@ -49,41 +48,16 @@ def multikrum(inner: Tensor, attackers: int) -> list[int]:
     return sorted(sorted(range(n), key=scores.__getitem__)[: n - attackers])
 
 
-def gram_of_updates(
-    states: Sequence[State],
-    reference: State,
-    *,
-    received: Sequence[State | None] | None = None,
-    configs: Sequence[Any] | None = None,
-    reference_config: Any = None,
-    names: Sequence[str] | None = None,
-    dora: bool = False,
-    same_base: bool = False,
-    deltas: Sequence[Collection[str]] | None = None,
-) -> Tensor:
+def gram_of_updates(clients: Sequence[Client], shared: Round) -> Tensor:
     """Return the (n, n) float64 inner products of the clients' whole updates, adapters as products BA.
 
     So they do not depend on the factors that a product is sent as: for any invertible G, B G and G^-1 A are the same
     client, which distances between factors would tell apart. Buffers, integers and what goes beside a LoRA module
-    (biases, magnitudes) are left out. Parameters as in `merge`; without configs all scalings count as 1, also where
-    adapters stand beside plain tensors.
+    (biases, magnitudes) are left out. Without configs all scalings count as 1, also where adapters stand beside plain
+    tensors.
     """
-    inputs = check_inputs(
-        states,
-        reference,
-        received,
-        configs,
-        reference_config,
-        None,
-        names,
-        None,
-        None,
-        True,
-        dora,
-        same_base,
-        deltas=deltas,
-    )
-    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    inputs = check_inputs(clients, shared, needs=None, pair=True)
+    total = torch.zeros(len(clients), len(clients), dtype=torch.float64)
     for name in updated(inputs):
         if inputs.sent[0].layers[name].is_adapter:
             found = adapter_deltas(inputs, name)[2]

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedfrom.merging.clients import Round
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.blocks import BLOCK, Empty, Values
 from fedfrom.merging.linalg.entries import Entries
@@ -29,10 +30,8 @@ def merge_tensors(
     inputs: Inputs,
     names: Sequence[str],
     methods: Sequence[Method],
-    server_lr: float | str,
+    shared: Round,
     survey: Survey,
-    clip: float | None,
-    empty: Empty,
     sizes: Sequence[int],
 ) -> list[list[tuple[dict[str, Tensor], LayerReport]]]:
     """Merge plain tensors by each method: T = W + alpha theta*.
@@ -43,7 +42,9 @@ def merge_tensors(
     All are weighed together: most tensors of a model are so small that what each takes is what its calls take. `sizes`
     are the entries of those that are read from elsewhere, a block at a time, else 0.
     """
-    reading = [begin(size, partial(_Tensor.read, inputs, name, clip)) for name, size in zip(names, sizes, strict=True)]
+    reading = [
+        begin(size, partial(_Tensor.read, inputs, name, shared.clip)) for name, size in zip(names, sizes, strict=True)
+    ]
     tensors = [wait() for wait in reading]
     work: dict[str, Callable[[], list[tuple[dict[str, Tensor], LayerReport]]]] = {}
     for alike in _by_kind(tensors):
@@ -52,10 +53,10 @@ def merge_tensors(
             own = [Method(examples_power=methods[0].examples_power)] * len(methods)
         else:
             own = list(methods)
-        whole, alpha = (survey, server_lr) if alike[0].is_update else (Survey(), 1.0)
+        whole, alpha = (survey, shared.server_lr) if alike[0].is_update else (Survey(), 1.0)
         found = weigh([tensor.updates for tensor in alike], own, whole, inputs.examples, inputs.weights, alpha)
         for tensor, weighings in zip(alike, found, strict=True):
-            work[tensor.layer.name] = partial(once_each, weighings, partial(tensor.merged, inputs, whole, empty))
+            work[tensor.layer.name] = partial(once_each, weighings, partial(tensor.merged, inputs, whole, shared.empty))
     merging = [begin(size, work.pop(name)) for name, size in zip(names, sizes, strict=True)]
     return [wait() for wait in merging]
 

@@ -11,7 +11,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
-from fedfrom.wire.records import array_bytes, one_line
+from fedfrom.wire.failures import failure
+from fedfrom.wire.records import array_bytes
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -105,5 +106,4 @@ class Arriving:
         """Log how many came, and the errors, in Flower's own words."""
         log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
         for message in self.failures:
-            reason = one_line(message.error.reason or "")
-            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, reason)
+            log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, failure(message))

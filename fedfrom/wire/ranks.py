@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.wire.records import to_record, to_state
-from fedfrom.wire.replies import Reply, Sent
+from fedfrom.wire.reply import Reply
+from fedfrom.wire.sent import Sent
 
 Ranks = Mapping[str, int]
 """Rank by module, of the modules where it is below the global adapter's."""

@@ -85,7 +85,8 @@ def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
 
     The bytes are those of Flower's own `ArrayRecord(state_dict)`, but for bfloat16, which that refuses: it travels as
     it is, two bytes a number, as arrays of the kind "fedfrom.bf16". `to_state_dict` reads both; to Flower's
-    `Array.numpy` bfloat16 is a TypeError, so that nothing takes its bits for numbers.
+    `Array.numpy`, and so to its `to_torch_state_dict`, bfloat16 is a TypeError, so that nothing takes its bits for
+    numbers. Where that happens in a client, the strategy's log and report name the remedy.
 
     Raises
     ------

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,7 +57,8 @@ def allowed(case: Case, k: float, alpha: float = 1.0) -> float:
 def test_auto_is_the_merge_with_the_k_it_names_within_bounds(wanted, case):
     case = dataclasses.replace(case, server_lr=1.0)
     within = allowed(case, wanted)
-    merged, report = merge(**case.arguments(), rank=case.rank, k="auto", grid=GRID, validate=distance_to(case, within))
+    options = {"k": "auto", "search": {"k": GRID}, "validate": distance_to(case, within)}
+    merged, report = merge(**case.arguments(), rank=case.rank, **options)
     # several k can come to one merge: a single client, equal norms, a bound
     assert report.layers[0].k == allowed(case, report.method["k"]) or case.layer.size(case.layer.weights(0.0)) == 0
     fixed, _ = merge(**case.arguments(), rank=case.rank, k=within)
@@ -71,7 +73,7 @@ def test_no_layer_is_beyond_the_bounds(case, wanted):
         return 0.0
 
     for grid in ((0.0, wanted), (wanted,)):
-        _, report = merge(**case.arguments(), rank=case.rank, k="auto", grid=grid, validate=validate)
+        _, report = merge(**case.arguments(), rank=case.rank, k="auto", search={"k": grid}, validate=validate)
         layer, n = report.layers[0], len(case.states)
         if layer.k != min(grid):
             assert case.server_lr * (1 + layer.k * layer.lambda_max) < 2 or n == 1
@@ -82,7 +84,7 @@ def test_the_choice_is_by_score_ties_by_the_smaller_and_nan_is_not_taken():
     case = tensor_case(3, n=4)
     scores = {0.0: 1.0, 0.25: 3.0, 0.5: 3.0, 1.0: math.nan}
     answers = iter(scores.values())
-    _, report = merge(**case.arguments(), k="auto", grid=tuple(scores), validate=lambda state: next(answers))
+    _, report = merge(**case.arguments(), k="auto", search={"k": tuple(scores)}, validate=lambda state: next(answers))
     assert report.method["k"] == 0.25
     assert dict(report.validation) == {0.0: 1.0, 0.25: 3.0, 0.5: 3.0, 1.0: -math.inf}
     assert json.loads(json.dumps(report.to_dict()))["method"]["k"] == 0.25
@@ -108,7 +110,7 @@ def test_norms_and_factorisations_are_computed_once(monkeypatch: pytest.MonkeyPa
     found = []
     for grid in ((0.5,), (0.0, 0.1, 0.2, 0.3, 0.5)):
         counts.update(factors=0, gram=0)
-        merge(**case.arguments(), k="auto", grid=grid, validate=lambda state: 0.0)
+        merge(**case.arguments(), k="auto", search={"k": grid}, validate=lambda state: 0.0)
         found.append(dict(counts))
     assert found[1] == found[0] and found[0]["factors"] == 2 and found[0]["gram"] > 0
 
@@ -117,14 +119,27 @@ def test_norms_and_factorisations_are_computed_once(monkeypatch: pytest.MonkeyPa
     ("options", "named"),
     [
         ({"k": "auto"}, "validate"),
-        ({"k": "auto", "validate": len, "grid": ()}, "grid"),
-        ({"k": "auto", "validate": len, "grid": (-1.0,)}, "k: expected a number >= 0"),
+        ({"k": "auto", "validate": 3}, "validate: expected a function .*found 3"),
+        ({"validate": 3}, "validate: expected a function .*found 3"),
+        ({"k": 0.5, "validate": len}, r"validate: expected with k='auto' alone.*found k=0\.5"),
+        ({"k": 0.5, "search": {"k": (0, 1)}}, r"search: expected with k='auto' alone.*found k=0\.5"),
+        ({"k": "auto", "validate": len, "search": {"k": ()}}, r"search, 'k': .*at least one, found \(\)"),
+        ({"k": "auto", "validate": len, "search": {"k": 0.5}}, r"search, 'k': .*at least one, found 0\.5"),
+        ({"k": "auto", "validate": len, "search": {"k": ("auto",)}}, "search, 'k': expected numbers .*found 'auto'"),
+        ({"k": "auto", "validate": len, "search": {"k": (0, True)}}, "search, 'k': expected numbers .*found True"),
+        ({"k": "auto", "validate": len, "search": {"k": "01"}}, "search, 'k': expected numbers .*found '01'"),
+        ({"k": "auto", "validate": len, "search": {}}, "search: expected a mapping from k .*found {}"),
+        ({"k": "auto", "validate": len, "search": (0, 1)}, r"search: expected a mapping .*found \(0, 1\)"),
+        ({"k": "auto", "validate": len, "search": {"rank": (2,)}}, "search: expected k, found 'rank'"),
+        ({"k": "auto", "validate": len, "search": {"k": (-1.0,)}}, "k: expected a number >= 0"),
+        ({"k": "auto", "validate": len, "search": {"k": (math.nan,)}}, "k: expected a number >= 0"),
+        ({"k": "auto", "validate": len, "grid": (0, 1)}, "grid"),
         ({"k": "best"}, "k: expected a number"),
     ],
 )
 def test_wrong_settings_are_named(options, named):
     with pytest.raises(ValueError, match=named):
-        FroM(**options)
+        merge(tensor_case(0).states, **options)
     with pytest.raises(ValueError, match="server_lr.*safe"):
         merge(tensor_case(0).states, server_lr="slow")
     with pytest.raises(ValueError, match="server_lr.*infinity.*'safe'"):
@@ -132,6 +147,46 @@ def test_wrong_settings_are_named(options, named):
     for clip in (0.0, -1.0, math.nan, math.inf, "2"):
         with pytest.raises(ValueError, match="clip"):
             merge(tensor_case(0).states, clip=clip)
+
+
+def test_without_search_the_default_is_tried_and_said():
+    _, report = merge(tensor_case(0).states, k="auto", validate=lambda state: 0.0)
+    assert [k for k, _ in report.validation] == list(GRID)
+    settings_of = FroM(k="auto", validate=len).settings()
+    assert settings_of["search"] == {"k": list(GRID)} and "validate" not in settings_of
+    assert "search" not in FroM(k=0.5).settings()
+
+
+def test_what_is_searched_can_be_any_sequence_and_is_written_as_json():
+    methods = [
+        FroM(k="auto", validate=len, search={"k": values}) for values in ([0, math.inf], np.array([0.0, math.inf]))
+    ]
+    assert methods[0] == methods[1] and hash(methods[0]) == hash(methods[1])
+    assert json.loads(json.dumps(methods[0].settings(), allow_nan=False))["search"] == {"k": [0.0, "infinity"]}
+    assert [method.k for method in methods[0].candidates()] == [0.0, math.inf]
+
+
+BAD_SCORES = {
+    "nothing": (lambda state: None, "returned None"),
+    "text": (lambda state: "good", "returned 'good'"),
+    "several numbers": (lambda state: torch.ones(2), r"returned tensor\(\[1\., 1\.\]\)"),
+    "a number beyond any float": (lambda state: 10**400, "returned 1000"),
+    "an error": (lambda state: {}["accuracy"], "raised KeyError: 'accuracy'"),
+}
+
+
+@pytest.mark.parametrize("options", [{"k": "auto"}, {"method": "greedy-soup"}], ids=str)
+@pytest.mark.parametrize(("validate", "found"), BAD_SCORES.values(), ids=BAD_SCORES)
+def test_a_score_that_is_no_number_is_an_error_that_names_validate(options, validate, found):
+    with pytest.raises(ValueError, match=f"validate: expected a score, .*{found}") as caught:
+        merge(tensor_case(0).states, validate=validate, **options)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("options", [{"k": "auto"}, {"method": "greedy-soup"}], ids=str)
+def test_whatever_is_a_number_is_a_score(options):
+    for value in (1, True, np.float32(2.0), torch.tensor([3.0])):
+        merge(tensor_case(0).states, validate=lambda state, value=value: value, **options)
 
 
 # --- The safe step ---

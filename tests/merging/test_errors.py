@@ -289,8 +289,8 @@ def test_numbers_of_examples_learning_rate_and_names():
         refused("client 1", "examples", bad, states=adapters(), examples=[1, bad, 1])
     refused("examples", 3, 2, states=adapters(), examples=[1, 2])
     refused("names", 3, 1, states=adapters(), names=["ann"])
-    for bad in (NAN, INF):
-        refused("server_lr", bad, states=adapters(), server_lr=bad)
+    for bad in (NAN, INF, -1, -0.5, -INF, True):
+        refused("server_lr", "finite number >= 0", bad, states=adapters(), server_lr=bad)
 
 
 def test_nothing_to_merge():

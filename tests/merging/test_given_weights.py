@@ -324,7 +324,7 @@ def test_bounds_of_auto_count_the_clients_that_have_weight():
     states = [{"w": torch.randn(50, generator=g, dtype=torch.float64)} for _ in range(3)]
     zero = {"w": torch.zeros(50, dtype=torch.float64)}
     states[0]["w"] *= 8 * states[1]["w"].norm() / states[0]["w"].norm()
-    method = FroM(k="auto", grid=[0.0, 1.0], validate=lambda state: float(state["w"].norm()))
+    method = FroM(k="auto", search={"k": [0.0, 1.0]}, validate=lambda state: float(state["w"].norm()))
     own, _ = merge(states[:2], zero, method)
     found, report = merge(states, zero, method, weights=[1, 1, 0])
     assert report.layers[0].k == 1.0 and report.layers[0].clients_effective < 1.5

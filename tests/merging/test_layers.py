@@ -7,7 +7,7 @@ import torch
 
 from fedfrom import merge
 from fedfrom.merging.peft.configs import output_config, rank_and_scaling
-from fedfrom.merging.peft.layers import find_layers, leading
+from fedfrom.merging.peft.layers import check_same, find_layers, leading
 from tests.merging import oracle
 from tests.merging.samples import A_KEY, B_KEY, MODULE, adapter_case, dense, generator, normal
 
@@ -166,3 +166,25 @@ def test_convolutions_are_flattened_from_the_input_channels_on():
     layer = oracle.Layer([kernel(state) for state in states], [zeros] * 3, zeros)
     T = layer.target(layer.weights(1.0))
     assert oracle.relative_error(kernel(merged), oracle.truncated(T, 2)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rank", "words"),
+    [
+        ((4, 32), torch.float16, None, "expected dtype float32, found float16"),
+        ((4, 16), torch.float32, None, "expected shape (4, 32), found (4, 16)"),
+        ((4, 16), torch.float16, None, "expected shape (4, 32) float32, found (4, 16) float16"),
+        ((2, 32), torch.float16, 0, "expected dtype float32, found float16"),
+        ((2, 16), torch.float32, 0, "expected shape (4, 32), found (2, 16)"),
+    ],
+)
+def test_only_what_differs_is_named(shape, dtype, rank, words):
+    with pytest.raises(ValueError) as caught:
+        check_same(torch.zeros(shape, dtype=dtype), torch.zeros(4, 32), "client 3", "w", rank)
+    assert str(caught.value) == f"client 3, 'w': {words}"
+
+
+def test_a_deltas_dtype_is_no_fault():
+    with pytest.raises(ValueError, match=r"expected shape \(3,\), found \(2,\)$"):
+        check_same(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(3), "client 3", "w", is_delta=True)
+    check_same(torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3), "client 3", "w", is_delta=True)

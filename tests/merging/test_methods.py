@@ -224,7 +224,7 @@ def test_every_name_is_tested_here():
         ("coefficient", [math.nan, math.inf], ["task-arithmetic", "ties", "dare", "knots-ta", "knots-ties"]),
         ("floor", [0.0, -1.0, math.nan, math.inf], ["fisher"]),
         ("off_diagonal", [-0.1, 1.1, math.nan], ["regmean", "lorm"]),
-        ("validate", [None], ["greedy-soup"]),
+        ("validate", [None, 3], ["greedy-soup"]),
         ("examples_power", [-1.0, math.nan, math.inf], [name for name in methods() if name != "greedy-soup"]),
         ("nonsense", [1], methods()),
     ],

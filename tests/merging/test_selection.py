@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedfrom.merging.clients import Round, clients_of
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.selection import gram_of_updates, multikrum
 
@@ -55,7 +56,7 @@ def krum_by_definition(thetas: torch.Tensor, f: int) -> list[int]:
 def test_it_selects_by_the_papers_definition(f: int, seed: int) -> None:
     reference, clients = states(8, seed)
     thetas = updates(reference, clients)
-    inner = gram_of_updates(clients, reference)
+    inner = gram_of_updates(clients_of(clients), Round(reference))
     torch.testing.assert_close(inner, thetas @ thetas.T, rtol=1e-9, atol=1e-9)
     assert multikrum(inner, f) == krum_by_definition(thetas, f)
     assert len(multikrum(inner, f)) == 8 - f
@@ -70,7 +71,10 @@ def test_the_selection_is_gauge_invariant_and_krum_on_factors_is_not(seed: int) 
     for state in clients:
         G = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64)).Q * 3.0
         turned.append({**state, A: torch.linalg.solve(G, state[A]), B: state[B] @ G})
-    before, after = gram_of_updates(clients, reference), gram_of_updates(turned, reference)
+    before, after = (
+        gram_of_updates(clients_of(clients), Round(reference)),
+        gram_of_updates(clients_of(turned), Round(reference)),
+    )
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
     assert multikrum(after, 2) == multikrum(before, 2)
 
@@ -85,7 +89,7 @@ def test_the_selection_is_gauge_invariant_and_krum_on_factors_is_not(seed: int) 
 def test_one_that_is_far_from_all_others_is_left_out(scale: float) -> None:
     reference, clients = states(7, 0)
     loud = {**clients[3], HEAD: reference[HEAD] - scale * (clients[3][HEAD] - reference[HEAD])}
-    assert 3 not in multikrum(gram_of_updates([*clients[:3], loud, *clients[4:]], reference), 1)
+    assert 3 not in multikrum(gram_of_updates(clients_of([*clients[:3], loud, *clients[4:]]), Round(reference)), 1)
 
 
 def test_too_few_clients_are_refused() -> None:

@@ -23,6 +23,8 @@ class Average(ProductMethod):
         See `Solver`.
     """
 
+    is_mean: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class FactorAverage(Method):

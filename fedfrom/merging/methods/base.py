@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -95,12 +95,42 @@ class Method:
     linear: ClassVar[bool] = True  # whether theta* is sum_i c_i theta_i, so that nothing else is ever formed
     # whether an entry of theta* depends on the deltas' entries there alone, given `prepare`: so tensors go in blocks
     entrywise: ClassVar[bool] = False
+    is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean, which is theirs without a reference too
     needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
+    validate: ClassVar[Any] = None  # a user's function that scores merged states
 
     examples_power: float = 0.0
 
     def __post_init__(self) -> None:
         check_weighting(self.k, self.examples_power, self.scope)
+
+    def select(
+        self, weights: Sequence[float], merged: Callable[[list[int], Method], Mapping[str, Tensor]]
+    ) -> tuple[list[int], Method] | None:
+        """Return which clients are merged, in the order given, and by which method; None is all, and this one.
+
+        Parameters
+        ----------
+        weights : Sequence[float]
+            (n,) u_i, the user's own weights; 1 each where there are none.
+        merged : Callable[[list[int], Method], Mapping[str, Tensor]]
+            The merged state of some of the clients by a method.
+        """
+        return None
+
+    def candidates(self) -> Sequence[Method]:
+        """Return the methods that this one chooses from by validation, k ascending; itself where there is no choice."""
+        return [self]
+
+    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, float]]]:
+        """Return the place of the candidate that is taken, and the k and the score of each where they were scored.
+
+        Parameters
+        ----------
+        states : Sequence[Mapping[str, Tensor]]
+            What each of `candidates` merged.
+        """
+        return 0, []
 
     def settings(self) -> dict[str, Any]:
         """Return the name and the options as plain types, functions left out."""

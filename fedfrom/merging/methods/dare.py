@@ -103,7 +103,7 @@ class DareFroM(FroM):
     ----------
     density : float (default: 0.2)
         See `Dare`.
-    k, examples_power, scope, validate, grid, rank, solver, iterations, tolerance, seed
+    k, examples_power, scope, validate, search, rank, solver, iterations, tolerance, seed
         See `FroM`.
     """
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.merging.methods.base import Method, ProductMethod
+from fedfrom.merging.methods.validation import Validate, check_search, check_validate, plain, score
 from fedfrom.merging.weights import check_weighting
 
 AUTO = "auto"
+SEARCH = {"k": (0.0, 0.25, 0.5, 1.0, 2.0)}
+"""The options that can be chosen by validation, and what is tried of each where `search` does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,10 @@ class FroM(ProductMethod):
     k : float | str (default: 1.0)
         Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. Norms are taken
         after clipping, and equal ones share: with `clip`, infinity gives all that were shortened the same weight (norms
-        1, 2, 3, 4 with clip=1.0 become 1, 2, 2.5, 2.5 and weigh 0, 0, 1/2, 1/2). "auto" merges
-        with each k of `grid` and takes the one whose merged state `validate` scores best (ties: the smaller). Within a
+        1, 2, 3, 4 with clip=1.0 become 1, 2, 2.5, 2.5 and weigh 0, 0, 1/2, 1/2). "auto" merges with each k of `search`
+        and takes the one whose merged state `validate` scores best (ties: the smaller). In a
         layer k then stays within bounds, alpha (1 + k lambda_max) < 2 and 1 / sum w_i^2 >= n / 2: beyond them the
-        layer gets the largest k of the grid that does (its report says which; updates of one line, such as those of a
+        layer gets the largest of these k that does (its report says which; updates of one line, such as those of a
         bias of two classes, keep k below 1 at alpha = 1). Norms, Gram matrices and factorisations are computed once for
         all k; a result for each k is held in memory.
     examples_power : float (default: 0.0)
@@ -37,8 +40,9 @@ class FroM(ProductMethod):
         whole update.
     validate : Callable[[Mapping[str, Tensor]], float] | None (default: None)
         The score of a merged state, higher is better; a k whose score is NaN is not taken. For k="auto" alone.
-    grid : Sequence[float]
-        What k="auto" chooses from.
+    search : Mapping[str, Sequence[float]] | None (default: None)
+        The values to choose from, by option: {"k": (0, 0.5, 1)}. None is {"k": (0, 0.25, 0.5, 1, 2)}. For k="auto"
+        alone.
     rank, solver, iterations, tolerance, seed
         How adapters are solved back to a rank: see `Solver`.
 
@@ -56,36 +60,49 @@ class FroM(ProductMethod):
 
     k: float | str = 1.0  # type: ignore[assignment,misc]
     scope: str = "layer"  # type: ignore[misc]
-    validate: Callable[[Mapping[str, Tensor]], float] | None = None
-    grid: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    validate: Validate | None = None  # type: ignore[misc]
+    search: Mapping[str, Sequence[float]] | None = field(default=None, hash=False)  # a dict has no hash
 
     def __post_init__(self) -> None:
-        if self.k == AUTO:
-            if self.validate is None:
-                raise ValueError("k: expected validate=, a function that scores a state, with k='auto', found None")
-            if len(self.grid) == 0:
-                raise ValueError("grid: expected at least one k, found none")
-            for k in self.grid:
-                check_weighting(k, self.examples_power, self.scope)
-            object.__setattr__(self, "grid", tuple(float(k) for k in self.grid))  # lists and arrays alike
         super().__post_init__()
+        check_validate(self.validate)
+        if self.k != AUTO:
+            for name in ("validate", "search"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: expected with k='auto' alone, which chooses k by validation, found k={self.k!r}: say "
+                        f"k='auto', or leave {name} out"
+                    )
+            return
+        if self.validate is None:
+            raise ValueError("k: expected validate=, a function that scores a state, with k='auto', found None")
+        search = SEARCH | ({} if self.search is None else check_search(self.search, SEARCH))
+        for k in search["k"]:
+            check_weighting(k, self.examples_power, self.scope)
+        object.__setattr__(self, "search", search)
 
-    def candidates(self) -> list[FroM]:
-        """Return the methods that k stands for, with ascending k: this one, or with k="auto" one for each of the grid.
+    def candidates(self) -> Sequence[Method]:
+        """Return one method for each k of `search` with k="auto", else this one."""
+        if self.search is None:
+            return [self]
+        return [replace(self, k=k, validate=None, search=None) for k in sorted(set(self.search["k"]))]
 
-        Whoever merges with several scores them by `score` and takes the first best.
-        """
-        return [self] if self.k != AUTO else [replace(self, k=float(k)) for k in sorted(set(self.grid))]
-
-    def score(self, state: Mapping[str, Tensor]) -> float:
-        """Return what `validate` says of a merged state, -infinity for NaN."""
-        assert self.validate is not None
-        score = float(self.validate(state))
-        return -math.inf if math.isnan(score) else score
+    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, float]]]:
+        """Return the place of the first k whose state has the highest score, and each k with its score."""
+        if self.validate is None:
+            return super().best(states)
+        scores = [score(self.validate, state) for state in states]
+        highest = max(scores)
+        if highest == -math.inf:
+            raise ValueError("validate: expected a number for the merge with at least one k, found none")
+        ks = [float(candidate.k) for candidate in self.candidates()]
+        return scores.index(highest), list(zip(ks, scores, strict=True))
 
     def settings(self) -> dict[str, Any]:
         """Return the options as plain types; with a k that is a number those of the choice are left out."""
         settings = super().settings()
-        if self.k != AUTO:
-            del settings["grid"]
+        if self.search is None:
+            del settings["search"]
+        else:
+            settings["search"] = plain(self.search)
         return settings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fedfrom.merging.methods.average import Average
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.validation import Validate, check_validate, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,40 +29,37 @@ class GreedySoup(Average):
         See `Average`.
     """
 
-    validate: Callable[[Mapping[str, Tensor]], float] | None = None
+    validate: Validate | None = None  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.validate is None:
             raise ValueError("validate: expected a function that scores a state, found None")
+        check_validate(self.validate)
 
-    def choose(self, n: int, mean_of: Callable[[list[int]], Mapping[str, Tensor]]) -> list[int]:
-        """Return the clients of the soup, in the order given.
+    def select(
+        self, weights: Sequence[float], merged: Callable[[list[int], Method], Mapping[str, Tensor]]
+    ) -> tuple[list[int], Method]:
+        """Return the clients of the soup, and `Average`, which merges them; see `Method.select`."""
+        validate, average = self.validate, self._average()
+        assert validate is not None
 
-        Parameters
-        ----------
-        n : int
-            How many clients there are.
-        mean_of : Callable[[list[int]], Mapping[str, Tensor]]
-            The merged state of some of them.
-        """
-        alone = [self._score(mean_of([i])) for i in range(n)]
-        if max(alone) == -math.inf:
+        def score_of(clients: list[int]) -> float:
+            return score(validate, merged(clients, average))  # minus infinity for NaN
+
+        able = [i for i, u in enumerate(weights) if u > 0]  # a client of weight 0 alone is no mean
+        if not able:
+            return list(range(len(weights))), average
+        alone = {i: score_of([i]) for i in able}
+        if max(alone.values()) == -math.inf:
             raise ValueError("validate: expected a number for at least one client's state alone, found none")
-        first, *others = sorted(range(n), key=lambda i: -alone[i])
+        first, *others = sorted(able, key=lambda i: -alone[i])
         chosen, best = [first], alone[first]
         for i in others:
-            score = self._score(mean_of(sorted([*chosen, i])))
-            if score >= best:
-                chosen, best = [*chosen, i], score
-        return sorted(chosen)
+            found = score_of(sorted([*chosen, i]))
+            if found >= best:
+                chosen, best = [*chosen, i], found
+        return sorted(chosen), average
 
-    def _score(self, state: Mapping[str, Tensor]) -> float:
-        assert self.validate is not None
-        score = float(self.validate(state))
-        return -math.inf if math.isnan(score) else score  # one bad client costs its own place alone
-
-    def average(self) -> Average:
-        """Return the method that merges the clients that were chosen."""
-        own: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "validate"}
-        return Average(**own)
+    def _average(self) -> Average:
+        return Average(**{name: value for name, value in vars(self).items() if name != "validate"})

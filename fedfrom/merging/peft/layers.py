@@ -241,9 +241,16 @@ def check_same(
         for shape in shapes:
             shape[rank_may_differ] = -1
     both_float = found.dtype.is_floating_point and expected.dtype.is_floating_point
-    if shapes[0] != shapes[1] or (found.dtype != expected.dtype and not (is_delta and both_float)):
-        names = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (expected, found)]
-        raise ValueError(f"{who}, {key!r}: expected shape {names[0]}, found {names[1]}")
+    other_shape = shapes[0] != shapes[1]
+    other_dtype = found.dtype != expected.dtype and not (is_delta and both_float)
+    if not other_shape and not other_dtype:
+        return
+    # what is as expected is left out: it would be taken for the fault
+    values = [
+        [tuple(t.shape)] * other_shape + [str(t.dtype).removeprefix("torch.")] * other_dtype for t in (expected, found)
+    ]
+    wanted, came = (" ".join(map(str, parts)) for parts in values)
+    raise ValueError(f"{who}, {key!r}: expected {'shape' if other_shape else 'dtype'} {wanted}, found {came}")
 
 
 RANK_DIMENSION = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}

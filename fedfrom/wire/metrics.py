@@ -1,0 +1,137 @@
+"""The metrics that come with replies: which can be averaged, what examples count for, and their averages."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flwr.app import MetricRecord, RecordDict
+
+from fedfrom.wire.records import (
+    metric_record,
+    records_of,
+)
+from fedfrom.wire.reply import RejectedReply, Reply, rejecting
+
+log = logging.getLogger("flwr")  # where Flower's own strategies log
+
+Aggregate = Callable[[list[RecordDict], str], MetricRecord | None]
+"""Contents with one MetricRecord each, and the name of the metric that weighs them -> their average."""
+
+
+def count_examples(who: str, said: list[tuple[int, float]], cap: float | None, weighted_by: str) -> list[float]:
+    """Return what the nodes' numbers of examples count for, and log where it is less than they said.
+
+    Parameters
+    ----------
+    who : str
+        Starts the line in the log.
+    said : list[tuple[int, float]]
+        Node id and number of examples.
+    cap : float | None
+        How many times the median a number counts for at most; None is no bound.
+    weighted_by : str
+        Name of the metric.
+    """
+    counts = cap_examples([count for _, count in said], cap)
+    for (node_id, count), counted in zip(said, counts, strict=True):
+        if counted != count:
+            log.warning(
+                "%s: %s %g of node %d counts as %g, %g times the median of the valid replies",
+                who,
+                weighted_by,
+                count,
+                node_id,
+                counted,
+                cap,
+            )
+    return counts
+
+
+def average_train_metrics(
+    replies: Sequence[Reply], examples: Sequence[float], weighted_by: str, aggregate: Aggregate
+) -> MetricRecord:
+    """Average the metrics of the merged replies, but for those that have NaN or infinity among them."""
+    contents = []
+    for reply, count in zip(replies, examples, strict=True):
+        try:
+            check_metrics(reply.content, weighted_by)
+            contents.append(with_examples(reply.content, weighted_by, count))
+        except RejectedReply as error:
+            log.warning("aggregate_train: left the metrics of %s out of the averages: %s", reply.who, error)
+    found = average_metrics(contents, weighted_by, aggregate) if contents else None
+    return MetricRecord() if found is None else found
+
+
+def average_metrics(contents: Sequence[RecordDict], weighted_by: str, aggregate: Aggregate) -> MetricRecord | None:
+    """Average the metrics that most contents have, and log what is left out of it."""
+    kept, dropped, left_out = comparable_metrics(contents)
+    if dropped:
+        log.warning("metrics %s: not in most replies, or of other lengths: left out of the averages", dropped)
+    if left_out:
+        log.warning("metrics: %d replies lack some that most have: left out of the averages", left_out)
+    return aggregate(kept, weighted_by) if kept else None
+
+
+def check_metrics(content: RecordDict, weighted_by: str) -> MetricRecord:
+    """Return a reply's only MetricRecord, or raise RejectedReply where an average of it would not be a number."""
+    with rejecting("examples"):
+        metrics = metric_record(content, weighted_by)
+    for key, value in metrics.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, int) or math.isfinite(number) for number in numbers):
+            raise RejectedReply("metrics", f"metric {key!r}: expected finite numbers, found {value!r}")
+    return metrics
+
+
+def cap_examples(counts: Sequence[float], cap: float | None) -> list[float]:
+    """Return the numbers of examples, none of them above `cap` times their median; None: as they are."""
+    if cap is None or not counts:
+        return list(counts)
+    most = cap * statistics.median(counts)
+    return [min(count, most) for count in counts]
+
+
+def with_examples(content: RecordDict, weighted_by: str, count: float) -> RecordDict:
+    """Return a content whose only MetricRecord has this number of examples; it is not changed."""
+    name, metrics = next(iter(records_of(content, MetricRecord).items()))
+    if metrics[weighted_by] == count:
+        return content
+    return RecordDict({**content, name: MetricRecord({**metrics, weighted_by: count})})
+
+
+def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str], int]:
+    """Return contents whose MetricRecords all have the same keys, the keys dropped for it, and how many left out.
+
+    What more than half of them have stays, and who lacks any of it is left out: one client with other metrics takes
+    nobody else's away.
+
+    Parameters
+    ----------
+    contents : Sequence[RecordDict]
+        Each with one MetricRecord; not changed.
+    """
+
+    def kind(value: Any) -> int:
+        return len(value) if isinstance(value, list) else -1
+
+    records = [next(iter(records_of(content, MetricRecord).values())) for content in contents]
+    kinds = [{(key, kind(value)) for key, value in record.items()} for record in records]
+    times = Counter(each for found in kinds for each in found)
+    common = {each for each, count in times.items() if 2 * count > len(records)}
+    keys = {key for key, _ in common}
+    dropped = sorted({key for key, _ in times} - keys)
+    kept = []
+    for content, record, found in zip(contents, records, kinds, strict=True):
+        if not common <= found:
+            continue
+        if found != common:
+            name = next(iter(records_of(content, MetricRecord)))
+            metrics = MetricRecord({key: value for key, value in record.items() if key in keys})
+            content = RecordDict({**content, name: metrics})
+        kept.append(content)
+    return kept, dropped, len(contents) - len(kept)

@@ -1,0 +1,52 @@
+"""What the log says of rejected replies: a line for each kind, with how many there are and one of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fedfrom.wire.reply import Rejection
+
+log = logging.getLogger("flwr")  # where Flower's own strategies log
+
+
+class Kind(NamedTuple):
+    """The rejections of one kind.
+
+    Attributes
+    ----------
+    times : int
+        How many replies were rejected for it.
+    node_id : int
+        Who sent one of them.
+    reason : str
+        Why that one was rejected: the key, what was expected and what was found.
+    """
+
+    times: int
+    node_id: int
+    reason: str
+
+
+def by_kind(rejected: Mapping[int, Rejection]) -> dict[str, Kind]:
+    """Return the rejections of a round by their kind, the most frequent first; the example is the first of its kind."""
+    kinds: dict[str, Kind] = {}
+    for node_id, (kind, reason) in rejected.items():
+        known = kinds.get(kind, Kind(0, node_id, reason))
+        kinds[kind] = known._replace(times=known.times + 1)
+    return dict(sorted(kinds.items(), key=lambda item: -item[1].times))
+
+
+def log_rejected(who: str, rejected: Mapping[int, Rejection]) -> None:
+    """Log a warning for each kind of rejection, and the reason of each node at the level of debugging."""
+    for kind, (times, node_id, reason) in by_kind(rejected).items():
+        example = "node" if times == 1 else "such as node"
+        log.warning("%s: rejected %s (%s), %s %d's: %s", who, num_replies(times), kind, example, node_id, reason)
+    for node_id, (_, reason) in rejected.items():
+        log.debug("%s: rejected the reply of node %d: %s", who, node_id, reason)
+
+
+def num_replies(count: int, adjective: str = "") -> str:
+    """Return "1 reply", "2 replies" and the like, with an adjective before the noun."""
+    return f"{count} {adjective}{'reply' if count == 1 else 'replies'}"
