@@ -119,7 +119,9 @@ MEANS = [
 @given(CASES)
 @settings(max_examples=15)
 def test_identical_clients(options, case):
-    properties.assert_identical_clients_give_what_one_gives(with_grams(case), 1e-11, **options)
+    # LoRM alternates until a step is 1e-9 of the result: 3e-7 off at most in 60 cases, where steps shrink slowly
+    limit = 1e-6 if options["method"] == "lorm" else 1e-11
+    properties.assert_identical_clients_give_what_one_gives(with_grams(case), limit, **options)
 
 
 @on_products
