@@ -69,10 +69,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker, so one after the other: simulations, as Ray takes every core and its port on loopback."""
+    """Say which tests one worker takes together; the rest go one by one to whichever is free.
+
+    Simulations, as Ray takes every core: first, so that no worker ends with them alone. What shares runs that take
+    seconds to make: the report pages, and each file about the simulations.
+    """
     for item in items:
         if item.get_closest_marker("simulation"):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.path.parent.name in ("pages", "simulations"):
+            shared = "pages" if item.path.parent.name == "pages" else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: item.get_closest_marker("simulation") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
