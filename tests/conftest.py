@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports Flower, Ray, torch or a BLAS: they read these once. Ray's workers inherit them.
 for name, value in {
@@ -68,19 +69,32 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, 8)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests one worker takes together; the rest go one by one to whichever is free.
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Say which tests one worker takes together: by their ids, as xdist 3.8's groups do nothing in pytest 9.2.
 
-    Simulations, as Ray takes every core: first, so that no worker ends with them alone. What shares runs that take
-    seconds to make: the report pages, and each file about the simulations.
+    Simulations, as Ray takes every core; what shares runs that take seconds to make: the report pages, and each file
+    about the simulations. The rest go one by one, in their order, to whichever worker is free.
     """
-    for item in items:
-        if item.get_closest_marker("simulation"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.path.parent.name in ("pages", "simulations"):
-            shared = "pages" if item.path.parent.name == "pages" else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(shared))
-    items.sort(key=lambda item: item.get_closest_marker("simulation") is None)
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if file.startswith("tests/pages/"):
+                return "pages"
+            if "simulation" in test:
+                return "Ray"
+            return "docs" if "test_python_blocks_run" in test else file if "/simulations/" in file else nodeid
+
+    config.option.loadscopereorder = False  # the scopes of most tests first: they are not the longest
+    return Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put simulations first, so that no worker ends with them alone."""
+    simulations = [item for item in items if item.get_closest_marker("simulation")]
+    assert all("simulation" in item.name for item in simulations), "Ray's tests are kept together by their names"
+    items[:] = simulations + [item for item in items if item not in simulations]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -84,7 +84,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("path", DOCS, ids=page)
 def test_python_blocks_run(path: Path, outcomes: dict[str, str]) -> None:
     assert outcomes[page(path)] == ""
