@@ -48,7 +48,7 @@ simulate: $(STAMP)  ## FedFroM against FedAvg on an uneven partition, with a pic
 
 # A process a core, of one thread each (tests/conftest.py); WORKERS=0 is none beside pytest's own, as debuggers need it.
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest --dist loadgroup --numprocesses
+PYTEST := $(BIN)/python -m pytest --numprocesses
 
 test test-slow test-all: export HF_HUB_OFFLINE ?= 1
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports Flower, Ray, torch or a BLAS: they read these once. Ray's workers inherit them.
 for name, value in {
@@ -36,6 +37,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis.internal.conjecture import providers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +54,9 @@ settings.register_profile(
 settings.register_profile("explore", settings.get_profile("fedfrom"), derandomize=False, max_examples=1000)
 settings.register_profile("hostile", settings.get_profile("explore"), max_examples=650)
 settings.load_profile("fedfrom")
+# Hypothesis also draws numbers that it finds in the loaded modules of this project: then the cases would depend on
+# which tests ran before in the same process.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_sessionfinish() -> None:
@@ -64,11 +69,32 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, 8)
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Say which tests one worker takes together: by their ids, as xdist 3.8's groups do nothing in pytest 9.2.
+
+    Simulations, as Ray takes every core; what shares runs that take seconds to make: the report pages, and each file
+    about the simulations. The rest go one by one, in their order, to whichever worker is free.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if file.startswith("tests/pages/"):
+                return "pages"
+            if "simulation" in test:
+                return "Ray"
+            return "docs" if "test_python_blocks_run" in test else file if "/simulations/" in file else nodeid
+
+    config.option.loadscopereorder = False  # the scopes of most tests first: they are not the longest
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker, so one after the other: simulations, as Ray takes every core and its port on loopback."""
-    for item in items:
-        if item.get_closest_marker("simulation"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Put simulations first, so that no worker ends with them alone."""
+    simulations = [item for item in items if item.get_closest_marker("simulation")]
+    assert all("simulation" in item.name for item in simulations), "Ray's tests are kept together by their names"
+    items[:] = simulations + [item for item in items if item not in simulations]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,12 +55,38 @@ def blocks(path: Path, language: str) -> list[str]:
     return [code for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.parent.name == "docs"], ids=page)
-def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
-    """In the page's order, in one process that starts in an empty folder."""
-    code = "\n".join(blocks(path, "python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+DOCS = [path for path in PAGES if path.parent.name == "docs"]
+RUN = """
+import json, os, pathlib, sys, traceback
+outcomes = {}
+for name, code in json.load(sys.stdin).items():
+    pathlib.Path(name).mkdir(parents=True)
+    os.chdir(name)
+    try:
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        outcomes[name] = ""
+    except BaseException:
+        outcomes[name] = traceback.format_exc()
+    os.chdir(pathlib.Path(sys.argv[1]))
+(pathlib.Path(sys.argv[1]) / "outcomes.json").write_text(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of each page's Python blocks, in its order, the traceback they end in: in an empty folder, all in one process."""
+    folder = tmp_path_factory.mktemp("docs")
+    code = json.dumps({page(path): "\n".join(blocks(path, "python")) for path in DOCS})
+    command = [sys.executable, "-c", RUN, str(folder)]
+    done = subprocess.run(command, cwd=folder, input=code, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads((folder / "outcomes.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("path", DOCS, ids=page)
+def test_python_blocks_run(path: Path, outcomes: dict[str, str]) -> None:
+    assert outcomes[page(path)] == ""
 
 
 def test_readmes_merge_of_folders_runs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The package: what the wheel and the sdist hold, and that the wheel installs and runs where the repository is not."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,11 @@ LEFT_BEHIND = shutil.ignore_patterns(".*", "results", "dist", "build", "*.egg-in
 
 
 def run(command: Sequence[object], **options: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=800, **options)  # type: ignore[call-overload]
+    """Without PYTHONPATH: what the user's names there would come before what is installed."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=800, env=own, **options
+    )  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -130,6 +130,8 @@ RANDOM = [
 
 PRODUCTS = [
     *FORMULAS,
+    {"method": "from", "k": 1.0},
+    {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},
     *RANDOM,

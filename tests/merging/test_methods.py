@@ -99,7 +99,11 @@ def test_dtype_and_layout(options, dtype):
 
 # sums add up, and what drops entries or has none left does not give one client back
 MEANS = [
+    {"method": "from", "k": 1.0},
     {"method": "from", "k": 2.0},
+    {"method": "from", "k": 0.5, "examples_power": 0.5},
+    {"method": "from", "k": math.inf, "scope": "model"},
+    {"method": "average", "examples_power": 1.0},
     {"method": "soup"},
     {"method": "task-arithmetic", "form": "mean"},
     {"method": "ties", "density": 1.0},
@@ -119,7 +123,11 @@ MEANS = [
 @given(CASES)
 @settings(max_examples=15)
 def test_identical_clients(options, case):
-    properties.assert_identical_clients_give_what_one_gives(with_grams(case), 1e-11, **options)
+    # KnOTS divides by singular values, RegMean by Gram matrices; LoRM alternates until a step is 1e-9 of the result:
+    # 3e-7 off at most in 60 cases, where steps shrink slowly
+    limits = {"from": 1e-12, "average": 1e-12, "soup": 1e-12, "lorm": 1e-6}
+    limit = limits.get(options["method"], 1e-11)
+    properties.assert_identical_clients_give_what_one_gives(with_grams(case), limit, **options)
 
 
 @on_products

@@ -1,4 +1,4 @@
-"""The properties that every method claims, over sampled cases."""
+"""Properties of FroM and the averages alone, over sampled cases; those that every method claims are in test_methods."""
 
 import math
 from dataclasses import replace
@@ -11,27 +11,13 @@ from hypothesis import strategies as st
 from fedfrom import FactorAverage, merge
 from fedfrom.merging.solve import SOLVERS
 from tests.merging import oracle, properties
-from tests.merging.samples import A_KEY, B_KEY, DTYPES, TENSOR, Case, adapter_case, adapter_cases, tensor_cases
+from tests.merging.samples import A_KEY, B_KEY, TENSOR, Case, adapter_case, adapter_cases, tensor_cases
 
-METHODS = [
-    {"method": "from", "k": 1.0},
-    {"method": "from", "k": 0.5, "examples_power": 0.5},
-    {"method": "from", "k": math.inf, "scope": "model"},
-    {"method": "average", "examples_power": 1.0},
-]
 CASES = adapter_cases() | tensor_cases()
-every_method = pytest.mark.parametrize("options", METHODS, ids=lambda o: "-".join(map(str, o.values())))
 
 
 def orders(case: Case) -> st.SearchStrategy[list[int]]:
     return st.permutations(range(len(case.states)))
-
-
-@every_method
-@given(CASES, st.data())
-@settings(max_examples=40)
-def test_order_of_clients(options, case, data):
-    properties.assert_order_of_clients_changes_nothing(case, data.draw(orders(case)), **options)
 
 
 @given(adapter_cases(start="trained"), st.data())
@@ -60,29 +46,6 @@ def test_order_of_clients_whose_norms_tie(kind, data):
         assert all(torch.equal(merged[key], moved[key]) for key in merged)
         assert moved_report.layers[0].weights == [report.layers[0].weights[i] for i in order]
         assert moved_report.layers[0].lambda_max == report.layers[0].lambda_max
-
-
-@every_method
-@given(CASES)
-@settings(max_examples=25)
-def test_inputs_are_unchanged(options, case):
-    properties.assert_inputs_are_unchanged(case, **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@every_method
-@given(st.data())
-@settings(max_examples=8)
-def test_dtype_and_layout(options, dtype, data):
-    case = data.draw(adapter_cases(dtype=dtype) | tensor_cases(dtype=dtype))
-    properties.assert_dtype_and_layout_are_kept(case, **options)
-
-
-@every_method
-@given(CASES)
-@settings(max_examples=30)
-def test_identical_clients(options, case):
-    properties.assert_identical_clients_give_what_one_gives(case, 1e-12, **options)
 
 
 @pytest.mark.parametrize("k", [0.0, 0.5, 1.0, math.inf])

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedfrom.pages import write_report
 from tests.inprocess import InProcessGrid
-from tests.simulations.conftest import tiny_glue, tiny_model  # noqa: F401
+from tests.simulations.conftest import blank, tiny_glue, tiny_model  # noqa: F401
 
 SEEDS = (0, 1, 2)
 
@@ -46,7 +46,8 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
         client_app._worker.cache_clear()
         options = Options.from_mapping({**values, "seed": seed, "out": str(folder / f"seed-{seed}")})
         narrator = Narrator(Console(file=io.StringIO()))
-        with results.Folder(options.out) as out:
+        with pytest.MonkeyPatch.context() as patch, results.Folder(options.out) as out:
+            patch.setattr("matplotlib.figure.Figure.savefig", blank)  # tests write the pages that they look at
             experiment = Experiment.prepare(options)
             histories = list(server_app.compare(InProcessGrid(client_app.app, 3, seed=seed), experiment, narrator))
             out.publish(experiment, histories)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import simulations.__main__
 from tests.conftest import ROOT
 
 
@@ -16,28 +17,48 @@ def command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--task", "sst3"], "sst3"),
-        (["--k", "-1"], "--k"),
-        (["--k", "nan"], "--k"),
-        (["--rank", "0"], "--rank"),
-        (["--lora-r", "0"], "--lora-r"),
-        (["--task", "rte", "--glue-dir", "/nowhere/glue"], "/nowhere/glue"),
-        (["--task", "rte", "--model", "/nowhere/model", "--glue-dir", "GLUE"], "/nowhere/model"),
-        (["--out", "/dev/null/results"], "/dev/null/results"),
-    ],
-)
+BAD_INPUT = [
+    (["--task", "sst3"], "sst3"),
+    (["--k", "-1"], "--k"),
+    (["--k", "nan"], "--k"),
+    (["--rank", "0"], "--rank"),
+    (["--lora-r", "0"], "--lora-r"),
+    (["--task", "rte", "--glue-dir", "/nowhere/glue"], "/nowhere/glue"),
+    (["--out", "/dev/null/results"], "/dev/null/results"),
+    (["--task", "rte", "--model", "/nowhere/model", "--glue-dir", "GLUE"], "/nowhere/model"),
+]
+
+
+def assert_one_line(stderr: str, named: str) -> None:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], named: str, tmp_path: Path, tiny_glue: str
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    tiny_glue: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    done = command(*[tiny_glue if argument == "GLUE" else argument for argument in arguments], *out)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+    given = [tiny_glue if argument == "GLUE" else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["simulations", *given, *out])
+    with pytest.raises(SystemExit) as ended:
+        simulations.__main__.main()
+    assert ended.value.code == 2
+    assert_one_line(capsys.readouterr().err, named)
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_that_is_found_last_is_one_line_of_a_real_process(tmp_path: Path, tiny_glue: str) -> None:
+    """When everything has been imported, whose warnings would be lines too."""
+    arguments, named = BAD_INPUT[-1]
+    done = command(*[tiny_glue if argument == "GLUE" else argument for argument in arguments], "--out", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, named)
 
 
 def test_help_names_every_option_without_loading_torch() -> None:

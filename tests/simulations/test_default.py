@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.simulation
-def test_the_default_run_learns(tmp_path: Path) -> None:
+def test_the_default_simulation_learns(tmp_path: Path) -> None:
     from simulations.results import load_model
 
     out = tmp_path / "run"

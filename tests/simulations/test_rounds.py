@@ -50,6 +50,7 @@ def names() -> list[str]:
     return ["from", "fedavg", "average", "factor-average", "from:k=1:examples_power=0"]
 
 
+@pytest.mark.pictures
 def test_strategies_start_alike_and_all_is_written(tiny: dict, names: list[str]) -> None:
     ran = Ran({**tiny, "strategies": ",".join(names)})
     assert [history.label for history in ran.histories] == names
@@ -318,6 +319,7 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_starts(tmp_path: Pat
         pass
 
 
+@pytest.mark.pictures
 def test_many_clients_are_drawn_as_a_map(tiny: dict) -> None:
     ran = Ran({**tiny, "clients": 9, "strategies": "from", "rounds": 1})
     assert (ran.folder / "comparison.png").stat().st_size > 10_000
