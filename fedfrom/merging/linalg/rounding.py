@@ -54,14 +54,13 @@ def rank_tolerance(dtype: torch.dtype) -> float:
     """Return the share of the largest singular value at and below which a direction is rounding.
 
     Two copies of one adapter that differ in their last places differ by a matrix whose singular values are up to about
-    a fifth of an epsilon of the largest one. A Gram matrix that was summed in float32 has errors of up to an epsilon of
-    its largest eigenvalue. A method that gives every direction the same weight would turn them into an update, and an
-    inverse would enlarge them.
+    a fifth of an epsilon of the largest one. A method that gives every direction the same weight would turn that matrix
+    into an update.
 
     Parameters
     ----------
     dtype : torch.dtype
-        That the adapters, tensors or statistics came in, floating point.
+        That the adapters came in, floating point.
 
     Returns
     -------
