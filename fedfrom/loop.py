@@ -120,7 +120,7 @@ class RoundLoop(FedAvg):
             Before training: the checkpoint can't be written.
         RuntimeError
             Too few nodes came in `node_timeout`; or all replies of `max_skipped` rounds in a row were rejected, or
-            replies came and no round merged any. With `checkpoint` the same command repeats the last
+            replies or errors came and no round merged anything. With `checkpoint` the same command repeats the last
             round.
         """
         megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20

@@ -42,7 +42,8 @@ class Skipped:
     kinds : dict[str, Kind]
         The rejections of `rounds`, by their kind, with the newest example of each.
     failures : int (default: 0)
-        Other rounds that merged nothing, though valid replies came: too few of them, or a merge that failed.
+        Other rounds that merged nothing, though something came: too few valid replies, a merge that failed, or errors
+        alone.
     failure : str (default: "")
         Why, in the newest of them.
     """
@@ -69,7 +70,7 @@ class Skipped:
             Why which nodes' replies were rejected. Replies that are errors are not among them: a round of errors alone
             is one without replies.
         failure : str (default: "")
-            Why else the round merged nothing, though valid replies came.
+            Why else the round merged nothing; "" where nothing came.
         """
         if merged:
             return type(self)(has_merged=True)
@@ -98,7 +99,7 @@ class Skipped:
             )
         if not is_last or self.has_merged:
             return
-        if self.failures > self.rounds:
+        if self.failures and not self.rounds:
             raise RuntimeError(
                 f"expected at least one round that merges its replies, found none: {self.failures} "
                 f"{_rounds(self.failures)} merged nothing, the last one because of: {self.failure}"

@@ -341,12 +341,16 @@ class FedMerge(RoundLoop):
             failed_by = one_line(f"{type(error).__name__}: {error}")
             log.exception("aggregate_train: the merge failed")
         log_rejected("aggregate_train", unselected)
+        failed = {self._answers_for(message): failure(message) for message in arriving.failures}
+        if failed and not valid and not rejected:
+            reason = Counter(failed.values()).most_common(1)[0][0]
+            node_id = next(node_id for node_id, found in failed.items() if found == reason)
+            failed_by = f"{num_replies(len(failed))}, errors alone, such as node {node_id}'s: {reason}"
         self._skipped = self._skipped.after(
             merged=merged is not None, valid=bool(valid), rejected=rejected, failure=failed_by
         )
         if merged is None:
             log.warning("aggregate_train: round %d is skipped, the global arrays stay as they are", server_round)
-        failed = {self._answers_for(message): failure(message) for message in arriving.failures}
         asked = {message.metadata.dst_node_id for message in self._asked}
         self.reports[server_round] = found = RoundReport(
             # a greedy soup leaves some out

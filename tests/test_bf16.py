@@ -125,12 +125,13 @@ def sending(message: Message, context: Context) -> Message:
 def test_a_client_with_flowers_own_conversions_is_told_which_to_use(
     app: Any, remedies: list[str], flower_log: pytest.LogCaptureFixture
 ) -> None:
-    """In the log, of train and evaluate replies, and in the report."""
+    """In the log, of train and evaluate replies, in the report, and in the error that ends the run."""
     strategy = FedFroM()
-    strategy.start(InProcessGrid(app, 2), to_record(net().to(torch.bfloat16).state_dict()), num_rounds=1)
+    with pytest.raises(RuntimeError, match="errors alone") as ended:
+        strategy.start(InProcessGrid(app, 2), to_record(net().to(torch.bfloat16).state_dict()), num_rounds=1)
     lines = [r.getMessage() for r in flower_log.records if "error in reply" in r.getMessage()]
     assert len(strategy.reports[1].failed) == 2 and len(lines) == 4
-    for text in (*strategy.reports[1].failed.values(), *lines):
+    for text in (*strategy.reports[1].failed.values(), *lines, str(ended.value)):
         assert "TypeError" in text and all(remedy in text for remedy in remedies)
 
 
@@ -140,7 +141,8 @@ def test_no_other_error_is_taken_for_bfloat16() -> None:
         raise TypeError("Unsupported serialization type")
 
     strategy = FedFroM()
-    strategy.start(InProcessGrid(app, 2), to_record(net().state_dict()), num_rounds=1)
+    with pytest.raises(RuntimeError, match="errors alone"):
+        strategy.start(InProcessGrid(app, 2), to_record(net().state_dict()), num_rounds=1)
     assert set(strategy.reports[1].failed.values()) == {"TypeError: Unsupported serialization type"}
 
 

@@ -157,10 +157,11 @@ def test_what_is_no_collection_of_names_is_refused(frozen: Any) -> None:
 
 def test_a_client_that_trains_it_all_the_same_is_told() -> None:
     """Its work would be lost without a word."""
-    grid, strategy, result = run(full_client(trains_words=True), initial(), rounds=1, frozen=WORDS)
-    assert len(strategy.reports[1].failed) == 3
-    assert all(WORDS in reason and "frozen=" in reason for reason in strategy.reports[1].failed.values())
-    assert same_bits(result.arrays, initial())
+    reports: list[Any] = []
+    with pytest.raises(RuntimeError, match=f"3 replies, errors alone.*{WORDS}.*frozen="):
+        run(full_client(trains_words=True), initial(), rounds=1, frozen=WORDS, on_round=reports.append)
+    assert len(reports[0].failed) == 3 and reports[0].merge is None
+    assert all(WORDS in reason and "frozen=" in reason for reason in reports[0].failed.values())
 
 
 def test_a_model_in_a_narrower_dtype_has_not_trained_it() -> None:

@@ -362,11 +362,12 @@ def test_flowers_dp_mods_compose_with_full_models_and_with_adapters(mod: Any) ->
 
 @pytest.mark.parametrize("mod", [fixedclipping_mod, adaptiveclipping_mod])
 def test_flowers_clipping_mods_do_not_go_with_lora_config(mod: Any) -> None:
-    """They demand one ConfigRecord, and lora_config sends a second: the round is skipped, loudly, and nothing moves."""
+    """They demand one ConfigRecord, and lora_config sends a second: the run ends loudly, and nothing moves."""
     strategy = FedFroM(lora_config={"r": 4, "lora_alpha": 4})
     config = ConfigRecord({KEY_CLIPPING_NORM: 0.05})
-    result = strategy.start(InProcessGrid(behind(mod), 3), record_of(FLOATS), num_rounds=1, train_config=config)
-    assert len(strategy.reports[1].failed) == 3 and same_bits(result.arrays, record_of(FLOATS))
+    with pytest.raises(RuntimeError, match="3 replies, errors alone"):
+        strategy.start(InProcessGrid(behind(mod), 3), record_of(FLOATS), num_rounds=1, train_config=config)
+    assert len(strategy.reports[1].failed) == 3 and strategy.reports[1].merge is None
 
 
 def test_flowers_dp_strategy_wraps_but_its_accountant_is_refused() -> None:

@@ -88,15 +88,6 @@ def test_without_a_valid_reply_the_arrays_stay(flower_log: pytest.LogCaptureFixt
     assert not logged(flower_log, "no valid reply", "round 1")
 
 
-def test_with_all_rounds_skipped_the_result_is_the_initial_arrays() -> None:
-    """Flower's own loop leaves Result.arrays empty here. Errors are lost replies; rejected ones: test_skipped.py."""
-    initial = record_of(mixed_state())
-    result = FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(3), raising)), 3), initial, num_rounds=2)
-    assert same_bits(result.arrays, initial)
-    assert [result.train_metrics_clientapp[i]["replies-valid"] for i in (1, 2)] == [0, 0]
-    assert set(result.evaluate_metrics_clientapp) == {1, 2}
-
-
 def test_reasons_are_logged_by_kind_and_before_what_comes_of_them(caplog: pytest.LogCaptureFixture) -> None:
     def infinite(content: RecordDict) -> None:
         content["arrays"]["base_model.model.head.weight"] = Array(np.full((3, 10), np.inf, np.float32))
@@ -120,7 +111,9 @@ def test_reasons_are_logged_by_kind_and_before_what_comes_of_them(caplog: pytest
         (record,) = logged(caplog, f"rejected the reply of node {node}: {reason}")
         assert record.levelname == "DEBUG"
     caplog.clear()
-    FedFroM().start(InProcessGrid(faulty(dict.fromkeys(range(2), raising)), 2), record_of(mixed_state()), num_rounds=1)
+    with pytest.raises(RuntimeError, match="errors alone"):
+        grid = InProcessGrid(faulty(dict.fromkeys(range(2), raising)), 2)
+        FedFroM().start(grid, record_of(mixed_state()), num_rounds=1)
     assert logged(caplog, "expected at least 1 valid reply, found 0")
 
 
