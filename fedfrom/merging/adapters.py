@@ -229,7 +229,10 @@ def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowR
         scaling = product.terms[0].coefficient
         is_rescaled = scaling != ref.terms[0].coefficient and product.rank >= ref.rank
         if is_rescaled:
-            ref = loaded.setdefault((id(ref), scaling), _loaded(ref, scaling))
+            place = id(ref), scaling
+            if place not in loaded:
+                loaded[place] = _loaded(ref, scaling)
+            ref = loaded[place]
         zero = is_rescaled and _is_rescaling(product, ref)
         deltas.append(ref * 0.0 if zero else _delta(product, ref))
     return W, products, deltas
