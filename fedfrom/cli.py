@@ -30,7 +30,7 @@ from fedfrom.arguments import (
     without_effect,
 )
 from fedfrom.closest import did_you_mean
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.pages.command import report
 
 app = typer.Typer(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from fedfrom.errors import BadInput
 from simulations import commands, environment
-from simulations.errors import BadInput
 from simulations.options import Options
 
 # Seconds instead of minutes: shows that everything works, not how well.

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedfrom.errors import BadInput
 from fedfrom.pages.report import PAGE, write_report
-from fedfrom.pages.runs import FILE, FORMAT, BadRuns, folder_name
-from simulations.errors import BadInput
+from fedfrom.pages.runs import FILE, FORMAT, folder_name
 from simulations.options import Options
 
 PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers", "datasets", "ray")
@@ -86,7 +86,7 @@ def write_page(folder: Path) -> str:
     """
     try:
         return f"Report in {write_report([folder], folder / PAGE)}"
-    except BadRuns as error:
+    except BadInput as error:
         return f"No report: {error}"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedfrom.errors import BadInput
 from simulations import environment
-from simulations.errors import BadInput
 from simulations.options import OWN, Options
 
 # Said by Flower in every run; none of it is about the run.

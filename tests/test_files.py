@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedfrom.errors import BadInput
 from fedfrom.files import folders as F
-from fedfrom.files.errors import BadInput
 from fedfrom.files.inspection import stable_rank
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import DTYPES, Spec, Tensors, Writer

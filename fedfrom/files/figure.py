@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.files.inspection import Inspection
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 
 _CARD = "README.md"
 _LIST = re.compile(r"<!-- files that fedfrom wrote: (.*) -->")

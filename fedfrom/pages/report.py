@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import fedfrom
+from fedfrom.errors import BadInput
 from fedfrom.pages import page
 from fedfrom.pages.groups import differing, group, lines, run_data
 from fedfrom.pages.look import clean
-from fedfrom.pages.runs import BadRuns, read_runs
+from fedfrom.pages.runs import read_runs
 from fedfrom.pages.sections import sections
 from fedfrom.pages.summary import summary
 
@@ -37,7 +38,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Raises
     ------
-    BadRuns
+    BadInput
         A folder holds no results, `out` can't be written, or what the extra `cli` brings is not installed.
     """
     path = _page_path(Path(out).expanduser())
@@ -47,7 +48,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             import_module(name)
         from fedfrom.pages import figures
     except ModuleNotFoundError as error:
-        raise BadRuns(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None
+        raise BadInput(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None
     about = [run_data(run) for run in found]
     groups = group(found, about)
     all_lines = list(lines(groups))
@@ -75,7 +76,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     try:
         _write(path, text, {name: png for name, (png, _, _) in drawn.items()})
     except OSError as error:
-        raise BadRuns(f"{path}: can't be written: {error.strerror or error}; name another --out") from None
+        raise BadInput(f"{path}: can't be written: {error.strerror or error}; name another --out") from None
     return path
 
 
@@ -88,7 +89,7 @@ def _page_path(out: Path) -> Path:
     if out.is_dir() or not out.suffix:
         return out / PAGE
     if out.suffix.lower() not in (".html", ".htm"):
-        raise BadRuns(f"{clean(out)}: expected a page that ends in .html, or a folder, found {out.suffix}")
+        raise BadInput(f"{clean(out)}: expected a page that ends in .html, or a folder, found {out.suffix}")
     return out
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedfrom.errors import BadInput
 from simulations import commands, environment
-from simulations.errors import BadInput
 from simulations.options import read
 from simulations.studies.federated.options import QUICK as FEDERATED_QUICK
 from simulations.studies.federated.options import FederatedOptions

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.studies.study import Cell, Done, Row, Study
 
 SETTINGS, CELLS = "settings.json", "cells.jsonl"

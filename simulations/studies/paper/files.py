@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 
 State = dict[str, Tensor]
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import Options, like, option
 
 TASKS = ("qnli", "rte", "wnli")

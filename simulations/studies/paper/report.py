@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedfrom.errors import BadInput
 from fedfrom.pages import intervals
 from simulations import environment
-from simulations.errors import BadInput
 from simulations.studies.frame import Frame
 from simulations.studies.paper import figures, heatmaps, tables
 from simulations.studies.paper.cells import BASE, CONSTANT, POOLED
