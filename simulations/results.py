@@ -5,13 +5,13 @@ import math
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedfrom.atomic import publish, staging_folder
 from fedfrom.errors import BadInput
 from fedfrom.pages.report import PAGE, write_report
 from fedfrom.pages.runs import FILE, FORMAT, folder_name
@@ -37,8 +37,7 @@ class Folder:
             if os.path.isdir(self.path) and any(self.path.iterdir()) and not (self.path / FILE).is_file():
                 raise BadInput(f"--out {self.path}: holds something else than earlier results; name another folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
-            self._staging.chmod(0o755)
+            self._staging = staging_folder(self.path)
         except BadInput:
             raise
         except OSError as error:
@@ -70,13 +69,7 @@ class Folder:
             for client, state in history.client_states.items():
                 model = experiment.client_model(client)
                 save_model(experiment.options, model, state, client_folder(self._staging, history.label, client))
-        for path in self._staging.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors leaves them to their owner alone
-        previous = self._staging.with_name(self._staging.name + "-previous")
-        if self.path.exists():
-            self.path.rename(previous)
-        self._staging.rename(self.path)
-        shutil.rmtree(previous, ignore_errors=True)
+        publish(self._staging, self.path)
 
 
 def write_page(folder: Path) -> str:

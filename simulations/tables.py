@@ -1,8 +1,11 @@
 """Tables as CSV and as Markdown."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from fedfrom.atomic import write_whole
 
 
 def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[Sequence[object]], about: str) -> None:
@@ -21,7 +24,8 @@ def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[S
     """
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([list(header), *cells])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([list(header), *cells])
+    write_whole(folder / f"{name}.csv", text.getvalue())
     lines = [about, "", *(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *cells])]
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")

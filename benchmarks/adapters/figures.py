@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
+from fedfrom.atomic import whole_file
 from simulations.figures import COLOURS, MARKERS, STYLE
 
 Curve = Sequence[tuple[int, float, float]]  # value, seconds, MiB
@@ -56,7 +57,8 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 axis.legend(frameon=False, loc="upper left")
             axes[0][column].set_title(panel.title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        with whole_file(path) as hidden:
+            figure.savefig(hidden, dpi=120)
         plt.close(figure)
 
 

@@ -12,6 +12,7 @@ from benchmarks.attacks.attacks import MALFORMED, UNTARGETED
 from benchmarks.attacks.bench import Outcome
 from benchmarks.attacks.contenders import CONTENDERS, FEDFROM
 from benchmarks.attacks.rounds import SKEWED
+from fedfrom.atomic import whole_file, write_whole
 from fedfrom.pages import intervals
 from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.tables import write_table
@@ -110,7 +111,8 @@ def draw_scales(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
         axes[0, 0].set_ylabel("1 − cosine to the honest merge\n(0: nothing lost, 2: opposite)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
-        figure.savefig(path)
+        with whole_file(path) as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
 
 
@@ -188,7 +190,8 @@ def write_tradeoff(
         axes[1, 0].set_ylabel("accuracy of honest clients,\npoints above no bound")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        figure.savefig(folder / "tradeoff.png")
+        with whole_file(folder / "tradeoff.png") as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
 
 
@@ -247,4 +250,4 @@ def write_about(folder: Path, seeds: int, paired_seeds: int) -> None:
         f"- The trade-off: {paired_seeds} paired seeds of 6 clients with Dirichlet 0.5 shares, 8 rounds.",
         "- Again: `python -m benchmarks.attacks`, with FEDFROM_GLUE_DIR naming a folder that has GLUE's SST-2.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import io
 import os
 import platform
 import random
@@ -40,6 +41,7 @@ from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
 from benchmarks.full.models import BF16, bytes_of
+from fedfrom.atomic import write_whole
 from simulations.environment import given, machine
 
 OUT = ROOT / "results" / "speed"
@@ -158,15 +160,16 @@ class Table:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{self.name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / f"{self.name}.csv", table.getvalue())
         lines = ["# Full models: one round's merge", "", *(f"- {line}" for line in self.about)]
         lines += [f"- Skipped: {line}" for line in skipped] + [""]
         lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
         lines += [f"| {' | '.join(show(row.get(column)) for column in COLUMNS)} |" for row in self.rows]
-        (self.folder / f"{self.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(self.folder / f"{self.name}.md", "\n".join(lines) + "\n")
 
 
 def show(value: Any) -> str:

@@ -1,13 +1,11 @@
 """`write_report`: one page, which opens offline, on one or several simulations."""
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import fedfrom
+from fedfrom.atomic import write_whole
 from fedfrom.errors import BadInput
 from fedfrom.pages import page
 from fedfrom.pages.groups import differing, group, lines, run_data
@@ -102,19 +100,5 @@ def _write(path: Path, text: str, pictures: dict[str, bytes]) -> None:
         if old.stem not in pictures and f'"name":"{old.stem}"' in earlier:  # of the page that is replaced
             old.unlink()
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
-    _write_whole(path, text)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        write_whole(folder / f"{name}.png", png)
+    write_whole(path, text)

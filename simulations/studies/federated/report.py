@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fedfrom.atomic import whole_file, write_whole
 from fedfrom.pages import intervals
 from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.environment import command, machine
@@ -132,7 +133,8 @@ def _draw_grid(rows: pd.DataFrame, path: Path) -> None:
             plot.legend(loc="lower left")
         axes[0].set_ylabel("accuracy, mean of the last three rounds")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        figure.savefig(path)
+        with whole_file(path) as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
 
 
@@ -170,7 +172,8 @@ def _draw_curves(rows: pd.DataFrame, path: Path) -> None:
         axes[1, 0].set_ylabel("difference in accuracy")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        figure.savefig(path)
+        with whole_file(path) as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
 
 
@@ -208,4 +211,4 @@ def _write_about(options: FederatedOptions, frame: Frame, folder: Path) -> None:
         f"- Again: `{command('python -m simulations.studies federated')} --glue-dir GLUE`, with GLUE's TSV files in "
         "GLUE/SST-2.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")

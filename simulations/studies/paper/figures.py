@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from fedfrom.atomic import whole_file
 from fedfrom.pages import intervals
 from fedfrom.pages.look import COLOURS, MARKERS, STYLE
 from simulations.studies.paper.cells import BASE, POOLED
@@ -35,7 +36,8 @@ def draw_all(found: Findings, folder: Path) -> None:
             "interference": _interference,
         }.items():
             figure = draw(found)
-            figure.savefig(folder / f"{name}-{found.kind}.png")
+            with whole_file(folder / f"{name}-{found.kind}.png") as hidden:
+                figure.savefig(hidden)
             plt.close(figure)
 
 

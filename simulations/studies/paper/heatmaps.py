@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from fedfrom.atomic import whole_file
 from fedfrom.pages.look import STYLE
 from simulations.studies.paper.findings import KIND_NAMES, Findings
 from simulations.studies.paper.options import TASKS
@@ -45,7 +46,8 @@ def draw(found: Findings, folder: Path) -> None:
         figure, axes = plt.subplots(figsize=(4.6, 3.9), dpi=130, layout="constrained")
         _map(axes, alike, list(map(str.upper, TASKS)), "cosine", "RdBu_r", (-1.0, 1.0))
         axes.set_title(f"Cosines of the updates\n{KIND_NAMES[found.kind]}")
-        figure.savefig(folder / f"cosines-{found.kind}.png")
+        with whole_file(folder / f"cosines-{found.kind}.png") as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
         height = 1.5 + 0.22 * min(len(names), 60)
         figure, panels = plt.subplots(1, 2, figsize=(9, height), dpi=130, layout="constrained", sharey=True)
@@ -55,7 +57,8 @@ def draw(found: Findings, folder: Path) -> None:
         panels[0].set_title("Norm of each update")
         panels[1].set_title("FroM's weight")
         figure.suptitle(f"By layer, {KIND_NAMES[found.kind]}")
-        figure.savefig(folder / f"layers-{found.kind}.png")
+        with whole_file(folder / f"layers-{found.kind}.png") as hidden:
+            figure.savefig(hidden)
         plt.close(figure)
 
 

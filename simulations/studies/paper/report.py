@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedfrom.atomic import write_whole
 from fedfrom.errors import BadInput
 from fedfrom.pages import intervals
 from simulations import environment
@@ -34,7 +35,7 @@ def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
             figures.draw_all(found, folder)
             heatmaps.draw(found, folder)
         text = "\n".join(_page(options, frame, every)) + "\n"
-        (folder / "results.md").write_text(text, encoding="utf-8")
+        write_whole(folder / "results.md", text)
     except OSError as error:
         raise BadInput(f"--out {folder}: can't be written: {error}") from None
 
