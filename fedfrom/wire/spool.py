@@ -1,7 +1,7 @@
 """Replies on disk: states that are merged from files, a block at a time, while memory holds one of them at most.
 
-A file holds one reply's tensors one after the other, in C order, a large one followed by the entries that are sampled of it.
-It has no name: whatever becomes of this process, its room is free again when it ends.
+A file holds one reply's tensors one after the other, in C order, large ones followed by the entries that are sampled
+of them. It has no name: whatever becomes of this process, its room is free again when it ends.
 """
 
 from __future__ import annotations
