@@ -35,7 +35,7 @@ from fedfrom.merging.methods.registry import make_method, method_options
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.selection import gram_of_updates, multikrum
-from fedfrom.merging.weighing import stable
+from fedfrom.merging.stability import stable
 from fedfrom.rounds import RoundReport
 from fedfrom.settings import check_fedavg, check_screening
 from fedfrom.skipped import Skipped, check_max_skipped

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from fedfrom.files.errors import BadInput
 from fedfrom.files.merge import Progress, open_inputs, prepare
-from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.deltas import adapter_deltas, plain_tensors
 from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.sources import Inputs
-from fedfrom.merging.tensors import plain_tensors
 
 # the power iteration of `stable_rank` for tensors that are no products
 _BLOCK, _MOST_STEPS, _TOLERANCE = 8, 50, 1e-5

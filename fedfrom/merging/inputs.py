@@ -15,7 +15,7 @@ from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import Inputs, Readable, Source
-from fedfrom.merging.weighing import SAFE
+from fedfrom.merging.stability import SAFE
 
 
 def check_inputs(clients: Sequence[Client], shared: Round, needs: str | None, pair: bool) -> Inputs:

@@ -154,7 +154,7 @@ class Inputs:
         """Return the source whose keys, dtypes and dimensions a merged layer has."""
         return self.reference_of(name) or self.sent[0]
 
-    def statistics_of(self, name: str, order: list[int], shape: tuple[int, ...]) -> list[Tensor] | None:
+    def statistics(self, name: str, order: Sequence[int], shape: tuple[int, ...]) -> list[Tensor] | None:
         """Return what the clients sent beside a layer, in that order; None where none of them did.
 
         Raises

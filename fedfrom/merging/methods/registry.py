@@ -58,7 +58,7 @@ def method_class(name: str) -> type[Method]:
 
 def method_options(name: str) -> set[str]:
     """Return the options that the method of this name takes."""
-    return {field.name for field in fields(_METHODS[name])}
+    return {field.name for field in fields(_METHODS[name]) if field.init}
 
 
 def statistics_of(name: str) -> str | None:
