@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedfrom import client
-from fedfrom.merging.methods.registry import statistics_of
+from fedfrom.merging.methods.registry import needed_statistics
 from simulations import models, training
 from simulations.batches import Tokens, training_batches
 from simulations.options import Options
@@ -16,7 +16,7 @@ from simulations.options import Options
 def needed(spec: str) -> str | None:
     """Return "gram" or "fisher" where the strategy of that spec (see `strategies.build`) needs it, else None."""
     name = spec.split(":")[0]
-    return None if name == "fedavg" else statistics_of(name)
+    return None if name == "fedavg" else needed_statistics(name)
 
 
 def compute(kind: str, model: nn.Module, tokens: Tokens, options: Options, seed: int) -> dict[str, Tensor]:

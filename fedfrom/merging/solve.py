@@ -7,7 +7,6 @@ Algorithm 1, which alternates Eq. 7 and Eq. 8, is subspace iteration towards it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -142,17 +141,10 @@ class Solver:
         iterations = 0
         if self.solver == "alternating" and energy > 0:
             A_0 = random_normal(rank, target.shape[1], f"{self.seed}:{name}").to(C.device)
-            best = None
-            for Q, A, value in algorithm_1(C, right.project(A_0.T).T):
-                iterations += 1
-                gain = float("inf") if best is None else residual - value
-                if gain > 0:  # the best iterate is kept, not the worse one after it
-                    best, residual = (Q, A), value
-                if gain <= self.tolerance * scale or iterations == self.iterations:
-                    break
-            assert best is not None
-            small, S, Vh = torch.linalg.svd(best[1], full_matrices=False)
-            U = best[0] @ small
+            least = self.tolerance * scale
+            B, A, residual, iterations = algorithm_1(C, right.project(A_0.T).T, least, self.iterations)
+            small, S, Vh = torch.linalg.svd(A, full_matrices=False)
+            U = B @ small
         U, Vh = left.lift(U[:, :rank]), right.lift(Vh[:rank].T).T
         matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
         return Solution(matrix, rank, residual, optimum, energy, iterations)
@@ -195,12 +187,11 @@ def energy_probes(width: int) -> Tensor:
     return random_normal(width, 64, "energy")
 
 
-def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Yield Algorithm 1's iterates (B, A, ||BA - T||_F^2), without end: B by Eq. 7, then A by Eq. 8.
+def algorithm_1(T: Tensor, A_0: Tensor, least: float, iterations: int) -> tuple[Tensor, Tensor, float, int]:
+    """Return Algorithm 1's (B, A, ||BA - T||_F^2, iterations): B by Eq. 7, then A by Eq. 8, until nothing is gained.
 
-    Eq. 7 is B = T A^T (A A^T)^-1 and Eq. 8 is A = (B^T B)^-1 B^T T. Only the spans of A's rows and B's columns enter
-    the product BA, so each half-step takes an orthonormal basis of that span by QR, in place of the normal equations,
-    which square its condition number: BA is the same, B comes out with orthonormal columns.
+    The paper's stopping rule: an iteration that lowers the objective by no more than a tolerance is the last. The best
+    iterate is returned, not a worse one after it.
 
     Parameters
     ----------
@@ -208,12 +199,32 @@ def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]
         (p, q), the target or its core Q_B^T T Q_A (every iterate lies in T's row and column spaces).
     A_0 : Tensor
         (r, q), the start, or its core A_0 Q_A.
+    least : float
+        The tolerance: what an iteration has to gain, in the unit of ||T||_F^2.
+    iterations : int
+        At most that many, at least 1.
     """
-    A = A_0
-    while True:
-        B = torch.linalg.qr(T @ _orthonormal_rows(A).T).Q
-        A = B.T @ T
-        yield B, A, float(torch.linalg.matrix_norm(B @ A - T)) ** 2
+    B, A, objective = half_steps(T, A_0)
+    for done in range(2, iterations + 1):
+        after = half_steps(T, A)
+        gain = objective - after[2]
+        if gain > 0:
+            B, A, objective = after
+        if gain <= least:
+            return B, A, objective, done
+    return B, A, objective, iterations
+
+
+def half_steps(T: Tensor, A: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return (B, A, ||BA - T||_F^2) after one iteration of Algorithm 1 from A: Eq. 7, then Eq. 8.
+
+    Eq. 7 is B = T A^T (A A^T)^-1 and Eq. 8 is A = (B^T B)^-1 B^T T. Only the spans of A's rows and B's columns enter
+    the product BA, so each half-step takes an orthonormal basis of that span by QR, in place of the normal equations,
+    which square its condition number: BA is the same, B comes out with orthonormal columns.
+    """
+    B = torch.linalg.qr(T @ _orthonormal_rows(A).T).Q  # Eq. 7
+    A = B.T @ T  # Eq. 8
+    return B, A, float(torch.linalg.matrix_norm(B @ A - T)) ** 2
 
 
 def _orthonormal_rows(A: Tensor) -> Tensor:

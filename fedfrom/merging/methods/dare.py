@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import random_uniform
 from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.merging.methods.election import SignElection
 from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
-from fedfrom.merging.methods.ties import SignElection, check_density
+from fedfrom.merging.methods.ties import check_density
 from fedfrom.merging.updates import Change, Target, Updates
 
 

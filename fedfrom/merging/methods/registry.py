@@ -61,7 +61,7 @@ def method_options(name: str) -> set[str]:
     return {field.name for field in fields(_METHODS[name]) if field.init}
 
 
-def statistics_of(name: str) -> str | None:
+def needed_statistics(name: str) -> str | None:
     """Return what clients have to send for the method of this name: "gram", "fisher" or nothing."""
     return _METHODS[name].needs
 
