@@ -39,17 +39,20 @@ from fedfrom.merging.weighing import stable
 from fedfrom.rounds import RoundReport
 from fedfrom.settings import check_fedavg, check_screening
 from fedfrom.skipped import Skipped, check_max_skipped
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record
+from fedfrom.wire.contents import array_bytes
 from fedfrom.wire.failures import failure
 from fedfrom.wire.frozen import FROZEN_KEY, check_frozen, frozen_record
 from fedfrom.wire.metrics import average_metrics, average_train_metrics, check_metrics, count_examples, with_examples
+from fedfrom.wire.outgoing import Outgoing
 from fedfrom.wire.pulling import Arriving
 from fedfrom.wire.ranks import NodeRanks
-from fedfrom.wire.records import ADAPTER_KEY, Outgoing, array_bytes, config_to_record, one_line
-from fedfrom.wire.rejections import log_rejected, num_replies
+from fedfrom.wire.rejections import log_rejected
 from fedfrom.wire.reply import RejectedReply, Rejection, Reply
 from fedfrom.wire.room import Room, damaged, discard
 from fedfrom.wire.screening import screen
 from fedfrom.wire.sent import Sent
+from fedfrom.wire.wording import num_replies, one_line
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 _FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fedfrom import FedFroM, FedMerge, client, merge, to_record
 from fedfrom.merging.linalg import blocks
-from fedfrom.wire.records import ADAPTER_KEY, DELTA, STATISTICS_KEY, config_to_record, delta_array
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record
+from fedfrom.wire.contents import STATISTICS_KEY
+from fedfrom.wire.records import DELTA, delta_array
 from tests.hostile import values as hostile
 from tests.inprocess import InProcessGrid
 from tests.models import arrays_of, faulty, mixed_state, noisy, record_of, same_bits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flwr.app import Message
 
-from fedfrom.wire.records import BF16, one_line
+from fedfrom.wire.records import BF16
+from fedfrom.wire.wording import one_line
 
 # what Flower's Array.numpy and torch's Tensor.numpy say, inside a client: nothing of ours runs there
 _REMEDIES = {

@@ -11,10 +11,7 @@ from typing import Any
 
 from flwr.app import MetricRecord, RecordDict
 
-from fedfrom.wire.records import (
-    metric_record,
-    records_of,
-)
+from fedfrom.wire.contents import metric_record, records_of
 from fedfrom.wire.reply import RejectedReply, Reply, rejecting
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedfrom.wire.records import (
-    one_line,
-)
 from fedfrom.wire.reply import Rejection, Reply, rejecting
 from fedfrom.wire.spool import SpooledState, SpoolError
+from fedfrom.wire.wording import one_line
 
 
 @dataclass
