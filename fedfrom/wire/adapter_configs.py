@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 
 from fedfrom.merging.peft.configs import spell_out
+from fedfrom.merging.peft.layers import find_layers
 
 ADAPTER_KEY = "fedfrom.adapter"
 """Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
@@ -36,6 +37,12 @@ def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> Confi
     for field in _PATTERNS:
         record[field] = json.dumps(config[field])
     return record
+
+
+def adapter_record(config: Mapping[str, Any], arrays: ArrayRecord) -> ConfigRecord:
+    """Return the record that tells clients the config of the global adapter, whose arrays these are."""
+    layers = find_layers(arrays, "global arrays")
+    return config_to_record(config, [name for name, layer in layers.items() if layer.is_adapter])
 
 
 def record_to_config(record: ConfigRecord, who: str = ADAPTER_KEY) -> dict[str, Any]:
