@@ -77,9 +77,9 @@ class FedMerge(RoundLoop):
     node_timeout : float (default: 3600)
         Seconds to wait for enough nodes in a round, before RuntimeError ends the run.
     memory_budget : float | None (default: 4 GiB)
-        Bytes of a round's replies that are kept in memory. Further replies are written to disk as they arrive and are
-        merged from there a block at a time, to the same bits; one that cannot be written is rejected. None: all are kept
-        in memory, as are replies that a strategy around this one hands over as a list.
+        Bytes of a round's replies that are kept in memory. Further replies are written to disk as they come, and merged
+        from there a block at a time, to the same bits; one that cannot be written is rejected. None: all are kept in
+        memory, as are replies that a strategy around this one hands over as a list.
     spool : str | Path | None (default: None)
         Folder for replies on disk; None is the one for temporary files. The files have no names, and are gone after the
         round or with the process.
