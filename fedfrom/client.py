@@ -17,17 +17,10 @@ from fedfrom.client_statistics import collecting_gram, fisher, gram
 from fedfrom.merging.linalg.rounding import rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
-from fedfrom.wire.frozen import leave_out, statistics_of, told_frozen
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    STATISTICS_KEY,
-    config_to_record,
-    delta_array,
-    model_record,
-    record_to_config,
-    to_record,
-    to_state,
-)
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
+from fedfrom.wire.contents import STATISTICS_KEY, model_record
+from fedfrom.wire.frozen import leave_out, statistics_names, told_frozen
+from fedfrom.wire.records import delta_array, to_record, to_state
 
 __all__ = ["adapter_state", "collecting_gram", "fisher", "gram", "load", "reply"]
 
@@ -163,7 +156,7 @@ def reply(
     if as_delta:
         _to_deltas(content, message, torch.bfloat16 if as_delta is True else as_delta, arrayrecord_key)
     if statistics is not None:
-        untrained = statistics_of(frozen)
+        untrained = statistics_names(frozen)
         content[STATISTICS_KEY] = to_record({k: value for k, value in statistics.items() if k not in untrained})
     return Message(content=content, reply_to=message)
 

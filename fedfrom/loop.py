@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,13 +18,12 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedfrom.checkpoint import Checkpoint, Checkpoints
 from fedfrom.random_states import random_states, set_random_states
 from fedfrom.rounds import RoundReport
+from fedfrom.settings import RUN
 from fedfrom.skipped import Skipped
 from fedfrom.wire.digests import digests
 from fedfrom.wire.pulling import send_and_receive
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
-# what may differ between a run and the one it goes on with
-STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 
 
 class RoundLoop(FedAvg):
@@ -53,18 +51,6 @@ class RoundLoop(FedAvg):
     max_skipped: int | None
     on_round: Callable[[RoundReport], object] | None
     _skipped: Skipped
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Forget all that was carried from an earlier run."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return what is carried from round to round, as plain data with str keys: part of a checkpoint."""
-
-    @abstractmethod
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned when the checkpoint was written."""
 
     def start(
         self,
@@ -130,7 +116,6 @@ class RoundLoop(FedAvg):
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
         self.begin()
-        self._skipped = Skipped()
         start, done = time.perf_counter(), -1
         with ExitStack() as stack:
             checkpoints = None
@@ -214,6 +199,22 @@ class RoundLoop(FedAvg):
             except Exception:
                 log.exception("on_round: round %d: training goes on", server_round)
 
+    # --- What is carried from round to round --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget what was carried from an earlier run."""
+        self.reports, self._skipped = {}, Skipped()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is carried from round to round, as plain data with str keys: part of a checkpoint."""
+        reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
+        return {"reports": reports, "skipped": self._skipped.to_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned when the checkpoint was written."""
+        self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
+        self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
+
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _settings(
@@ -222,7 +223,7 @@ class RoundLoop(FedAvg):
         """Return what a resumed run must share with the one before: the constructors' arguments, arrays and configs."""
         inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
         names = {name for init in inits for name in inspect.signature(init).parameters}
-        arguments = {name: getattr(self, name) for name in sorted(names - STORAGE) if hasattr(self, name)}
+        arguments = {name: getattr(self, name) for name in sorted(names - RUN) if hasattr(self, name)}
         if arguments.get("lora_config") is not None:  # who wrote it is no setting
             arguments["lora_config"] = {k: v for k, v in arguments["lora_config"].items() if k != "peft_version"}
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedfrom.wire import records
+from fedfrom.wire import contents
 
 # A deployed SuperLink answers each look over HTTPS: after five seconds of waiting they become rarer.
 POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
@@ -15,7 +15,7 @@ POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
 
 def array_bytes(message: Message) -> int:
     """Return the bytes of all arrays in a message; records of numbers and settings are not counted."""
-    return 0 if message.has_error() else records.array_bytes(message.content)
+    return 0 if message.has_error() else contents.array_bytes(message.content)
 
 
 class CountingGrid(Grid):

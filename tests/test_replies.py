@@ -18,19 +18,12 @@ from hypothesis import strategies as st
 from fedfrom import FedFroM
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
+from fedfrom.wire.contents import metric_record, model_record
 from fedfrom.wire.metrics import comparable_metrics
+from fedfrom.wire.outgoing import Outgoing
 from fedfrom.wire.reading import read_reply
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    Outgoing,
-    config_to_record,
-    metric_record,
-    model_record,
-    record_to_config,
-    to_record,
-    to_state,
-    to_state_dict,
-)
+from fedfrom.wire.records import to_record, to_state, to_state_dict
 from fedfrom.wire.sent import Sent
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits

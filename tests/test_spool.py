@@ -243,17 +243,17 @@ def node_of(grid: InProcessGrid, partition: int) -> int:
     return next(node for node, own in grid.partition_of.items() if own == partition)
 
 
-def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path) -> None:
-    class Cutting(FedFroM):
-        def _merge(self, replies: Any, *others: Any) -> Any:
-            for reply in replies:
-                if reply.node_id == node:
-                    os.ftruncate(reply.state._file._file.fileno(), 1000)
-            return super()._merge(replies, *others)
+def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cutting(clients: Any, *others: Any) -> Any:
+        for client in clients:
+            if client.name == f"node {node}":
+                os.ftruncate(client.state._file._file.fileno(), 1000)
+        return merge_clients(clients, *others)
 
     grid = InProcessGrid(noisy, 4)
     node = node_of(grid, 2)
-    strategy = Cutting(memory_budget=0, spool=tmp_path)
+    strategy = FedFroM(memory_budget=0, spool=tmp_path)
+    monkeypatch.setattr("fedfrom.outcome.merge_clients", cutting)
     result = strategy.start(grid, record_of(large_state()), num_rounds=1)
     report = strategy.reports[1]
     assert list(report.rejected) == [node] and report.reasons == {"spool": 1} and not report.missing
@@ -297,13 +297,14 @@ def test_the_disk_has_its_room_back_after_an_error(tmp_path: Path, monkeypatch: 
         inner(self, *arguments)
         states.append(self)
 
-    class Failing(FedFroM):
-        def _merge(self, *arguments: Any) -> Any:
-            raise KeyboardInterrupt
+    def stopped(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(SpooledState, "__init__", noting)
-    with pytest.raises(KeyboardInterrupt):
-        Failing(memory_budget=0, spool=tmp_path).start(InProcessGrid(noisy, 3), record_of(large_state()), num_rounds=1)
+    strategy = FedFroM(memory_budget=0, spool=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedfrom.outcome.merge_clients", stopped)
+        strategy.start(InProcessGrid(noisy, 3), record_of(large_state()), num_rounds=1)
     assert len(states) == 3 and not list(tmp_path.iterdir())
     for state in states:
         with pytest.raises(SpoolError, match="closed"):

@@ -106,7 +106,7 @@ def _are_same(found: Tensor, sent: Tensor) -> bool:
     return bool(torch.as_tensor(same).all())
 
 
-def statistics_of(frozen: Collection[str]) -> set[str]:
+def statistics_names(frozen: Collection[str]) -> set[str]:
     """Return the names that statistics of frozen layers go by: those of modules (Gram) and keys (Fisher)."""
     layers = L.find_layers(frozen, "this model")
     return {*frozen, *layers, *(name.removesuffix(".weight") for name in layers)}

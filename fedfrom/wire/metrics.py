@@ -6,15 +6,12 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 
-from fedfrom.wire.records import (
-    metric_record,
-    records_of,
-)
+from fedfrom.wire.contents import metric_record, records_of
 from fedfrom.wire.reply import RejectedReply, Reply, rejecting
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
@@ -65,6 +62,39 @@ def average_train_metrics(
             log.warning("aggregate_train: left the metrics of %s out of the averages: %s", reply.who, error)
     found = average_metrics(contents, weighted_by, aggregate) if contents else None
     return MetricRecord() if found is None else found
+
+
+def average_evaluate_metrics(
+    messages: Iterable[Message], weighted_by: str, cap: float | None, aggregate: Aggregate
+) -> MetricRecord | None:
+    """Average the metrics of the evaluate replies that can be averaged; None where no reply can.
+
+    Parameters
+    ----------
+    messages : Iterable[Message]
+        Evaluate replies with content.
+    weighted_by : str
+        Name of the metric with the number of examples.
+    cap : float | None
+        See `count_examples`.
+    aggregate : Aggregate
+        The strategy's `evaluate_metrics_aggr_fn`.
+    """
+    valid = []
+    for message in messages:
+        node_id = message.metadata.src_node_id
+        try:
+            metrics = check_metrics(message.content, weighted_by)
+            examples: Any = metrics[weighted_by]
+            valid.append((repr(sorted(metrics.items())), message.content, (node_id, float(examples))))
+        except RejectedReply as error:
+            log.warning("aggregate_evaluate: rejected node %d: %s", node_id, error)
+    valid.sort(key=lambda reply: reply[0])  # by content: the order of arrival is chance
+    counts = count_examples("aggregate_evaluate", [said for _, _, said in valid], cap, weighted_by)
+    contents = [
+        with_examples(content, weighted_by, count) for (_, content, _), count in zip(valid, counts, strict=True)
+    ]
+    return average_metrics(contents, weighted_by, aggregate) if contents else None
 
 
 def average_metrics(contents: Sequence[RecordDict], weighted_by: str, aggregate: Aggregate) -> MetricRecord | None:

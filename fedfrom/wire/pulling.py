@@ -11,8 +11,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
+from fedfrom.wire.contents import array_bytes
 from fedfrom.wire.failures import failure
-from fedfrom.wire.records import array_bytes
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 

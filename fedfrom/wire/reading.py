@@ -10,16 +10,9 @@ from torch import Tensor
 
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config, rank_and_scaling
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    STATISTICS_KEY,
-    deltas_in,
-    metric_record,
-    model_record,
-    record_to_config,
-    records_of,
-    to_state,
-)
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, record_to_config
+from fedfrom.wire.contents import STATISTICS_KEY, metric_record, model_record, records_of
+from fedfrom.wire.records import deltas_in, to_state
 from fedfrom.wire.reply import Reply, rejecting
 from fedfrom.wire.reply_statistics import read_statistics
 from fedfrom.wire.sent import Sent

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fedfrom.wire.reply import Rejection
+from fedfrom.wire.wording import num_replies
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -45,8 +46,3 @@ def log_rejected(who: str, rejected: Mapping[int, Rejection]) -> None:
         log.warning("%s: rejected %s (%s), %s %d's: %s", who, num_replies(times), kind, example, node_id, reason)
     for node_id, (_, reason) in rejected.items():
         log.debug("%s: rejected the reply of node %d: %s", who, node_id, reason)
-
-
-def num_replies(count: int, adjective: str = "") -> str:
-    """Return "1 reply", "2 replies" and the like, with an adjective before the noun."""
-    return f"{count} {adjective}{'reply' if count == 1 else 'replies'}"

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 from flwr.app import RecordDict
 from torch import Tensor
 
-from fedfrom.wire.records import (
-    one_line,
-)
+from fedfrom.wire.wording import one_line
 
 
 @dataclass(frozen=True)

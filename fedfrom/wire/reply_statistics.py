@@ -8,12 +8,9 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.wire.frozen import statistics_of
-from fedfrom.wire.records import (
-    STATISTICS_KEY,
-    records_of,
-    to_state,
-)
+from fedfrom.wire.contents import STATISTICS_KEY, records_of
+from fedfrom.wire.frozen import statistics_names
+from fedfrom.wire.records import to_state
 from fedfrom.wire.sent import Sent
 from fedfrom.wire.sizes import check_size
 
@@ -27,7 +24,7 @@ def read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Te
             f"computes them with fedfrom.client.{needs} and sends them with fedfrom.client.reply(statistics=)"
         )
     shapes: Mapping[str, tuple[int, ...]] = _gram_shapes(sent) if needs == "gram" else _fisher_shapes(sent)
-    unread = statistics_of(sent.frozen) - shapes.keys()
+    unread = statistics_names(sent.frozen) - shapes.keys()
     statistics = to_state(ArrayRecord({n: array for n, array in record.items() if n not in unread}), "statistics")
     for name, tensor in statistics.items():
         if name not in shapes:

@@ -10,15 +10,13 @@ from flwr.app import Message
 
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.peft import layers as L
+from fedfrom.wire.contents import metric_record
 from fedfrom.wire.reading import read_reply
-from fedfrom.wire.records import (
-    metric_record,
-    one_line,
-)
 from fedfrom.wire.reply import RejectedReply, Rejection, Reply
 from fedfrom.wire.room import Room, discard
 from fedfrom.wire.sent import Sent
 from fedfrom.wire.sizes import check_sizes, with_norms
+from fedfrom.wire.wording import one_line
 
 
 def screen(

@@ -17,10 +17,7 @@ from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.merging.peft.layers import Layer
 from fedfrom.wire.frozen import frozen_keys
-from fedfrom.wire.records import (
-    to_state,
-    to_state_dict,
-)
+from fedfrom.wire.records import to_state, to_state_dict
 from fedfrom.wire.reply import Reply
 
 
