@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-import peft
+import pandas as pd
 import torch
 
 from benchmarks.adapters.contenders import (
@@ -33,8 +32,8 @@ from benchmarks.adapters.contenders import (
 )
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.adapters.timing import Shape, extra_memory, medians
+from benchmarks.conditions import conditions
 from fedfrom import merge
-from simulations.environment import given, machine
 from simulations.tables import write_table
 
 # by model: (d_out, d_in) -> how many modules have it, all linear layers of all blocks
@@ -75,7 +74,7 @@ def layer(folder: Path, quick: bool, about: str) -> None:
         f"allows; `{GIVEN}` is the iterations alone. `x ...`: how many times faster than those. `excess`: how far the "
         "objective is above the exact solution's in float64, of sum w_i |theta_i|^2; KnOTS minimises another."
     )
-    write_table(folder, "adapters-layer", header, rows, text)
+    write_table(folder, "adapters-layer", pd.DataFrame(rows, columns=header, dtype=object), text)
 
 
 def models(folder: Path, quick: bool, about: str) -> None:
@@ -111,7 +110,7 @@ def models(folder: Path, quick: bool, about: str) -> None:
         "above 1024 x 4096 were not run; their time is that of 1024 x 4096 times min(d)^2 max(d), as an SVD's "
         "operations grow. 0: not run."
     )
-    write_table(folder, "adapters-models", header, rows, text)
+    write_table(folder, "adapters-models", pd.DataFrame(rows, columns=header, dtype=object), text)
 
 
 def growth(folder: Path, quick: bool, about: str) -> None:
@@ -143,7 +142,7 @@ def growth(folder: Path, quick: bool, about: str) -> None:
         f"FedFroM svd, one layer, float32. {about}\n\nSlopes are of a line fitted on log-log scales, for clients from "
         "32 on. Extra memory is the peak above the inputs, of a process of its own with one thread."
     )
-    write_table(folder, "adapters-growth", header, rows, text)
+    write_table(folder, "adapters-growth", pd.DataFrame(rows, columns=header, dtype=object), text)
     if not quick:  # memory is half of the picture
         draw(panels(curves), folder / "adapters-growth.png")
 
@@ -187,11 +186,7 @@ def main() -> None:
     for name, part in parts.items():
         if options.only in (None, name):
             torch.set_num_threads((os.cpu_count() or 1) if part is growth else 1)
-            about = (
-                f"Threads: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; "
-                f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
-                f"`python -m benchmarks.adapters {given()}`."
-            )
+            about = ". ".join(conditions("python -m benchmarks.adapters", "torch", "peft")) + "."
             part(options.out, options.quick, about)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from simulations.figures import COLOURS, MARKERS, STYLE
+from fedfrom.pages.canvas import canvas
+from fedfrom.pages.look import COLOURS, MARKERS
 
 Curve = Sequence[tuple[int, float, float]]  # value, seconds, MiB
 
@@ -40,10 +40,7 @@ class Panel:
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """Draw the panels side by side, seconds above and memory below."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(panels), figsize=(4 * len(panels), 7), constrained_layout=True, squeeze=False
-        )
+    with canvas(path, 2, len(panels), dpi=120, figsize=(4 * len(panels), 7)) as (_, axes):
         for column, panel in enumerate(panels):
             for row, unit in ((0, "seconds"), (1, "extra memory, MiB")):
                 axis = axes[row][column]
@@ -55,9 +52,6 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 _scales(axis, panel, row + 1)
                 axis.legend(frameon=False, loc="upper left")
             axes[0][column].set_title(panel.title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
 
 
 def _scales(axis: Axes, panel: Panel, of: int) -> None:

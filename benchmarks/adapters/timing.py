@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adapters.contenders import contender, sample
+from benchmarks.peaks import forget_peak, since
 
 Shape = tuple[int, int]
 
@@ -33,20 +34,13 @@ def medians(names: Mapping[str, int], shape: Shape, rank: int, clients: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
-def peak() -> int:
-    """Return the peak resident memory of this process so far, KiB; Linux."""
-    # getrusage would count what the parent had before exec
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def extra_memory(name: str, shape: Shape, rank: int, clients: int) -> float:
     """Return what one contender's peak memory is above its inputs', MiB, in a process of its own."""
     arguments = [name, *shape, rank, clients]
     command = [sys.executable, "-m", "benchmarks.adapters.timing", *map(str, arguments)]
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
-    return int(found.stdout.split()[-1]) / 1024
+    return int(found.stdout.split()[-1]) / 2**20
 
 
 def _measure() -> None:
@@ -56,9 +50,9 @@ def _measure() -> None:
     name, (d_out, d_in, rank, clients) = sys.argv[1], map(int, sys.argv[2:])
     contender(name, sample((64, 64), min(rank, 8), 3))()  # loads all that is loaded once
     run = contender(name, sample((d_out, d_in), rank, clients))
-    before = peak()
+    before = forget_peak()
     run()
-    print(peak() - before)
+    print(since(before))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.attacks.messages import State
+from benchmarks.messages import State
 
 Arrays = dict[str, np.ndarray]
 

@@ -2,15 +2,15 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.attacks.attacks import ATTACKS, TRAINED, Attack, Attackers, Sent
 from benchmarks.attacks.contenders import CONTENDERS, applies
-from benchmarks.attacks.messages import State, aggregate, reply, state_of
 from benchmarks.attacks.rounds import Round
+from benchmarks.messages import State, aggregate, reply, state_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Outcome:
     common: float
     weight: float | None
     note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings."""
-        return asdict(self)
 
 
 def compare(

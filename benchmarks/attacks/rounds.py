@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.attacks.messages import State
+from benchmarks.messages import State
 
 CLIENTS = 10
 COSINES = (0.1, 0.5, 0.9)

@@ -14,8 +14,8 @@ from benchmarks.attacks.attacks import HIJACK, UNTARGETED, Attack, Attackers, Se
 from benchmarks.attacks.bench import compare, merge
 from benchmarks.attacks.contenders import CONTENDERS, applies
 from benchmarks.attacks.federation import Federation
-from benchmarks.attacks.messages import State
 from benchmarks.attacks.rounds import Round
+from benchmarks.messages import State
 from fedfrom import FedFroM
 
 CLIPS: Sequence[float | None] = (None, 2.0, 1.5, 1.25, 1.0)

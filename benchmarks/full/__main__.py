@@ -20,27 +20,24 @@ growth: FedFroM and FedAvg in memory, and FedFroM spooled, against clients, para
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import os
-import platform
 import random
 import re
 import shutil
 import statistics
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 
+from benchmarks.conditions import conditions
 from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
 from benchmarks.full.models import BF16, bytes_of
-from simulations.environment import given, machine
+from simulations.tables import markdown
 
 OUT = ROOT / "results" / "speed"
 IN_MEMORY = [("22M", 4), ("110M", 4), ("350M", 4), ("22M", 16), ("110M", 16), ("350M", 16), ("22M", 64)]
@@ -90,15 +87,9 @@ class Bounds:
         return fits
 
 
-def environment() -> list[str]:
-    """Return what a reader of the numbers wants to know."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("fedfrom", "flwr", "torch", "numpy"))
-    load = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
-    return [
-        f"Command: `python -m benchmarks.full {given()}`",
-        f"Machine: {machine()}; {torch.get_num_threads()} threads; load average before: {load}",
-        f"Versions: Python {platform.python_version()}, {versions}",
-    ]
+def conditions_here() -> list[str]:
+    """Return the conditions of the measurement."""
+    return conditions("python -m benchmarks.full", "fedfrom", "flwr", "torch", "numpy")
 
 
 def in_memory(cases: list[Case], repeats: int, bounds: Bounds, mergekit: str | None, table: Table) -> None:
@@ -158,22 +149,20 @@ class Table:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{self.name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        table = pd.DataFrame(self.rows, columns=COLUMNS, dtype=object)
+        table.to_csv(self.folder / f"{self.name}.csv", index=False, lineterminator="\n", encoding="utf-8")
         lines = ["# Full models: one round's merge", "", *(f"- {line}" for line in self.about)]
-        lines += [f"- Skipped: {line}" for line in skipped] + [""]
-        lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-        lines += [f"| {' | '.join(show(row.get(column)) for column in COLUMNS)} |" for row in self.rows]
+        lines += [f"- Skipped: {line}" for line in skipped] + ["", *markdown(table.map(show))]
         (self.folder / f"{self.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def show(value: Any) -> str:
-    """Return a cell's text."""
+    """Return a cell's text: three digits of a float, nothing for None and NaN."""
+    if pd.isna(value):
+        return ""
     if isinstance(value, float):
         return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return str(value)
 
 
 def main() -> None:
@@ -199,17 +188,17 @@ def main() -> None:
     named = [(model, int(n)) for model, n in (case.split(":") for case in options.cases)] if options.cases else None
     if options.only in (None, "memory"):
         bounds = Bounds(options.largest, options.spool, copies=1 if mergekit is None else 2)
-        table = Table("full-memory", environment(), folder)
+        table = Table("full-memory", conditions_here(), folder)
         in_memory(named or (QUICK if options.quick else IN_MEMORY), repeats, bounds, mergekit, table)
         finish(table, bounds)
     if options.only in (None, "spooled"):
         bounds = Bounds(options.largest, options.spool, copies=1)
-        table = Table("full-spooled", environment(), folder)
+        table = Table("full-spooled", conditions_here(), folder)
         on_disk(named or (QUICK if options.quick else SPOOLED), repeats, options.spool, bounds, table)
         finish(table, bounds)
     if options.only in (None, "growth"):
         bounds = Bounds(options.largest, options.spool, copies=1)
-        about = environment()
+        about = conditions_here()  # before the load of the measurement itself
         panels = growth.growth(repeats, options.quick, bounds.in_memory, options.spool)
         if folder is not None:
             growth.write(panels, folder, ". ".join([*about, *bounds.skipped, growth.ABOUT]))

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.attacks.messages import Nodes
 from benchmarks.full.models import States, examples
+from benchmarks.messages import Nodes, outside_a_run
 from fedfrom import FedFroM
 from fedfrom.wire.records import to_record, to_state
 
@@ -29,7 +27,7 @@ class Replies:
     """The global model as a record, and the replies of clients 0 to n - 1."""
 
     def __init__(self, model: str) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+        outside_a_run()
         self.states = States(model)
         self.arrays = to_record(self.states.reference)
 

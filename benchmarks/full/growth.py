@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.full.contenders import FEDAVG, FEDFROM
 from benchmarks.full.measure import in_process
@@ -78,5 +80,6 @@ def write(panels: list[Panel], folder: Path, about: str) -> None:
             rows += [[panel.title, name, value, f"{seconds:.4g}", f"{mib:.4g}"] for value, seconds, mib in curve]
             slopes = [f"{slope(panel.fitted(curve), i):.3g}" for i in (1, 2)]
             rows.append([panel.title, name, "slope", *slopes])
-    write_table(folder, "full-growth", ["sweep", "contender", "value", "median s", "extra MiB"], rows, about)
+    table = pd.DataFrame(rows, columns=["sweep", "contender", "value", "median s", "extra MiB"], dtype=object)
+    write_table(folder, "full-growth", table, about)
     draw(panels, folder / "full-growth.png")

@@ -17,7 +17,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 
 from benchmarks.full.models import States, examples
-from benchmarks.full.peaks import forget_peak, since
+from benchmarks.peaks import forget_peak, since
 
 
 def run(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

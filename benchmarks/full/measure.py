@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message
 
-from benchmarks.attacks.messages import Nodes
 from benchmarks.full.contenders import CONTENDERS, FEDAVG, LINEAR, ROOT, Linear, Replies, seconds_of, total
 from benchmarks.full.models import numel
-from benchmarks.full.peaks import forget_peak, since
+from benchmarks.messages import Nodes
+from benchmarks.peaks import forget_peak, since
 from fedfrom import FedFroM
 
 

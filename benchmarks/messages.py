@@ -41,10 +41,14 @@ class Nodes(Grid):
     set_run = create_message = push_messages = pull_messages = send_and_receive = run = _nothing
 
 
+def outside_a_run() -> None:
+    """Name the server as the sender of messages: outside a run Flower otherwise refuses to build one."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+
+
 def reply(node_id: int, state: State, examples: float) -> Message:
     """Return a train reply of a node, as it reaches a strategy."""
-    # outside a run nobody has said who speaks, and Flower then refuses to build a Message
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+    outside_a_run()
     asked = Message(RecordDict(), dst_node_id=node_id, message_type="train")
     metrics = MetricRecord({"num-examples": examples})
     return Message(RecordDict({"arrays": record_of(state), "metrics": metrics}), reply_to=asked)
