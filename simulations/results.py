@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedfrom.pages.report import PAGE, write_report
+from fedfrom.pages.page_of_runs import PAGE, write_report
 from fedfrom.pages.runs import FILE, FORMAT, BadRuns, folder_name
 from simulations.errors import BadInput
 from simulations.options import Options

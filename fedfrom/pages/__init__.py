@@ -4,6 +4,6 @@
 scipy and Jinja2, which come with the extras `cli` and `simulation`; they are loaded when a page is written.
 """
 
-from fedfrom.pages.report import write_report
+from fedfrom.pages.page_of_runs import write_report
 
 __all__ = ["write_report"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedfrom.pages.groups import Group, Line
-from fedfrom.pages.look import shown
+from fedfrom.pages.look import percent, shown
 
 Chart = dict[str, Any]
 MOST_LINES = 8  # in one picture; more go into one picture a group
@@ -153,9 +153,7 @@ def weights(groups: Sequence[Group]) -> list[Chart]:
                 "y-label": "client (its share of the examples)" if total else "client",
                 "unit": "percent",
                 "rows": [
-                    f"{client} ({examples[client] / total:.0%})".replace("%", " %")
-                    if total and client in examples
-                    else client
+                    f"{client} ({percent(examples[client] / total)})" if total and client in examples else client
                     for client in found["clients"]
                 ],
                 "columns": list(map(str, found["rounds"])),

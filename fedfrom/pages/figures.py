@@ -4,16 +4,14 @@ import io
 import textwrap
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from fedfrom.pages.look import COLOURS, MARKERS, STYLE, clean, shown
+from fedfrom.pages.canvas import write_values
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE, clean, percent, shown
 
 # Ink and grid: colours of which no other part is, so that the dark picture is the light one with these replaced.
 INK, GRID = "#1b1f24", "#e2e5e9"
@@ -129,11 +127,10 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     diverging = chart["low"] < 0
     figure.set_size_inches(WIDTH, min(4.6, max(3.0, 1.4 + 0.36 * rows)))
     values = np.array([[np.nan if value is None else value for value in row] for row in chart["values"]], dtype=float)
-    colours = plt.get_cmap("RdBu" if diverging else "viridis")
     image = axes.imshow(
         np.ma.masked_invalid(values),
         aspect="equal" if diverging else "auto",
-        cmap=colours,
+        cmap="RdBu" if diverging else "viridis",
         vmin=chart["low"],
         vmax=max(chart["high"], chart["low"] + 1e-12),
         interpolation="nearest",
@@ -141,13 +138,7 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     if values.size <= MOST_CELLS:
-        for (i, j), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                red, green, blue, _ = colours(image.norm(value))
-                bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-                text = f"{value:.0%}".replace("%", " %") if chart["unit"] == "percent" else f"{value:.2f}"
-                # not black itself, which the dark picture turns
-                axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color="#010101" if bright else "#ffffff")
+        write_values(axes, image, percent if chart["unit"] == "percent" else "{:.2f}".format)
     form = PercentFormatter(1.0) if chart["unit"] == "percent" else None
     figure.colorbar(image, ax=axes, format=form, shrink=0.9).outline.set_visible(False)
     for ticks, labels, most in ((axes.set_yticks, chart["rows"], 24), (axes.set_xticks, chart["columns"], 14)):

@@ -22,6 +22,16 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f}" if self.count < 2 else f"{self.mean:.3f} ± {self.half_width:.3f}"
 
+    @property
+    def signed(self) -> str:
+        """The same text with the mean's sign, for a difference."""
+        return f"{self.mean:+.3f}" if self.count < 2 else f"{self.mean:+.3f} ± {self.half_width:.3f}"
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is an interval that leaves 0 out."""
+        return self.count > 1 and abs(self.mean) > self.half_width
+
 
 def mean(values: Sequence[float]) -> Interval:
     """Return the mean of independent values with Student's interval.

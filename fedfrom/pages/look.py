@@ -1,5 +1,6 @@
 """How numbers, names and lines look, in pages, pictures and on the console alike."""
 
+import re
 from typing import Any
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
@@ -28,6 +29,16 @@ def display_name(label: str) -> str:
     return f"{proper} ({', '.join(settings)})" if settings else proper
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share of 1 in per cent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def module_name(name: str) -> str:
+    """Return a layer's name without the prefixes and the suffix that all layers of a model have."""
+    return re.sub(r"^(base_model\.model\.)?((encoder|bert|roberta)\.)*", "", name).removesuffix(".weight")
+
+
 def size(count: float) -> str:
     """Return a number of bytes with a unit that suits it."""
     for unit in ("B", "kB", "MB"):
@@ -53,7 +64,7 @@ def shown(value: float | None, unit: str = "number") -> str:
     if value is None:
         return MISSING
     if unit == "percent":
-        return f"{100 * value:.1f} %"
+        return percent(value, 1)
     if unit == "bytes":
         return size(value)
     if unit == "seconds":

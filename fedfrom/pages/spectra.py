@@ -3,14 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedfrom.pages.look import clean
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -42,8 +38,8 @@ def singular_values(folder: Path) -> dict[str, list[float]]:
 
 def _read(folder: Path) -> dict[str, list[float]]:
     import torch
-    from safetensors import safe_open
 
+    from fedfrom.files.tensors import Tensors
     from fedfrom.merging.peft.configs import check_config, rank_and_scaling
     from fedfrom.merging.peft.layers import find_layers, read_adapter
 
@@ -51,36 +47,19 @@ def _read(folder: Path) -> dict[str, list[float]]:
     if (folder / CONFIG).is_file():
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = check_config(found, CONFIG, dora=True, same_base=True)
+    state = Tensors({folder / WEIGHTS: None})
     spectra = {}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        state = _Lazy(file)
-        for name, layer in find_layers(state, WEIGHTS).items():
-            if layer.is_adapter:
-                scaling = rank_and_scaling(config, name)[1] if config else 1.0
-                product = read_adapter(layer, state, scaling, WEIGHTS)
-                values = torch.linalg.svdvals(product.core()[1])[: product.rank].tolist()
-                if not all(map(math.isfinite, values)):
-                    raise ValueError(f"{name}: expected finite numbers")
-                spectra[clean(name)] = [float(f"{value:.6g}") for value in values]
+    for name, layer in find_layers(state, WEIGHTS).items():
+        if layer.is_adapter:
+            scaling = rank_and_scaling(config, name)[1] if config else 1.0
+            product = read_adapter(layer, state, scaling, WEIGHTS)
+            values = torch.linalg.svdvals(product.core()[1])[: product.rank].tolist()
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name}: expected finite numbers")
+            spectra[clean(name)] = [float(f"{value:.6g}") for value in values]
     if not spectra:
         raise ValueError("it holds no LoRA modules")
     return spectra
-
-
-class _Lazy(Mapping[str, "Tensor"]):
-    """A safetensors file whose tensors are read when asked for, one at a time."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._keys = file, list(file.keys())
-
-    def __getitem__(self, key: str) -> "Tensor":
-        return self._file.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def rank_holding(values: list[float], share: float) -> int:

@@ -60,7 +60,7 @@ def _verdicts(group: Group, scored: Sequence[tuple[Line, Interval]]) -> str:
         found = None if line is other else against(line, other)
         if found is None:
             continue
-        if found.count > 1 and abs(found.mean) > found.half_width:
+        if found.settled:
             way = "ahead of" if found.mean > 0 else "behind"
             apart.append(f"{line.name} is {with_interval(found, unit, sign=True).lstrip('+-')} {way} {other.name}")
         else:

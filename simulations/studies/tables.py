@@ -1,12 +1,10 @@
 """Views that studies share: scores by seed, their means with intervals, and differences paired by seed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from fedfrom.pages import intervals
-from simulations.tables import write_table
 
 MEAN = "mean"
 
@@ -39,8 +37,3 @@ def gain(scores: pd.DataFrame, label: object, against: object, column: str = MEA
 def means(scores: pd.DataFrame) -> pd.DataFrame:
     """Return a row a label, a text a column: the mean over seeds ± half of its 95 % interval."""
     return scores.groupby(level=0, sort=False).agg(lambda values: str(intervals.mean(values.tolist())))
-
-
-def write(folder: Path, name: str, table: pd.DataFrame, about: str) -> None:
-    """Write a frame of texts and numbers as `name`.csv and `name`.md."""
-    write_table(folder, name, list(map(str, table.columns)), table.astype(object).to_numpy().tolist(), about)

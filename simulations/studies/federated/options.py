@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.errors import BadInput
-from simulations.options import Options, like, option
+from simulations.options import Options, check_bounds, like, option
 
 TASK = "sst2"
 QUICK: dict[str, Any] = {
@@ -35,8 +34,8 @@ class FederatedOptions:
     eval_examples: int = like("eval_examples", 400)
     validation_examples: int = like("validation_examples", 200)
     max_length: int = like("max_length", 48)
-    grid_seeds: int = option(3, "Seeds of the grid of p and k: 0, 1, ...")
-    seeds: int = option(5, "Seeds of the comparison: those that follow.")
+    grid_seeds: int = option(3, "Seeds of the grid of p and k: 0, 1, ...", least=1)
+    seeds: int = option(5, "Seeds of the comparison: those that follow.", least=1)
     target: float = option(0.7, "Accuracy whose first round is reported.")
     processes: int = like("processes")
     verbose: bool = option(False, "Show every round.")
@@ -49,10 +48,7 @@ class FederatedOptions:
         BadInput
             An option is out of its bounds.
         """
-        for name in ("grid_seeds", "seeds"):
-            if getattr(self, name) < 1:
-                found = getattr(self, name)
-                raise BadInput(f"--{name.replace('_', '-')}: expected 1 or more, found {found}")
+        check_bounds(self)
         own = {name: value for name, value in vars(self).items() if name not in ("out", "grid_seeds", "seeds")}
         return Options(**{"task": (TASK,), **own, **more}).validated()
 
