@@ -1,12 +1,11 @@
 """The offline defaults: a model and a data set that two packages carry, read by path and never imported."""
 
-import bz2
-import csv
 import hashlib
-import io
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+import pandas as pd
 
 from simulations.errors import BadInput
 
@@ -73,10 +72,7 @@ def reviews() -> tuple[tuple[str, bool, str], ...]:
     BadInput
         The package is missing.
     """
-    text = bz2.decompress(locate(DATA_PACKAGE, DATA_FILE).read_bytes()).decode("utf-8")
-    rows: dict[str, tuple[str, bool, str]] = {}
-    for row in csv.DictReader(io.StringIO(text, newline="")):
-        snippet = row["text"].strip()
-        if row["category"] in ("fresh", "rotten") and snippet:
-            rows.setdefault(snippet, (snippet, row["category"] == "fresh", row["movie_name"]))
-    return tuple(rows.values())
+    found = pd.read_csv(locate(DATA_PACKAGE, DATA_FILE), keep_default_na=False, dtype=str)
+    found["text"] = found["text"].str.strip()
+    kept = found[found["category"].isin(["fresh", "rotten"]) & (found["text"] != "")].drop_duplicates("text")
+    return tuple(zip(kept["text"], (kept["category"] == "fresh").tolist(), kept["movie_name"], strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simulations.options import Options
 
@@ -26,11 +27,8 @@ class Tokens:
 
     def batch(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Return inputs padded to the longest of the chosen examples, and their labels."""
-        longest = max(len(self.rows[row]["input_ids"]) for row in chosen)
         inputs = {
-            name: torch.tensor(
-                [self.rows[row][name] + [value] * (longest - len(self.rows[row][name])) for row in chosen]
-            )
+            name: pad_sequence([torch.tensor(self.rows[row][name]) for row in chosen], True, value)
             for name, value in self.pad.items()
         }
         return inputs, self.labels[chosen]

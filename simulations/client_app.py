@@ -13,12 +13,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from simulations import environment
-from simulations.options import OWN, Options
+from simulations.options import ABOUT, OWN, Options
 
 environment.quiet()
 
 app = ClientApp()
-ABOUT = "simulation"  # the reply's record of who trained and how fast; aggregated by no strategy
 
 
 @app.query()
@@ -34,7 +33,7 @@ def prepare(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train for one round and reply with the weights, what they were trained on, and how it went."""
     from fedfrom import client
-    from simulations import statistics, training
+    from simulations import client_statistics, training
 
     config = message.content.config_records["config"]
     server_round = int(str(config["server-round"]))
@@ -45,8 +44,8 @@ def train(message: Message, context: Context) -> Message:
     tokens = worker.tokens(partition_id)[0]
     seed = training.round_seed(options.seed, server_round, partition_id)
     done = training.train(model, tokens, options, seed)
-    kind = statistics.needed(str(config.get("strategy", "fedavg")))
-    found = None if kind is None else statistics.compute(kind, model, tokens, options, seed)
+    kind = client_statistics.needed(str(config.get("strategy", "fedavg")))
+    found = None if kind is None else client_statistics.compute(kind, model, tokens, options, seed)
     speed = done.examples / max(done.seconds, 1e-9)
     metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
     reply = client.reply(model, message, metrics, statistics=found)

@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from simulations import models, partitions, strategies, tasks, training
+from simulations import environment, models, partitions, strategies, tasks, training
 from simulations.batches import Tokens, tokenise
 from simulations.metrics import Scores
 from simulations.options import OWN, Options
@@ -120,7 +120,7 @@ class Experiment:
 
     def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
         # The clients wait meanwhile: all cores are free. One worker feeds a GPU best.
-        workers = training.cores() if training.device().type == "cpu" else 1
+        workers = environment.cores() if training.device().type == "cpu" else 1
         each = [
             training.evaluate(model, tokens, task.name, workers)
             for tokens, task in zip(examples, self.tasks, strict=True)

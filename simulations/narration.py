@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -72,6 +73,17 @@ class Narrator:
             rank = [str(options.client_rank(client))] if options.ranks else []
             table.add_row(str(client), *([share.task.name] if several else []), f"{total:,}", *shares, *rank)
         self.console.print(table)
+
+    def results(self, experiment: "Experiment", folder: Path, page: str) -> None:
+        """Say where the results and the page on them are."""
+        options = experiment.options
+        pictures = "comparison.png, updates.png, partition.png" if experiment.shares else "comparison.png, updates.png"
+        clients = ", and each client's" if options.save_clients else ""
+        self.say(
+            f"Results in {folder}: results.json, {pictures} and the final {'models' if options.full else 'adapters'}"
+            f"{clients}"
+        )
+        self.say(page)
 
     def say(self, text: str) -> None:
         """Write one line."""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def quiet(verbose: bool) -> Iterator[None]:
 
 
 def run(options: Options) -> Path:
-    """Run a simulation and return the folder with its results.
+    """Run a simulation on this machine and return the folder with its results.
 
     Raises
     ------
@@ -44,31 +44,52 @@ def run(options: Options) -> Path:
     """
     start = time.perf_counter()
     environment.prepare(options.needs_hub)
+    if options.partition == OWN:
+        raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
+    with quiet(options.verbose):
+        return compare(options.validated(), simulate, start)
+
+
+def compare(
+    options: Options, strategies: Callable[[Any, Any], Iterable[Any]], ray_started: float | None = None
+) -> Path:
+    """Run all strategies of the options, write and print their results, and return the results folder.
+
+    Parameters
+    ----------
+    options : Options
+        Of the run.
+    strategies : Callable[[Experiment, Narrator], Iterable[History]]
+        Runs the strategies of a prepared experiment, and returns a history of each.
+    ray_started : float | None (default: None)
+        When the simulation began, by `time.perf_counter`. None is a deployment, which has no seconds before its first
+        strategy to tell.
+
+    Raises
+    ------
+    BadInput
+        An option, folder or package can't be used; nothing was written.
+    """
     from simulations.narration import Narrator
     from simulations.results import Folder, write_page
 
-    if options.partition == OWN:
-        raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
-    narrator = Narrator()
-    with Folder(options.validated().out) as folder, quiet(options.verbose):
+    narrator, before = Narrator(), {}
+    with Folder(options.out) as folder:
         from simulations.experiment import Experiment
 
         experiment = Experiment.prepare(options)
         narrator.settings(experiment)
         narrator.partition(experiment)
         prepared = time.perf_counter()
-        histories = simulate(experiment, narrator)
-        # until the first strategy sends its first message: Ray, its client processes, their data and model
-        before = {"preparing": prepared - start, "starting-ray": histories[0].started - prepared}
+        histories = list(strategies(experiment, narrator))
+        if ray_started is not None:
+            # until the first strategy sends its first message: Ray, its client processes, their data and model
+            before = {"preparing": prepared - ray_started, "starting-ray": histories[0].started - prepared}
         folder.publish(experiment, histories, before)
     narrator.table(experiment, histories)
-    narrator.seconds(histories, before, time.perf_counter() - start)
-    narrator.say(
-        f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
-        f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"
-        f"{', and each client' + chr(39) + 's' if experiment.options.save_clients else ''}"
-    )
-    narrator.say(write_page(folder.path))
+    if ray_started is not None:
+        narrator.seconds(histories, before, time.perf_counter() - ray_started)
+    narrator.results(experiment, folder.path, write_page(folder.path))
     return folder.path
 
 
@@ -83,7 +104,7 @@ def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = l
     from simulations.history import History
 
     options: Options = experiment.options
-    processes = options.processes or min(training.cores(), options.clients)
+    processes = options.processes or min(environment.cores(), options.clients)
     gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
     narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
     histories: list[History] = []

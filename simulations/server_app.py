@@ -9,15 +9,14 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from simulations import environment
+from simulations import environment, running
 from simulations.aggregation import distance_from_mean
 from simulations.history import History, Round, client_weights
-from simulations.options import Options
+from simulations.options import ABOUT, Options
 from simulations.traffic import CountingGrid
 
 environment.quiet()
 
-ABOUT = "simulation"  # the client's record of who trained; see client_app
 NODES_TIMEOUT = 120.0
 SETTLED_SECONDS = 10.0
 
@@ -29,22 +28,9 @@ def main(grid: Grid, context: Context) -> None:
     """Entry of `flwr run`: the options are the run configuration, the clients are the nodes there are."""
     options = Options.from_mapping(dict(context.run_config))
     environment.prepare(options.needs_hub)
-    from simulations.experiment import Experiment
-    from simulations.narration import Narrator
-    from simulations.results import Folder, write_page
-
     if options.partition != "tasks":
         options = dataclasses.replace(options, clients=_number_of_nodes(grid, options.clients))
-    narrator = Narrator()
-    with Folder(options.out) as folder:
-        experiment = Experiment.prepare(options)
-        narrator.settings(experiment)
-        narrator.partition(experiment)
-        histories = list(compare(grid, experiment, narrator))
-        folder.publish(experiment, histories)
-    narrator.table(experiment, histories)
-    narrator.say(f"Results in {folder.path}")
-    narrator.say(write_page(folder.path))
+    running.compare(options, lambda experiment, narrator: compare(grid, experiment, narrator))
 
 
 def app_for(experiment: Any, narrator: Any, finished: Callable[[History], None]) -> ServerApp:

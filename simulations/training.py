@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -137,8 +136,3 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
     for chosen, (answer, _) in zip(batches, outcomes, strict=True):
         predictions[chosen] = answer
     return {**metrics.scores(task, predictions, labels), "loss": sum(loss for _, loss in outcomes) / len(tokens)}
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

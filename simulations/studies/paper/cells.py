@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedfrom.pages.look import percent
 from simulations.studies.paper import training
 from simulations.studies.paper.arena import Arena, Scores
 from simulations.studies.paper.data import REPORTED, VALIDATION, constant
@@ -33,7 +34,7 @@ def alone(task: str) -> str:
 
 def checkpoint(number: int) -> str:
     """Return what the tables call one of the checkpoints."""
-    return f"checkpoint at {CHECKPOINTS[number]:.0%} of the steps".replace("%", " %")
+    return f"checkpoint at {percent(CHECKPOINTS[number])} of the steps"
 
 
 def study(options: PaperOptions, folder: Path) -> Study:

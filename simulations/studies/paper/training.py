@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from simulations import statistics, training
+from simulations import client_statistics, training
 from simulations.batches import Tokens
 from simulations.studies.paper import arena, data
 from simulations.studies.paper.files import Shelf
@@ -42,7 +42,7 @@ def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Sh
 
     def _statistics(what: str) -> dict[str, Tensor]:
         # on the plain model: the names are those of its modules
-        return statistics.compute(what, model, tokens, simulation, order)
+        return client_statistics.compute(what, model, tokens, simulation, order)
 
     def after_step(number: int) -> None:
         if task == CHECKPOINTS_OF and number in kept and number < simulation.steps:

@@ -13,9 +13,10 @@ from simulations.studies.paper.findings import KIND_NAMES, OWN, Correlation, Fin
 from simulations.studies.paper.grids import rows
 from simulations.studies.paper.options import TASKS, PaperOptions
 from simulations.studies.tables import gain, interval
+from simulations.tables import markdown
 
 
-def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
+def write(options: PaperOptions, frame: Frame, folder: Path) -> None:
     """Write tables, pictures and results.md for every kind of which a seed is whole.
 
     Raises
@@ -42,7 +43,7 @@ def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
 def _page(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[str]:
     lines = ["# Merging QNLI, RTE and WNLI under one head", "", *_made(options, frame, every)]
     for found in every:
-        lines += ["", f"## {KIND_NAMES[found.kind]}", "", *_table(found), "", *_reading(found)]
+        lines += ["", f"## {KIND_NAMES[found.kind]}", "", *markdown(tables.table_3(found)), "", *_reading(found)]
     return [*lines, "", "Files: for each kind `lora` and `full`,", *_files()]
 
 
@@ -68,12 +69,6 @@ def _made(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[st
     ]
 
 
-def _table(found: Findings) -> list[str]:
-    table = tables.table_3(found)
-    cells = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return [f"| {' | '.join(row)} |" for row in cells]
-
-
 def _reading(found: Findings) -> list[str]:
     """Return sentences that follow from the numbers alone."""
     scores = found.scores()
@@ -96,9 +91,8 @@ def _reading(found: Findings) -> list[str]:
 
 def _verdict(gain: intervals.Interval) -> str:
     if gain.count < 2:
-        return f"{gain.mean:+.3f}, one seed, no interval"
-    settled = abs(gain.mean) > gain.half_width
-    return f"{gain.mean:+.3f} ± {gain.half_width:.3f}, {'settled' if settled else 'not settled: the interval holds 0'}"
+        return f"{gain.signed}, one seed, no interval"
+    return f"{gain.signed}, {'settled' if gain.settled else 'not settled: the interval holds 0'}"
 
 
 def predicts(parts: Mapping[str, Correlation | None]) -> str:
