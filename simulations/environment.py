@@ -1,4 +1,4 @@
-"""The environment of a quiet run that talks to nobody: set before flwr, ray or Hugging Face are imported."""
+"""Environment variables of a quiet run without network access, set before flwr, ray or Hugging Face are imported."""
 
 import os
 import platform
@@ -26,22 +26,22 @@ QUIET = {
 
 
 def quiet() -> None:
-    """Set what is not set yet, but for the Hub; the libraries read most of these once, when they are imported."""
+    """Set the variables of QUIET that are not set yet; libraries read most of them once, when they are imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # Raised by ray's and flwr's own imports; nothing a user of the simulation can act on.
+    # Raised by the imports of ray and flwr; a user of the simulation can't act on them.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def prepare(online: bool) -> None:
-    """Be quiet, and say whether the Hugging Face Hub may be asked; to be called before its libraries are imported.
+    """Set the variables, with HF_HUB_OFFLINE. Call this before Hugging Face's libraries are imported.
 
     Parameters
     ----------
     online : bool
-        Something named in the options has to come from the Hub. Otherwise the Hub is never asked, so a missing file is
-        an error at once instead of a series of timeouts. A value of HF_HUB_OFFLINE that the user has set stays.
+        Whether the options name a model or data on the Hub. Otherwise the Hub is never asked: a missing file is an
+        error at once, not a series of timeouts. The user's own value of HF_HUB_OFFLINE stays.
     """
     quiet()
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if online else "1")

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""The pictures of a simulation: scores, weights, updates and partition."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ MANY_CLIENTS = 7  # above this, lines become a heat map
 
 
 def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> None:
-    """Draw the score by round of every strategy, and the weights by client of the first that reports any."""
+    """Draw the score by round of every strategy, and the clients' weights in the first strategy that reports them."""
     weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
     columns, width = (2, 11.5) if weighted else (1, 6)
     with canvas(path, columns=columns, figsize=(width, 4.8)) as (_, axes):
@@ -118,9 +118,10 @@ def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
 
 
 def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
-    """Draw how the clients' updates of the last merged round lay to each other, and who weighed what in which layer.
+    """Draw the cosines of the clients' updates in the last merged round, and each client's weight in each layer.
 
-    Of the first strategy that reports its merges; nothing is drawn without one, or above 32 clients.
+    The merge is one of the first strategy that reports merges. Nothing is drawn without such a strategy, or above 32
+    clients.
     """
     for history in histories:
         merges = [(number, report) for number, report in history.reports.items() if report["merge"]]
@@ -153,7 +154,7 @@ def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
 
 
 def draw_partition(experiment: Any, path: Path) -> None:
-    """Draw each client's number of examples, divided by label."""
+    """Draw each client's number of training examples by label."""
     shares = experiment.shares
     names = list(dict.fromkeys(label for share in shares for label in share.label_counts))
     greys = len(names) > len(COLOURS)

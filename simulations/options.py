@@ -1,7 +1,7 @@
-"""Every option of a simulation, its default, its bounds, and the ways it travels.
+"""Every option of a simulation with its default and bounds, and how options are declared, read, checked and sent.
 
-One frozen object holds them all. It goes to the clients as JSON inside the train and evaluate configuration
-(`run_simulation` has an empty run configuration), and `flwr run` fills it from `[tool.flwr.app.config]`.
+One frozen object holds all options. The server sends it to the clients as JSON inside the train and evaluate
+configuration (`run_simulation` has an empty run configuration). `flwr run` fills it from `[tool.flwr.app.config]`.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def argument(metavar: str, help: str, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """What a simulation is asked to do. `validated()` checks every bound that needs no file or library."""
+    """The options of a simulation. `validated()` checks all bounds that need no file or library."""
 
     strategies: tuple[str, ...] = option(
         ("from", "fedavg"),
@@ -148,7 +148,7 @@ class Options:
 
     @property
     def learning_rate(self) -> float:
-        """AdamW's learning rate: the one asked for, or a usual one for what is trained."""
+        """AdamW's learning rate: `--lr`, or the default for LoRA or full fine-tuning."""
         if self.lr is not None:
             return self.lr
         return 1e-4 if self.full else 2e-3
@@ -172,7 +172,7 @@ class Options:
 
     @property
     def needs_hub(self) -> bool:
-        """Whether anything asked for has to come from the Hugging Face Hub (or its cache)."""
+        """Whether the model or a task comes from the Hugging Face Hub (or its cache)."""
         remote_model = self.model != DEFAULT_MODEL and not os.path.exists(os.path.expanduser(self.model))
         return remote_model or (not self.glue_folder and any(task in GLUE_TASKS for task in self.task))
 
@@ -186,7 +186,7 @@ class Options:
         Raises
         ------
         BadInput
-            An option is out of its bounds or contradicts another.
+            An option is out of its bounds, or two options contradict each other.
         """
         check_bounds(self)
         for message, wrong in self._contradictions():
@@ -235,12 +235,12 @@ class Options:
 
     @classmethod
     def from_record(cls, record: "ConfigRecord") -> "Options":
-        """Return the options that `to_record` wrote."""
+        """Return the options of a record from `to_record`."""
         return cls.from_mapping(json.loads(str(record[RECORD_KEY])))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Options":
-        """Return options from names and values, as typed on a command line or in `[tool.flwr.app.config]`.
+        """Return options from names and values, as a command line or `[tool.flwr.app.config]` has them.
 
         Parameters
         ----------

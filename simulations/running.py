@@ -1,4 +1,4 @@
-"""One simulated federation on this machine: Flower over Ray, started once for all strategies."""
+"""A run of all strategies with its results, and the simulation on this machine: Flower over Ray, started once."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from simulations import environment
 from simulations.errors import BadInput
 from simulations.options import OWN, Options
 
-# Said by Flower in every run; none of it is about the run.
+# Phrases of warnings that Flower logs in every run.
 CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
 
 
@@ -23,8 +23,8 @@ class _Chatter(logging.Filter):
 
 @contextlib.contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
-    """Let Flower's logger through from warnings on only, and without those that every run has."""
-    # A filter, not a level: Flower sets its logger's level whenever it is imported first.
+    """Silence Flower's logger below warnings, and the warnings of every run, unless `verbose`."""
+    # A filter, not a level: Flower's first import sets the logger's level.
     logger, chatter = logging.getLogger("flwr"), _Chatter()
     if not verbose:
         logger.addFilter(chatter)
@@ -62,8 +62,7 @@ def compare(
     strategies : Callable[[Experiment, Narrator], Iterable[History]]
         Runs the strategies of a prepared experiment, and returns a history of each.
     ray_started : float | None (default: None)
-        When the simulation began, by `time.perf_counter`. None is a deployment, which has no seconds before its first
-        strategy to tell.
+        The start of a simulation, by `time.perf_counter`. None: a deployment, whose clients run already.
 
     Raises
     ------
@@ -83,7 +82,7 @@ def compare(
         prepared = time.perf_counter()
         histories = list(strategies(experiment, narrator))
         if ray_started is not None:
-            # until the first strategy sends its first message: Ray, its client processes, their data and model
+            # until the first strategy starts: Ray, its client processes, their data and model
             before = {"preparing": prepared - ray_started, "starting-ray": histories[0].started - prepared}
         folder.publish(experiment, histories, before)
     narrator.table(experiment, histories)
@@ -96,7 +95,7 @@ def compare(
 def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = lambda history: None) -> list[Any]:
     """Run a prepared experiment in Flower's simulation and return a history of every strategy.
 
-    Each history is handed to `finished` as soon as its strategy has ended.
+    `finished` is called with each history when its strategy ends.
     """
     from flwr.simulation import run_simulation
 

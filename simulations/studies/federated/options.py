@@ -20,7 +20,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FederatedOptions:
-    """What is run, with which options; all of it but the folders, `processes` and `verbose` changes results."""
+    """The study's options. All of them but the folders, `processes` and `verbose` change results."""
 
     out: str = option("results/federated", "Folder of the tables, the pictures and, in work, the results kept.")
     glue_dir: str = like("glue_dir")
@@ -53,7 +53,7 @@ class FederatedOptions:
         return Options(**{"task": (TASK,), **own, **more}).validated()
 
     def settings(self) -> dict[str, Any]:
-        """Return whatever the results depend on."""
+        """Return the settings that results depend on."""
         values = self.simulation().to_dict()
         for name in ("strategies", "seed", "out", "glue_dir", "partition", "alpha", "processes", "verbose"):
             del values[name]

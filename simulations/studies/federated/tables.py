@@ -6,7 +6,7 @@ from fedfrom.pages import intervals
 from simulations.studies.federated.plan import BASELINE, GRID, SETTINGS, final, from_spec
 from simulations.studies.tables import MEAN, gain
 
-LEARNED = 0.03  # a run whose accuracy gains less than this on the untrained model is stuck
+LEARNED = 0.03  # least gain in accuracy over the untrained model of a run that is not stuck
 ABOUT_GRID = "Accuracy, mean of the last three rounds; ± is half a 95 % interval over seeds."
 ABOUT_COMPARISON = (
     "Accuracy, mean of the last three rounds; ± is half a 95 % interval over seeds, of the paired difference where "
@@ -23,7 +23,7 @@ def scores_by_seed(rows: pd.DataFrame, setting: str) -> pd.DataFrame:
 
 
 def grid(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a line for each kind of clients, p and k."""
+    """Return the grid's table: a line for each kind of clients, p and k."""
     lines = []
     for setting in SETTINGS:
         for k, p in GRID[setting]:
@@ -35,7 +35,7 @@ def grid(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparison(rows: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Return a line for each kind of clients and strategy."""
+    """Return the comparison's table: a line for each kind of clients and strategy."""
     lines = []
     for (setting, row), own in rows.groupby(["kind", "method"], sort=False):
         scores = scores_by_seed(rows, setting)
@@ -70,7 +70,7 @@ def rounds_to(rows: pd.DataFrame, target: float) -> list[str]:
 
 
 def _stuck(rows: pd.DataFrame) -> int:
-    """Return the number of seeds that learned hardly more than the untrained model knows."""
+    """Return the number of seeds whose final accuracy is less than LEARNED above the untrained model's."""
     start = rows[rows["round"] == 0].set_index("seed")["score"]
     return int((final(rows).set_index("seed")["score"] < start + LEARNED).sum())
 

@@ -1,4 +1,4 @@
-"""The pictures of one kind: the methods beside their bounds, sweeps, checkpoints, interference."""
+"""The pictures of one kind: methods and bounds, sweeps, checkpoints, interference."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def draw_all(found: Findings, folder: Path) -> None:
 
 
 def _dots(axes: Axes, names: Sequence[str], means: Sequence[intervals.Interval], bounds: int) -> None:
-    """Draw a dot and interval a row from the top, the first `bounds` of them grey."""
+    """Draw a dot with its interval for each row, from the top; the first `bounds` rows are grey."""
     for position, one in enumerate(means):
         colour = "#555555" if position < bounds else COLOURS[1] if names[position].startswith("from") else COLOURS[0]
         error = None if np.isnan(one.half_width) else one.half_width

@@ -1,4 +1,4 @@
-"""Heat maps: how alike the clients' updates are, and how large in each layer."""
+"""Heat maps: the cosines of the clients' updates, and their norms and weights in each layer."""
 
 import re
 from pathlib import Path
@@ -14,16 +14,16 @@ from simulations.studies.paper.findings import KIND_NAMES, Findings
 from simulations.studies.paper.options import TASKS
 
 Matrix = NDArray[np.float64]
-ROWS_LABELLED = 30  # with more layers than that, names would run into each other
+ROWS_LABELLED = 30  # the names of more layers would overlap
 
 
 def short_name(name: str) -> str:
-    """Return a layer's name without what all of them share."""
+    """Return a layer's name without the parts that all layers share."""
     return re.sub(r"^layer\.(\d+)\.", r"\1 ", module_name(name)).replace("attention.self.", "")
 
 
 def _worth_showing(name: str, layers: list[dict[str, Any]]) -> bool:
-    """Return whether a layer is drawn: of many, matrices alone."""
+    """Return whether a layer is drawn; of many layers only matrices are."""
     return len(layers) <= ROWS_LABELLED or not (name.endswith("bias") or "LayerNorm" in name)
 
 

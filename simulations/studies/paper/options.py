@@ -1,4 +1,4 @@
-"""Every option of the experiment, its default and its bounds."""
+"""Every option of the study with its default and bounds."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 CANDIDATES = 6
 
 
-# Minutes instead of an hour: every row, table and picture, and no result worth reading.
+# Minutes instead of an hour: every row, table and picture, but the scores mean nothing.
 QUICK: dict[str, Any] = {
     "layers": 1,
     "seeds": 2,
@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What is trained, merged and evaluated; all of it but the folders and `processes` changes results."""
+    """The study's options. All of them but the folders and `processes` change results."""
 
     out: str = option("results/paper", "Folder of tables and pictures, and in work of all that is kept.")
     glue_dir: str = like("glue_dir")
@@ -78,9 +78,9 @@ class PaperOptions:
         Parameters
         ----------
         kind : str
-            What is trained.
+            Kind of the training.
         seed : int
-            Of initial weights, batches and dropout.
+            Seed of initial weights, batches and dropout.
         steps : int | None (default: None)
             Optimiser steps; None is the base model's.
         """
@@ -108,5 +108,5 @@ class PaperOptions:
         return sum(self.steps) if task == "pooled" else self.steps[TASKS.index(task)]
 
     def settings(self) -> dict[str, Any]:
-        """Return what results depend on, as plain JSON types."""
+        """Return the settings that results depend on, as plain JSON types."""
         return {name: v for name, v in as_json(self).items() if name not in ("out", "glue_dir", "processes")}

@@ -1,4 +1,4 @@
-"""Everything that is written of the finished work, and the page that says where it was done and what it says."""
+"""All files of the study's report: tables, pictures, and results.md with settings, machine and findings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from simulations.tables import markdown
 
 
 def write(options: PaperOptions, frame: Frame, folder: Path) -> None:
-    """Write tables, pictures and results.md for every kind of which a seed is whole.
+    """Write tables, pictures and results.md for every kind with a finished seed.
 
     Raises
     ------
     BadInput
-        None is, or the folder can't be written.
+        No seed of any kind is finished, or the folder can't be written.
     """
     every = [Findings.of(frame, kind) for kind in options.kinds]
     every = [found for found in every if found.seeds]
@@ -96,7 +96,7 @@ def _verdict(gain: intervals.Interval) -> str:
 
 
 def predicts(parts: Mapping[str, Correlation | None]) -> str:
-    """Return what a measure's correlations, over all k and at each, come to."""
+    """Return the verdict on a measure from its correlations over all k and at each k."""
     every, *single = parts.values()
     if every is None:
         return "undefined"

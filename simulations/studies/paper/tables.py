@@ -29,7 +29,7 @@ def write_all(found: Findings, folder: Path) -> None:
 
 
 def average(found: Findings) -> str:
-    """Return the label of the row that the others are compared with."""
+    """Return the label of the average's row, with which the other methods are compared."""
     return next(row.label for row in rows(found.kind) if row.name == AGAINST)
 
 
