@@ -1,4 +1,4 @@
-"""The command `report`: a page from results folders. Loads nothing heavy until it runs."""
+"""The command `report`: a page from results folders. Heavy libraries are imported when the command runs."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Means over seeds with their 95 % intervals, paired where the seeds are the same.
+"""Means over seeds with their 95 % intervals, and differences paired by seed.
 
-scipy is imported where it is called: what only names colours or folders of pages need not wait for it.
+scipy is imported by the functions that call it: importing fedfrom.pages does not wait for it.
 """
 
 import math
@@ -39,7 +39,7 @@ def mean(values: Sequence[float]) -> Interval:
     Parameters
     ----------
     values : Sequence[float]
-        At least one, a value a seed.
+        One value for each seed, at least one.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""How numbers, names and lines look, in pages, pictures and on the console alike."""
+"""Colours, markers, and the text of numbers and names, for pages, pictures and the console."""
 
 import re
 from typing import Any
@@ -19,11 +19,11 @@ STYLE = {
     "legend.frameon": False,
 }
 MISSING = "–"
-LONGEST = 200  # characters of any text that comes from a file
+LONGEST = 200  # characters of a text from a file
 
 
 def display_name(label: str) -> str:
-    """Return a strategy's label as people write it."""
+    """Return a strategy's name for readers."""
     name, *settings = label.split(":")
     proper = {"from": "FedFroM", "fedavg": "FedAvg"}.get(name, f"FedMerge {name}")
     return f"{proper} ({', '.join(settings)})" if settings else proper
@@ -49,10 +49,10 @@ def size(count: float) -> str:
 
 
 def clean(value: Any, longest: int = LONGEST) -> str:
-    """Return a value as one line that any picture, page or console can show.
+    """Return a value as one line of printable text.
 
-    What can't be printed (control characters, halves of surrogate pairs, marks that turn the direction of writing)
-    reads "�"; what is too long ends in "…".
+    Control characters, halves of surrogate pairs, and marks that turn the direction of writing become "�". A longer
+    text is cut and ends in "…".
     """
     line = "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in str(value)[: 4 * longest])
     line = " ".join(line.split())

@@ -18,21 +18,21 @@ def singular_values(folder: Path) -> dict[str, list[float]]:
     Parameters
     ----------
     folder : Path
-        A PEFT adapter as `save_pretrained` leaves it. Without adapter_config.json the scaling s is taken for 1.
+        A PEFT adapter, as written by `save_pretrained`. Without adapter_config.json the scaling s is 1.
 
     Raises
     ------
     ValueError
-        There is no adapter, or none that can be read: a sentence that says why.
+        There is no adapter, or it can't be read; the message is a sentence with the reason.
     """
-    # os.path: a label may make a path that no file can have, which pathlib raises at
+    # os.path: pathlib raises for a label whose path no file can have
     if not os.path.isfile(folder / WEIGHTS):
         if os.path.isfile(folder / "model.safetensors"):
             raise ValueError("The full model was fine-tuned: there is no adapter whose products could be taken apart.")
         raise ValueError(f"The final adapter is not beside the results ({clean(folder.name)}/{WEIGHTS}).")
     try:
         return _read(folder)
-    except Exception as error:  # safetensors, torch and a hostile config fail in ways of their own
+    except Exception as error:  # damaged files and hostile configs raise many types
         raise ValueError(f"The final adapter can't be read: {clean(error)}.") from None
 
 
@@ -63,7 +63,7 @@ def _read(folder: Path) -> dict[str, list[float]]:
 
 
 def rank_holding(values: list[float], share: float) -> int:
-    """Return how many of the singular values, largest first, hold that share of the sum of their squares."""
+    """Return the smallest number of singular values, largest first, with this share of the sum of all squares."""
     squares = [value * value for value in values]
     left = share * math.fsum(squares)
     for rank, square in enumerate(squares, 1):
@@ -74,6 +74,6 @@ def rank_holding(values: list[float], share: float) -> int:
 
 
 def stable_rank(values: list[float]) -> float:
-    """Return the sum of squares over the largest square: between 1 and the rank; 0 for a zero matrix."""
+    """Return the sum of squares divided by the largest square: between 1 and the rank; 0 for a zero matrix."""
     top = max(values, default=0.0)
     return math.fsum((value / top) ** 2 for value in values) if top else 0.0
