@@ -1,9 +1,9 @@
-"""Bytes of arrays that rounds send down and up: adapters of unequal ranks, and a full model with a frozen embedding.
+"""Bytes of arrays sent down and up in a round: adapters of unequal ranks, and a full model with a frozen embedding.
 
     python -m benchmarks.bytes
 
-A model of MiniLM-L6's shapes (22.7 million parameters) with random weights. Clients use `fedfrom.client`, and add noise
-in place of training: bytes don't depend on what is learnt.
+The model has MiniLM-L6's shapes (22.7 million parameters) and random weights. Clients use `fedfrom.client`, and add
+noise in place of training: bytes don't depend on the values.
 """
 
 from __future__ import annotations

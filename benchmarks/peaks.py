@@ -1,4 +1,4 @@
-"""The peak of this process's resident memory, from any moment on; Linux."""
+"""The peak of this process's resident memory since a chosen moment; Linux."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def status(field: str) -> int:
-    """Return a number of bytes from /proc/self/status; getrusage would count what the parent had before exec."""
+    """Return a number of bytes from /proc/self/status; getrusage would include the parent's memory before exec."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def forget_peak() -> int:
-    """Start a new peak of resident memory here, and return what it starts from."""
+    """Reset the peak of resident memory, and return the resident bytes now."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what others left there would be used again, and not be seen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would be reused, and not raise the peak
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def since(start: int) -> int:
-    """Return the bytes that were taken at the peak beyond what it started from."""
+    """Return the peak's bytes above `start`."""
     return status("VmHWM") - start

@@ -1,6 +1,7 @@
 """`python -m benchmarks.adapters [--quick] [--out results/speed]`: medians and ratios in one run.
 
-Contenders have one thread each, which is fastest for factors; FedFroM alone, as it grows, has one a core.
+Contenders run with one thread each, which is fastest for factors. The growth of FedFroM is measured with one thread for
+each core.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from benchmarks.conditions import conditions
 from fedfrom import merge
 from simulations.tables import write_table
 
-# by model: (d_out, d_in) -> how many modules have it, all linear layers of all blocks
+# (d_out, d_in) -> number of modules of that shape, by model: all linear layers of all blocks
 MODELS: dict[str, dict[Shape, int]] = {
     "MiniLM-L6": {(384, 384): 24, (1536, 384): 6, (384, 1536): 6},
     "RoBERTa-large": {(1024, 1024): 96, (4096, 1024): 24, (1024, 4096): 24},
@@ -44,16 +45,16 @@ MODELS: dict[str, dict[Shape, int]] = {
 }
 SQUARE = (4096, 4096)
 RANKS = {"MiniLM-L6": 8, "RoBERTa-large": 8, "Llama-3-8B": 16}
-# PEFT's SVD of larger matrices is not run but scaled by min(d)^2 max(d), from the largest that is
+# entries of the largest matrix whose SVD peers compute; the time of larger ones is scaled by min(d)^2 max(d)
 LARGEST = 1024 * 4096
 
 
 def layer(folder: Path, quick: bool, about: str) -> None:
-    """One 4096 x 4096 layer, r = 16, against dense contenders."""
+    """Write the table of one 4096 x 4096 layer, r = 16, beside dense contenders."""
     rows = []
     for clients in (3, 32):
         turns = {SVD: 9, ALTERNATING: 3, KNOTS: 3, GIVEN: 3, LEAN: 3, DENSE: 3}
-        if clients > 3:  # minutes, otherwise
+        if clients > 3:  # more turns would take minutes
             turns = {SVD: 9, ALTERNATING: 3, GIVEN: 1, LEAN: 1, DENSE: 1}
         if quick:
             turns = {SVD: 5, LEAN: 1, DENSE: 1}
@@ -78,7 +79,7 @@ def layer(folder: Path, quick: bool, about: str) -> None:
 
 
 def models(folder: Path, quick: bool, about: str) -> None:
-    """Whole adapters of three clients against PEFT's svd and FlexLoRA's mean of products."""
+    """Write the table of whole adapters of three clients, beside PEFT's svd and FlexLoRA's mean of products."""
     rows = []
     for model, shapes in MODELS.items():
         rank, clients = RANKS[model], 3
@@ -114,7 +115,7 @@ def models(folder: Path, quick: bool, about: str) -> None:
 
 
 def growth(folder: Path, quick: bool, about: str) -> None:
-    """Time and memory against clients, rank and width."""
+    """Write the table and the picture of time and memory by clients, rank and width."""
     sweeps: dict[str, list[tuple[int, Shape, int, int]]] = {
         "clients, d = 1024, r = 8": [(n, (1024, 1024), 8, n) for n in (32, 100, 316, 1000)],
         "clients, d = 4096, r = 8": [(n, (4096, 4096), 8, n) for n in (3, 10, 32, 100, 316, 1000)],
@@ -143,7 +144,7 @@ def growth(folder: Path, quick: bool, about: str) -> None:
         "32 on. Extra memory is the peak above the inputs, of a process of its own with one thread."
     )
     write_table(folder, "adapters-growth", pd.DataFrame(rows, columns=header, dtype=object), text)
-    if not quick:  # memory is half of the picture
+    if not quick:  # the picture needs the memory
         draw(panels(curves), folder / "adapters-growth.png")
 
 

@@ -1,4 +1,4 @@
-"""How a round of full models grows with the clients, the parameters, and the tensors that hold as many parameters."""
+"""The growth of a full model's round with the clients, the parameters, and the layers at equal parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPOOLED = "FedFroM, spooled"
 CLIENTS = (2, 4, 8, 16, 32)
 WIDTHS = (128, 256, 512, 1024)
 LAYERS = {2: 1024, 8: 512, 32: 256, 128: 128}
-"""Width by layers: 12 layers width^2 parameters, and as many biases as hardly count."""
+"""Width by layers: all have about the same 12 layers width^2 parameters, beside a few biases."""
 ABOUT = (
     "Slopes are of a line fitted on log-log scales. Extra memory is the peak beyond the replies in memory and the "
     "global model, of a process of its own; spooled, where replies come one by one and go to disk, beyond the global "
@@ -27,7 +27,7 @@ ABOUT = (
 
 
 def growth(repeats: int, quick: bool, fits: Callable[[str, int], bool], spool: str) -> list[Panel]:
-    """Measure all points, those that fit, and return the picture's columns: seconds and MiB of each contender."""
+    """Measure all points that fit, and return the picture's columns: seconds and MiB of each contender."""
     some = slice(0, 2) if quick else slice(None)
     by_clients = [(n, "22M", n) for n in CLIENTS[some]]
     by_width = [(numel(model), model, 4) for model in (f"{d}x6x30522" for d in WIDTHS[some])]
@@ -51,7 +51,7 @@ def growth(repeats: int, quick: bool, fits: Callable[[str, int], bool], spool: s
 
 
 def in_memory(points: list[tuple[int, str, int]], repeats: int) -> dict[str, Curve]:
-    """Return FedFroM's and FedAvg's curves, of replies in memory."""
+    """Return FedFroM's and FedAvg's curves for replies in memory."""
     curves: dict[str, list[tuple[int, float, float]]] = {FEDFROM: [], FEDAVG: []}
     for value, model, clients in points:
         seconds = in_process("timed", model, clients, repeats, list(curves))
@@ -62,7 +62,7 @@ def in_memory(points: list[tuple[int, str, int]], repeats: int) -> dict[str, Cur
 
 
 def on_disk(points: list[tuple[int, str, int]], repeats: int, spool: str) -> Curve:
-    """Return the curve of replies that all go to disk."""
+    """Return FedFroM's curve for replies that all go to disk."""
     curve = []
     for value, model, clients in points:
         runs = [in_process("spooled", model, clients, spool) for _ in range(repeats)]
