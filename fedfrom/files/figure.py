@@ -9,8 +9,9 @@ from typing import Any
 
 from fedfrom.files.errors import BadInput
 from fedfrom.files.inspection import Inspection
-from fedfrom.pages.look import COLOURS
 
+# Okabe and Ito's colours, told apart under the common kinds of colour blindness
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MOST_NAMES = 40  # layers whose names fit under an axis
 _LONGEST = 28  # characters of an input's name
 
@@ -38,7 +39,7 @@ def draw(inspection: Inspection, path: Path) -> None:
     norms, weights, lost = (figure.add_subplot(grid[row, 0]) for row in range(3))
     places = range(len(layers))
     for i, name in enumerate(names):
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 3.5, "linewidth": 1}
+        style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": "o", "markersize": 3.5, "linewidth": 1}
         norms.plot(places, [layer.norms[i] or float("nan") for layer in layers], label=name, **style)
         weights.plot(places, [layer.weights[i] for layer in layers], **style)
     lost.bar(places, [layer.interference for layer in layers], color="#777777", width=0.8)

@@ -113,7 +113,7 @@ def predicts(parts: Mapping[str, Correlation | None]) -> str:
 
 def _files() -> list[str]:
     return [
-        "- `table3-*`: the table above with the chosen settings; `scores-*.csv` and `search-*.csv` what it is of;",
+        "- `table3-*`: the table above with the chosen settings; `scores-*.csv` and `search-*.csv` its scores by seed;",
         "- `table5-alpha-*`, `table6-k-*`, `figure5-k-*`: sweeps, scored on the reported half and choosing nothing;",
         "- `figure4-checkpoints-*`: three checkpoints of one training merged;",
         "- `interference-*`: what FroM's merges lose, of updates and of accuracy; `cosines-*`, `layers-*`: heat maps;",

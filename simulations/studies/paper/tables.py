@@ -98,7 +98,7 @@ def _scores(found: Findings) -> tuple[str, pd.DataFrame, str]:
     order = {name: number for number, name in enumerate(every.method.unique())}
     table = table.assign(at=table.method.map(order), task_at=table.task.map(TASKS.index))
     table = table.sort_values(["at", "seed", "task_at"])[["method", "seed", "task", "right", "of"]]
-    return "scores", table, "What Table 3 is of: right answers on the reported half, by seed."
+    return "scores", table, "The right answers behind Table 3: on the reported half, by seed."
 
 
 def _sweep(found: Findings, part: str, column: str, values: tuple[float, ...] | None) -> pd.DataFrame:
