@@ -271,6 +271,13 @@ def like(name: str, default: Any = None) -> Any:
     return dataclasses.field(default=found.default if default is None else default, metadata=found.metadata)
 
 
+def shared(study: Any) -> dict[str, Any]:
+    """Return the options of a study that a simulation has as well, by name, except for the results folder."""
+    return {
+        name: value for name, value in vars(study).items() if name in Options.__dataclass_fields__ and name != "out"
+    }
+
+
 def as_json(options: Any) -> dict[str, Any]:
     """Return a dataclass of options as plain JSON types."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}

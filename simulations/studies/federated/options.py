@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.options import Options, check_bounds, like, option
+from simulations.options import Options, check_bounds, like, option, shared
 
 TASK = "sst2"
 QUICK: dict[str, Any] = {
@@ -49,8 +49,7 @@ class FederatedOptions:
             An option is out of its bounds.
         """
         check_bounds(self)
-        own = {name: value for name, value in vars(self).items() if name not in ("out", "grid_seeds", "seeds")}
-        return Options(**{"task": (TASK,), **own, **more}).validated()
+        return Options(**{**shared(self), "task": (TASK,), **more}).validated()
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that results depend on."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulations.errors import BadInput
-from simulations.options import Options, as_json, check_bounds, like, option
+from simulations.options import Options, as_json, check_bounds, like, option, shared
 
 TASKS = ("qnli", "rte", "wnli")
 BASE_TASK = "mnli"
@@ -84,24 +84,18 @@ class PaperOptions:
         steps : int | None (default: None)
             Optimiser steps; None is the base model's.
         """
-        return Options(
-            task=TASKS,
-            partition="tasks",
-            glue_dir=self.glue_dir,
-            eval_examples=0,
-            model=self.model,
-            layers=self.layers,
-            pooling=self.pooling,
-            full=kind != "lora",
-            lora_r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            steps=steps or self.base_steps,
-            batch_size=self.batch_size,
-            lr=self.lora_lr if kind == "lora" else self.full_lr,
-            max_length=self.max_length,
-            statistics_batches=self.statistics_batches,
-            seed=seed,
-        )
+        adapter = kind == "lora"
+        own = {
+            "task": TASKS,
+            "partition": "tasks",
+            "eval_examples": 0,
+            "validation_examples": 0,
+            "full": not adapter,
+            "steps": steps or self.base_steps,
+            "lr": self.lora_lr if adapter else self.full_lr,
+            "seed": seed,
+        }
+        return Options(**{**shared(self), **own})
 
     def task_steps(self, task: str) -> int:
         """Return the optimiser steps of a task, or of all of them pooled."""
