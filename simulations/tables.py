@@ -1,11 +1,11 @@
 """Tables as CSV and as Markdown."""
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 
-def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[Sequence[object]], about: str) -> None:
+
+def write_table(folder: Path, name: str, table: pd.DataFrame, about: str) -> None:
     """Write `name`.csv and `name`.md into a folder.
 
     Parameters
@@ -14,14 +14,18 @@ def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[S
         Made where it is missing.
     name : str
         File name without suffix.
-    header, rows : Sequence
-        The columns' names, and the cells of each row. Floats are written with four decimals.
+    table : pd.DataFrame
+        Texts and numbers. Floats are written with four decimals.
     about : str
-        What the table shows; stands above the Markdown.
+        What the table shows. It stands above the Markdown.
     """
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    texts = table.astype(object).map(lambda cell: f"{cell:.4f}" if isinstance(cell, float) else str(cell))
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([list(header), *cells])
-    lines = [about, "", *(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *cells])]
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n".join([about, "", *markdown(texts)]) + "\n", encoding="utf-8")
+
+
+def markdown(texts: pd.DataFrame) -> list[str]:
+    """Return the lines of a Markdown table: the columns' names, a rule, and a line for each row of texts."""
+    rows = [list(map(str, texts.columns)), ["---"] * len(texts.columns), *texts.to_numpy().tolist()]
+    return [f"| {' | '.join(row)} |" for row in rows]

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read when asked for, written as they come."""
+"""Tensors in safetensors files: each is read when it is accessed, and written when it is given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from fedfrom.files.errors import BadInput
 from fedfrom.merging.linalg.blocks import RUN, RUNS, Values, sampled
 
-# the names that safetensors gives dtypes; what is not here can't be merged
+# safetensors' names of dtypes; tensors of other dtypes can't be merged
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,7 +37,9 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24  # bytes written at once
-_LARGE = 1 << 20  # entries from which on memory costs more than reading twice, and a thousand places for a sample
+# entries of a tensor that is read in blocks: its memory costs more than reading it twice, and a sample of it has a
+# thousand places
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,19 @@ class StoredTensor:
     Attributes
     ----------
     file : _File
-        Where it lies, and `start` the byte there.
+        The file.
+    key : str
+        The tensor's name in the file.
+    start : int
+        Offset of the tensor's first byte in the file.
     shape : torch.Size
-        Its shape.
+        The tensor's shape.
+    stored : torch.dtype
+        Dtype of the entries in the file.
     dtype : torch.dtype
-        What its entries are read as; they are `stored` in the file.
+        Dtype of the entries that `read` returns.
     device : torch.device
-        Where they are read to.
+        Device of the entries that `read` returns.
     """
 
     file: _File
@@ -84,11 +92,11 @@ class StoredTensor:
     device: torch.device
 
     def numel(self) -> int:
-        """Return how many entries it has."""
+        """Return the number of entries."""
         return self.shape.numel()
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return the entries from `start` to `stop` in C order; in `out`, flat and of this dtype, where given."""
+        """Return the entries from `start` to `stop` in C order; in `out`, a flat tensor of this dtype, where given."""
         direct = out is not None and out.dtype == self.stored and out.device.type == "cpu"
         read = out if out is not None and direct else torch.empty(stop - start, dtype=self.stored)
         self.file.read_into(read, self.start + start * self.stored.itemsize, self.key)
@@ -97,7 +105,7 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.linalg.blocks.sampled` does of all its entries; no others are read."""
+        """Return the entries that `fedfrom.merging.linalg.blocks.sampled` returns; no others are read."""
         numel = self.numel()
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:
@@ -109,7 +117,7 @@ class StoredTensor:
 
 
 class _File:
-    """A safetensors file that is read at any place, from many threads at once; closed when nobody has it any more."""
+    """A safetensors file that many threads may read at any place; it is closed with its last reference."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,16 +130,16 @@ class _File:
         self._data = 8 + length
 
     def start(self, key: str) -> int:
-        """Return the place of a tensor's first byte."""
+        """Return the offset of a tensor's first byte."""
         try:
             return self._data + int(self._header[key]["data_offsets"][0])
         except (LookupError, TypeError):
             raise BadInput(f"{self.path}: expected {key!r}, found it gone: was the file changed meanwhile?") from None
 
     def read_into(self, out: Tensor, start: int, key: str) -> None:
-        """Fill a tensor with the bytes from `start` on, or raise BadInput."""
+        """Fill a tensor with the bytes from `start` on; raise BadInput where they can't be read."""
         rest = memoryview(out.view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
-        while len(rest):  # a read may give less than was asked for
+        while len(rest):  # a read may return fewer bytes
             try:
                 found, reason = os.preadv(self._file.fileno(), [rest], start), "its end"
             except OSError as error:
@@ -144,17 +152,17 @@ class _File:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by key, read when asked for: whole, or a block at a time through `reader`.
+    """The tensors of safetensors files by key, read on access: whole, or a block at a time by `reader`.
 
-    Nothing is kept but the tensor read last; one that its reader still holds is handed out again, not read again.
-    Several threads may ask at once.
+    Only the last tensor stays in memory. A tensor that the caller still holds is returned again, not read again.
+    Several threads may read at once.
 
     Parameters
     ----------
     files : Mapping[Path, Sequence[str] | None]
-        Each file and the keys to take from it; None is all it has.
+        Each file with the keys to take from it; None takes all keys.
     device : str (default: "cpu")
-        Where tensors are read to.
+        Device of the tensors.
 
     Raises
     ------
@@ -167,8 +175,8 @@ class Tensors(Mapping[str, Tensor]):
         self.specs: dict[str, Spec] = {}
         self.file_of: dict[str, Path] = {}
         self.device = device
-        self.wide: torch.dtype | None = None  # what floating-point tensors are widened to when read
-        self._file: tuple[Path, Any] | None = None  # one at a time: a few large models have a thousand shards
+        self.wide: torch.dtype | None = None  # dtype to which floating-point tensors are widened when read
+        self._file: tuple[Path, Any] | None = None  # one open file at a time: large models have a thousand shards
         self._last: Tensor | None = None
         self._lock = threading.Lock()
         self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
@@ -178,7 +186,7 @@ class Tensors(Mapping[str, Tensor]):
             self._add(path, keys)
 
     def stored_dtype(self, key: str) -> torch.dtype:
-        """Return the dtype that a tensor has in its file, whatever it is widened to when it is read."""
+        """Return the dtype of a tensor in its file, before any widening."""
         return self.specs[key].dtype
 
     def _add(self, path: Path, keys: Sequence[str] | None) -> None:
@@ -204,29 +212,29 @@ class Tensors(Mapping[str, Tensor]):
 
     def _opened(self, path: Path) -> Any:
         if self._file is None or self._file[0] != path:
-            # reads each tensor into memory of its own: a mapped file would count as memory as a whole
+            # pread: each tensor has memory of its own; a mapped file would count as memory as a whole
             self._file = (path, safe_open(path, framework="pt", backend="pread"))
         return self._file[1]
 
     def spec(self, key: str) -> Spec:
-        """Return the dtype that a tensor is read in, and its shape; nothing is read."""
+        """Return the dtype in which a tensor is read, and its shape; nothing is read."""
         spec = self.specs[key]
         wider = self.wide is not None and spec.dtype.is_floating_point
         return Spec(self.wide, spec.shape) if wider and self.wide is not None else spec
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a tensor; raises SafetensorError or OSError where the file was changed meanwhile."""
+        """Return a tensor; raise SafetensorError or OSError where the file was changed meanwhile."""
         with self._lock:
             tensor = self._held.get(key)
             if tensor is None:
-                self._last = None  # before the next is read
+                self._last = None  # frees the last tensor before the next is read
                 tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
                 self._held[key] = tensor
             self._last = tensor
             return tensor
 
     def reader(self, key: str) -> Values:
-        """Return what reads a large tensor a block at a time, and keeps nothing of it; a small one itself."""
+        """Return a `StoredTensor` that reads a large tensor a block at a time, or a small tensor itself."""
         path, spec = self.file_of[key], self.specs[key]
         if math.prod(spec.shape) < _LARGE:
             return self[key]

@@ -177,7 +177,8 @@ def test_proportion_is_wilsons(correct: int, total: int) -> None:
 
 
 def test_a_table_says_the_same_as_csv_and_as_markdown(tmp_path: Path) -> None:
-    write_table(tmp_path / "new", "scores", ["method", "k", "score"], [["from, scaled", 1, 0.123456]], "What it shows.")
+    table = pd.DataFrame([["from, scaled", 1, 0.123456]], columns=["method", "k", "score"])
+    write_table(tmp_path / "new", "scores", table, "What it shows.")
     with (tmp_path / "new" / "scores.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["method", "k", "score"], ["from, scaled", "1", "0.1235"]]
     assert (tmp_path / "new" / "scores.md").read_text().splitlines() == [
