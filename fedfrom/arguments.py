@@ -13,7 +13,7 @@ import click
 import typer
 
 from fedfrom.closest import did_you_mean
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 
 
 def read_config(context: typer.Context, path: str | None) -> str | None:

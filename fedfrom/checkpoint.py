@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedfrom import __version__
+from fedfrom.atomic import flush_tree, take_place
 from fedfrom.fingerprint import as_json, differences, fingerprint
 from fedfrom.saved_arrays import read_arrays, to_tensors, words
 from fedfrom.wire.digests import differing
@@ -219,8 +220,7 @@ class Checkpoints:
         """
         with self._clear_errors():
             hidden = self._write(checkpoint)
-            os.rename(hidden, self._folder(checkpoint.server_round))
-            _flush(self.path)
+            take_place(hidden, self._folder(checkpoint.server_round))
             for number in self._rounds()[: -self.kept]:
                 removed = self.path / f".{self._folder(number).name}.removed"
                 os.rename(self._folder(number), removed)  # a kill amid the removal leaves no half checkpoint
@@ -257,8 +257,7 @@ class Checkpoints:
             (hidden / STATE).write_text(text, encoding="utf-8")
             sums = "".join(f"{_digest(hidden / name)}  {name}\n" for name in (ARRAYS, STATE))
             (hidden / SUMS).write_text(sums, encoding="utf-8")
-            for path in (hidden / ARRAYS, hidden / STATE, hidden / SUMS, hidden):
-                _flush(path)
+            flush_tree(hidden)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)  # gives a full disk its room back
             raise
@@ -338,12 +337,3 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

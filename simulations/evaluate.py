@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedfrom.errors import BadInput
 from simulations import commands, environment
-from simulations.errors import BadInput
 from simulations.options import Options, argument
 
 
@@ -47,14 +47,12 @@ def run(asked: Evaluation) -> None:
 
 
 def _settings(results: Path) -> tuple[dict[str, Any], Options]:
-    from fedfrom.pages.runs import BadRuns, read_runs
+    from fedfrom.pages.runs import read_runs
 
     try:
         (read,) = read_runs([results])
         options = Options.from_mapping(read.found["options"])
         _ = read.found["tasks"][0]["labels"], [each["final"] for each in read.found["strategies"].values()]
-    except (BadRuns, BadInput) as error:
-        raise BadInput(error) from None
     except (LookupError, TypeError, AttributeError) as error:
         raise BadInput(f"{results}: expected a run's options and scores, found none ({error}); run it again") from None
     return read.found, options

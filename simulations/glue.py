@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 
 Columns = dict[str, list[str]]
 

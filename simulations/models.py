@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedfrom.errors import BadInput
 from simulations import assets
-from simulations.errors import BadInput
 from simulations.options import DEFAULT_MODEL, Options
 
 HEADS = ("classifier", "score")  # what transformers calls a sequence classification head

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 
 if TYPE_CHECKING:
     from flwr.app import ConfigRecord

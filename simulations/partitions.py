@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import OWN, Options
 from simulations.tasks import Task
 

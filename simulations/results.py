@@ -5,16 +5,16 @@ import math
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedfrom.atomic import publish, staging_folder
+from fedfrom.errors import BadInput
 from fedfrom.pages.page_of_runs import PAGE, write_report
-from fedfrom.pages.runs import FILE, FORMAT, BadRuns, folder_name
-from simulations.errors import BadInput
+from fedfrom.pages.runs import FILE, FORMAT, folder_name
 from simulations.options import Options
 
 PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers", "datasets", "ray")
@@ -37,8 +37,7 @@ class Folder:
             if os.path.isdir(self.path) and any(self.path.iterdir()) and not (self.path / FILE).is_file():
                 raise BadInput(f"--out {self.path}: holds something else than earlier results; name another folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
-            self._staging.chmod(0o755)
+            self._staging = staging_folder(self.path)
         except BadInput:
             raise
         except OSError as error:
@@ -78,13 +77,7 @@ class Folder:
             for client, state in history.client_states.items():
                 model = experiment.client_model(client)
                 save_model(experiment.options, model, state, client_folder(self._staging, history.label, client))
-        for path in self._staging.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-        previous = self._staging.with_name(self._staging.name + "-previous")
-        if self.path.exists():
-            self.path.rename(previous)
-        self._staging.rename(self.path)
-        shutil.rmtree(previous, ignore_errors=True)
+        publish(self._staging, self.path)
 
 
 def write_page(folder: Path) -> str:
@@ -94,7 +87,7 @@ def write_page(folder: Path) -> str:
     """
     try:
         return f"Report in {write_report([folder], folder / PAGE)}"
-    except BadRuns as error:
+    except BadInput as error:
         return f"No report: {error}"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedfrom.errors import BadInput
 from simulations import environment
-from simulations.errors import BadInput
 from simulations.options import OWN, Options
 
 # Phrases of warnings that Flower logs in every run.

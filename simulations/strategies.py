@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import Options
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from fedfrom.atomic import write_whole
+
 
 def write_table(folder: Path, name: str, table: pd.DataFrame, about: str) -> None:
     """Write `name`.csv and `name`.md into a folder.
@@ -21,8 +23,8 @@ def write_table(folder: Path, name: str, table: pd.DataFrame, about: str) -> Non
     """
     texts = table.astype(object).map(lambda cell: f"{cell:.4f}" if isinstance(cell, float) else str(cell))
     folder.mkdir(parents=True, exist_ok=True)
-    texts.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text("\n".join([about, "", *markdown(texts)]) + "\n", encoding="utf-8")
+    write_whole(folder / f"{name}.csv", texts.to_csv(index=False, lineterminator="\n"))
+    write_whole(folder / f"{name}.md", "\n".join([about, "", *markdown(texts)]) + "\n")
 
 
 def markdown(texts: pd.DataFrame) -> list[str]:

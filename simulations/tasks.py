@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfrom.errors import BadInput
 from simulations import assets, glue, metrics
-from simulations.errors import BadInput
 from simulations.options import Options
 
 HELD_OUT_SHARE = 0.2

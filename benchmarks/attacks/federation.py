@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from fedfrom.atomic import whole_file
 from simulations import environment, models, training
 from simulations.batches import Tokens, tokenise
 from simulations.experiment import Experiment
@@ -60,7 +61,8 @@ def encoder_round(folder: Path, attackers: int = 3, options: Options = ROUND) ->
         found[name] = {key: value.detach().clone().numpy() for key, value in state.items()}
     found["sizes"] = {"examples": np.array([len(share.examples) for share in experiment.shares])}
     for name, path in paths.items():
-        save_file(found[name], path)
+        with whole_file(path) as hidden:
+            save_file(found[name], hidden)
     return found
 
 
@@ -79,7 +81,8 @@ def features(folder: Path, options: Options = FEATURES) -> Arrays:
         tokens = tokenise(examples, tokenizer, experiment.options, False)
         found[name] = _vectors(experiment.model, tokens)
         found[f"{name}-labels"] = tokens.labels.numpy()
-    save_file(found, path)
+    with whole_file(path) as hidden:
+        save_file(found, hidden)
     return found
 
 

@@ -37,6 +37,7 @@ from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
 from benchmarks.full.models import BF16, bytes_of
+from fedfrom.atomic import write_whole
 from simulations.tables import markdown
 
 OUT = ROOT / "results" / "speed"
@@ -150,10 +151,10 @@ class Table:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         table = pd.DataFrame(self.rows, columns=COLUMNS, dtype=object)
-        table.to_csv(self.folder / f"{self.name}.csv", index=False, lineterminator="\n", encoding="utf-8")
+        write_whole(self.folder / f"{self.name}.csv", table.to_csv(index=False, lineterminator="\n"))
         lines = ["# Full models: one round's merge", "", *(f"- {line}" for line in self.about)]
         lines += [f"- Skipped: {line}" for line in skipped] + ["", *markdown(table.map(show))]
-        (self.folder / f"{self.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(self.folder / f"{self.name}.md", "\n".join(lines) + "\n")
 
 
 def show(value: Any) -> str:

@@ -20,7 +20,7 @@ from fedfrom.arguments import (
 )
 from fedfrom.closest import did_you_mean
 from fedfrom.commands.options import Base, Device, Dora, ForceBase, Inputs, SameBase
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # other names of the dtypes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.files.folders import Model
 from fedfrom.files.tensors import Spec
 from fedfrom.merging.peft import layers as L

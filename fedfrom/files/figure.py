@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedfrom.files.errors import BadInput
+from fedfrom.atomic import whole_file
+from fedfrom.errors import BadInput
 from fedfrom.files.inspection import Inspection
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness
@@ -106,16 +106,8 @@ def _short(name: str) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        figure.savefig(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        with whole_file(path) as hidden:
+            figure.savefig(hidden)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise BadInput(f"--plot {path}: can't be written: {error.strerror or error}") from None

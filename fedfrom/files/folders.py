@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.files.tensors import Tensors
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

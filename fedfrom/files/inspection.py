@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.files.merge import Progress, open_inputs, prepare
 from fedfrom.merging.deltas import adapter_deltas, plain_tensors
 from fedfrom.merging.linalg import blocks

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedfrom.errors import BadInput
 from fedfrom.files.card import model_card
 from fedfrom.files.compatibility import check_alike, names_in_base
-from fedfrom.files.errors import BadInput
 from fedfrom.files.folders import (
     ADAPTER,
     ADAPTER_CONFIG,

@@ -1,4 +1,4 @@
-"""A folder that appears as a whole or not at all."""
+"""The folder that a merge leaves: refused where something is in its place, there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from fedfrom.files.errors import BadInput
+from fedfrom.atomic import publish, staging_folder
+from fedfrom.errors import BadInput
 
 _CARD = "README.md"
 _LIST = re.compile(r"<!-- files that fedfrom wrote: (.*) -->")
@@ -57,10 +57,7 @@ class Output:
         """Return the folder to fill."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:100]}-", dir=self.path.parent))
-            umask = os.umask(0)
-            os.umask(umask)
-            self._staging.chmod(0o777 & ~umask)  # mkdtemp keeps others out
+            self._staging = staging_folder(self.path)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
         return self._staging
@@ -70,29 +67,13 @@ class Output:
     ) -> None:
         try:
             if error is None:
-                self._publish()
+                publish(self._staging, self.path)
         except OSError as failed:
             raise self._unwritable(failed) from None
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise self._unwritable(error) from None
-
-    def _publish(self) -> None:
-        for entry in (*self._staging.iterdir(), self._staging):
-            _sync(entry)
-        previous = self._staging.with_name(self._staging.name + "-previous")
-        replaces = os.path.lexists(self.path)
-        if replaces:
-            self.path.rename(previous)
-        try:
-            self._staging.rename(self.path)
-        except OSError:
-            if replaces:
-                previous.rename(self.path)
-            raise
-        _sync(self.path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
 
     def _unwritable(self, error: OSError | ValueError) -> BadInput:
         reason = getattr(error, "strerror", None) or error
@@ -119,11 +100,3 @@ def _real(path: Path) -> Path:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
         raise BadInput(f"{str(path)!r}: expected a path, found {error}") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedfrom.files.errors import BadInput
+from fedfrom.errors import BadInput
 from fedfrom.merging.linalg.blocks import RUN, RUNS, Values, sampled
 
 # safetensors' names of dtypes; tensors of other dtypes can't be merged

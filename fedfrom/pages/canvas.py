@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from fedfrom.atomic import whole_file
 from fedfrom.pages.look import STYLE
 
 # dark and light text; not black itself, which figures.draw replaces for dark pages
@@ -42,7 +43,8 @@ def canvas(
         try:
             yield figure, axes
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            with whole_file(path) as hidden:
+                figure.savefig(hidden)
         finally:
             plt.close(figure)
 

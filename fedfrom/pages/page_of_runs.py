@@ -1,17 +1,16 @@
 """`write_report`: one page, which opens offline, on one or several simulations."""
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import fedfrom
+from fedfrom.atomic import write_whole
+from fedfrom.errors import BadInput
 from fedfrom.pages import page
 from fedfrom.pages.groups import differing, group, lines, run_data
 from fedfrom.pages.look import clean
-from fedfrom.pages.runs import BadRuns, read_runs
+from fedfrom.pages.runs import read_runs
 from fedfrom.pages.sections import sections
 from fedfrom.pages.summary import summary
 
@@ -37,7 +36,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Raises
     ------
-    BadRuns
+    BadInput
         A folder holds no results, `out` can't be written, or a library of the extra `cli` is not installed.
     """
     path = _page_path(Path(out).expanduser())
@@ -47,7 +46,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             import_module(name)
         from fedfrom.pages import figures
     except ModuleNotFoundError as error:
-        raise BadRuns(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None
+        raise BadInput(f"expected {error.name}, found it not installed; pip install 'fedfrom[cli]'") from None
     about = [run_data(run) for run in found]
     groups = group(found, about)
     all_lines = list(lines(groups))
@@ -75,7 +74,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     try:
         _write(path, text, {name: png for name, (png, _, _) in drawn.items()})
     except OSError as error:
-        raise BadRuns(f"{path}: can't be written: {error.strerror or error}; name another --out") from None
+        raise BadInput(f"{path}: can't be written: {error.strerror or error}; name another --out") from None
     return path
 
 
@@ -88,7 +87,7 @@ def _page_path(out: Path) -> Path:
     if out.is_dir() or not out.suffix:
         return out / PAGE
     if out.suffix.lower() not in (".html", ".htm"):
-        raise BadRuns(f"{clean(out)}: expected a page that ends in .html, or a folder, found {out.suffix}")
+        raise BadInput(f"{clean(out)}: expected a page that ends in .html, or a folder, found {out.suffix}")
     return out
 
 
@@ -101,19 +100,5 @@ def _write(path: Path, text: str, pictures: dict[str, bytes]) -> None:
         if old.stem not in pictures and f'"name":"{old.stem}"' in earlier:  # of the page that is replaced
             old.unlink()
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
-    _write_whole(path, text)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        write_whole(folder / f"{name}.png", png)
+    write_whole(path, text)

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedfrom.errors import BadInput
 from fedfrom.pages.look import clean
 
 FORMAT = 1
 FILE = "results.json"
-
-
-class BadRuns(ValueError):
-    """Results folders or an output path that can't be used: one line that names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises
     ------
-    BadRuns
+    BadInput
         No folder, one given twice, or one without readable results.
     """
     if not folders:
-        raise BadRuns("expected at least one results folder, found none; name what `python -m simulations` wrote")
+        raise BadInput("expected at least one results folder, found none; name what `python -m simulations` wrote")
     paths = [path.parent if path.name == FILE else path for path in map(Path.expanduser, map(Path, folders))]
     found = [_read(path) for path in paths]
     resolved = [path.resolve() for path in paths]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
-            raise BadRuns(f"{paths[position]}: expected each run once, found it twice; leave one out")
+            raise BadInput(f"{paths[position]}: expected each run once, found it twice; leave one out")
     return [Run(name, path, results) for name, path, results in zip(_names(resolved), paths, found, strict=True)]
 
 
@@ -60,17 +57,17 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadRuns(
+        raise BadInput(
             f"{folder}: expected {FILE}, found none; name a folder that `python -m simulations` wrote"
         ) from None
     except OSError as error:
-        raise BadRuns(f"{folder / FILE}: can't be read: {error.strerror or error}; check its rights") from None
+        raise BadInput(f"{folder / FILE}: can't be read: {error.strerror or error}; check its rights") from None
     except (ValueError, RecursionError) as error:
-        raise BadRuns(f"{folder / FILE}: expected JSON, found {clean(error)}; run the simulation again") from None
+        raise BadInput(f"{folder / FILE}: expected JSON, found {clean(error)}; run the simulation again") from None
     if not isinstance(found, dict) or not isinstance(found.get("strategies"), dict) or not found["strategies"]:
-        raise BadRuns(f"{folder / FILE}: expected the results of a simulation with its strategies; run it again")
+        raise BadInput(f"{folder / FILE}: expected the results of a simulation with its strategies; run it again")
     if found.get("format") != FORMAT:
-        raise BadRuns(
+        raise BadInput(
             f"{folder / FILE}: expected format {FORMAT}, found {clean(found.get('format'), 40)}; read it with the "
             "fedfrom that wrote it"
         )

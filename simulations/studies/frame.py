@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from simulations.errors import BadInput
+from fedfrom.atomic import write_whole
+from fedfrom.errors import BadInput
 from simulations.studies.study import Cell, Done, Row, Study
 
 SETTINGS, CELLS = "settings.json", "cells.jsonl"
@@ -40,7 +41,7 @@ class Frame:
             if known.is_file():
                 self._check_same(json.loads(known.read_text(encoding="utf-8")), settings)
             else:
-                known.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+                write_whole(known, json.dumps(settings, indent=1) + "\n")
             self._read()
         except (OSError, ValueError) as error:
             raise BadInput(f"--out {self.folder}: can't be used: {error}") from None

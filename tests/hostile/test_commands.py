@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import simulations.__main__
 from fedfrom import methods
+from fedfrom.errors import BadInput
 from simulations import environment, strategies
-from simulations.errors import BadInput
 from simulations.options import Options
 from simulations.results import Folder, load_model
 from tests.conftest import ROOT

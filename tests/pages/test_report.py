@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from scipy import stats
 from typer.testing import CliRunner
 
+from fedfrom.errors import BadInput
 from fedfrom.pages import write_report
-from fedfrom.pages.runs import BadRuns
 from tests.conftest import ROOT
 from tests.pages.conftest import Edited, Page, addresses, page_of, results_of
 
@@ -270,7 +270,7 @@ def test_any_part_may_be_missing_or_something_else(
         (folder / "results.json").write_text(json.dumps(found), encoding="utf-8")
         try:
             page = page_of(folder, real_runs[1], out=tmp_path / "report.html")
-        except BadRuns as error:
+        except BadInput as error:
             assert str(error).startswith(str(folder))
         else:
             assert page.summary and "nan" not in page.summary
@@ -334,7 +334,7 @@ def test_without_a_library_the_remedy_is_named(
     monkeypatch.delitem(sys.modules, "fedfrom.pages.figures", raising=False)
     monkeypatch.delattr(fedfrom.pages, "figures", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(BadRuns, match=rf"{missing}.*pip install 'fedfrom\[cli\]'"):
+    with pytest.raises(BadInput, match=rf"{missing}.*pip install 'fedfrom\[cli\]'"):
         write_report([real_runs[0]], tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fedfrom.errors import BadInput
 from simulations import assets
-from simulations.errors import BadInput
 
 
 def test_a_missing_package_is_named_with_the_remedy() -> None:

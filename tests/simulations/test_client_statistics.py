@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 
 from fedfrom import client
+from fedfrom.errors import BadInput
 from simulations import client_app, client_statistics, models, partitions, server_app, tasks
 from simulations.batches import Tokens, tokenise
-from simulations.errors import BadInput
 from simulations.experiment import Experiment
 from simulations.history import History
 from simulations.narration import Narrator

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import Options, read
 from simulations.studies.federated import plan, tables
 from simulations.studies.federated.options import FederatedOptions

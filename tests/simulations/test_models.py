@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedfrom.errors import BadInput
 from simulations import models
-from simulations.errors import BadInput
 from simulations.options import Options
 from tests.hostile.watch import harmless
 

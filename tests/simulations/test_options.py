@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import Options
 
 CHANGED = {

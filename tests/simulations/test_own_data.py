@@ -10,8 +10,8 @@ import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
+from fedfrom.errors import BadInput
 from simulations import client_app, partitions, running, server_app, tasks
-from simulations.errors import BadInput
 from simulations.options import Options
 from tests.inprocess import InProcessGrid
 from tests.simulations.conftest import write_tsv

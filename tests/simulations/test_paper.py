@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
+from fedfrom.errors import BadInput
 from fedfrom.merging.methods.registry import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
-from simulations.errors import BadInput
 from simulations.studies.paper import data, findings, grids, summary, training
 from simulations.studies.paper.arena import Arena, new_model, trained_state
 from simulations.studies.paper.files import Shelf

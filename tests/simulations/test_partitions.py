@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from fedfrom.errors import BadInput
 from simulations import partitions, tasks
-from simulations.errors import BadInput
 from simulations.options import Options
 
 

@@ -12,9 +12,9 @@ import typer
 from flwr.app import Context, RecordDict
 from rich.console import Console
 
+from fedfrom.errors import BadInput
 from fedfrom.merging.peft import layers as L
 from simulations import client_app, evaluate, models, results, server_app, traffic, training
-from simulations.errors import BadInput
 from simulations.experiment import Experiment
 from simulations.history import History, Round, client_weights
 from simulations.narration import Narrator

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from fedfrom.errors import BadInput
 from fedfrom.pages import intervals
-from simulations.errors import BadInput
 from simulations.studies import running, tables
 from simulations.studies.frame import COLUMNS, Frame
 from simulations.studies.study import Cell, Done, Study

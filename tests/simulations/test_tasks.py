@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedfrom.errors import BadInput
 from simulations import glue, tasks
-from simulations.errors import BadInput
 from simulations.options import GLUE_TASKS, GLUE_VARIABLE, Options
 from tests.simulations.conftest import write_tsv
 

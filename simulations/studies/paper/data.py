@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
+from fedfrom.errors import BadInput
 from simulations import models, tasks
 from simulations.batches import Tokens, tokenise, training_batches
-from simulations.errors import BadInput
 from simulations.options import Options
 from simulations.studies.paper.options import BASE_TASK, TASKS, PaperOptions
 from simulations.training import round_seed

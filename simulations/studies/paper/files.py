@@ -1,13 +1,13 @@
 """Trained states and statistics on disk: written once, merged many times."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simulations.errors import BadInput
+from fedfrom.atomic import whole_file
+from fedfrom.errors import BadInput
 
 State = dict[str, Tensor]
 
@@ -27,9 +27,8 @@ class Shelf:
     def put(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Write a state. Its file appears complete or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, temporary = self._path(name), self.folder / f".{name}.{os.getpid()}"
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
-        os.replace(temporary, path)
+        with whole_file(self._path(name)) as hidden:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, hidden)
 
     def get(self, name: str) -> State:
         """Return a state.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.errors import BadInput
+from fedfrom.errors import BadInput
 from simulations.options import Options, as_json, check_bounds, like, option, shared
 
 TASKS = ("qnli", "rte", "wnli")

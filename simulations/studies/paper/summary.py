@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedfrom.atomic import write_whole
+from fedfrom.errors import BadInput
 from fedfrom.pages import intervals
 from simulations import environment
-from simulations.errors import BadInput
 from simulations.studies.frame import Frame
 from simulations.studies.paper import figures, heatmaps, tables
 from simulations.studies.paper.cells import BASE, CONSTANT, POOLED
@@ -35,7 +36,7 @@ def write(options: PaperOptions, frame: Frame, folder: Path) -> None:
             figures.draw_all(found, folder)
             heatmaps.draw(found, folder)
         text = "\n".join(_page(options, frame, every)) + "\n"
-        (folder / "results.md").write_text(text, encoding="utf-8")
+        write_whole(folder / "results.md", text)
     except OSError as error:
         raise BadInput(f"--out {folder}: can't be written: {error}") from None
 
