@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from fedfrom import FedFroM, FedMerge, client, merge, outcome, to_record
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import samples
 from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record
 from fedfrom.wire.contents import STATISTICS_KEY
 from fedfrom.wire.records import DELTA, delta_array
@@ -106,7 +106,7 @@ def test_a_large_delta_does_not_leave_a_narrower_models_range() -> None:
 
 def test_samples_are_as_wide_as_the_widest_value() -> None:
     values = [torch.ones(8, dtype=torch.bfloat16), torch.full((8,), 1e60, dtype=torch.float64)]
-    rows = blocks.sampled_deltas(values, [None, None])
+    rows = samples.sampled_deltas(values, [None, None])
     assert rows.isfinite().all() and float(rows[0] @ rows[1]) == pytest.approx(8e60)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import fedfrom.wire.spool
 from fedfrom import FedFroM, FedMerge, FroM, merge
 from fedfrom.merging.clients import Client, Round
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, norms
 from fedfrom.merging.merge import merge_clients
 from fedfrom.wire.pulling import LONGEST, SHORTEST, send_and_receive
 from fedfrom.wire.spool import SpooledState, SpoolError
@@ -116,7 +116,7 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
         merge(spooled, case.reference)
     assert max(sizes) <= blocks.BLOCK and sum(sizes) == 2 * 5 * 10**6  # the norms, and the sum
     sizes.clear()
-    norms = [{name: blocks.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
+    norms = [{name: norms.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             fedfrom.wire.spool.SpooledTensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedfrom.errors import BadInput
 from fedfrom.files.merge import Progress, open_inputs, prepare
 from fedfrom.merging.deltas import adapter_deltas, plain_tensors
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, norms
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -131,7 +131,7 @@ def stable_rank(matrix: LowRank | Tensor) -> float:
     if isinstance(matrix, LowRank):
         S = torch.linalg.svdvals(matrix.core()[1])
         return _ratio(float(S[0]), float(torch.linalg.vector_norm(S)))
-    norm = blocks.delta_norm(matrix, None)
+    norm = norms.delta_norm(matrix, None)
     if matrix.ndim < 2 or norm == 0.0:
         return 1.0 if norm else 0.0
     rows = matrix.flatten(1) / norm

@@ -28,7 +28,7 @@ from fedfrom.files.folders import (
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
 from fedfrom.merging.clients import Round, clients_of
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import sums
 from fedfrom.merging.merge import LayerByLayer, layer_by_layer
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -299,7 +299,7 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
-    if not blocks.is_finite(cast):
+    if not sums.is_finite(cast):
         raise BadInput(f"{key!r}: expected a result in {dtype}'s range, found infinity: use a wider --dtype")
     return cast
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedfrom.errors import BadInput
-from fedfrom.merging.linalg.blocks import RUN, RUNS, Values, sampled
+from fedfrom.merging.linalg.blocks import Values
+from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
 
 # safetensors' names of dtypes; tensors of other dtypes can't be merged
 DTYPES = {
@@ -105,7 +106,7 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return the entries that `fedfrom.merging.linalg.blocks.sampled` returns; no others are read."""
+        """Return the entries that `fedfrom.merging.linalg.samples.sampled` returns; no others are read."""
         numel = self.numel()
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:

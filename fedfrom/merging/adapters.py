@@ -14,11 +14,12 @@ from fedfrom.merging.clients import Round
 from fedfrom.merging.clipping import clip_factors
 from fedfrom.merging.deltas import adapter_deltas
 from fedfrom.merging.layer import MOST_COSINES, LayerUpdates, Merged
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import sums
 from fedfrom.merging.linalg.entries import Combine, Entries, Histogram, form
 from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
-from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines, random_normal
+from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines
+from fedfrom.merging.linalg.many import sketched
 from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.linalg.scale import power_of_two
 from fedfrom.merging.linalg.stack import Stack
@@ -28,8 +29,6 @@ from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_res
 from fedfrom.merging.stability import Weighing
 from fedfrom.merging.unchanged import keep_unchanged
 from fedfrom.merging.updates import Change, Cores, Target
-
-_SKETCH = 32  # rows and columns of an update's sketch
 
 
 @dataclass(frozen=True)
@@ -115,16 +114,9 @@ class AdapterUpdates(LayerUpdates):
 
     @cached_property
     def sketch(self) -> Tensor | None:
-        """(n, at most 2^10) float64: P theta_i Q, P and Q of 32 random rows and columns; None where there is a Gram.
-
-        Inner products of sketches are about 2^10 times those of the updates, to within some percent of their norms.
-        """
         if self.gram is not None:
             return None
-        (d_out, d_in), device = self.shape, self.products[0].terms[0].B.device
-        left = random_normal(min(_SKETCH, d_out), d_out, "sketch of rows").to(device)
-        right = random_normal(d_in, min(_SKETCH, d_in), "sketch of columns").to(device)
-        return self._stack.sketch([self._stack.mixture(theta.terms) for theta in self.products], left, right).cpu()
+        return sketched(self._stack, [self._stack.mixture(theta.terms) for theta in self.products])
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
@@ -190,7 +182,7 @@ class AdapterUpdates(LayerUpdates):
         inner, square = self._sizes(change, weighing, solution)
         tensors = self._write(solution, weighing)
         for key, tensor in tensors.items():
-            check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))
+            check_result(key, tensor, not tensor.is_floating_point() or sums.is_finite(tensor))
         return Merged(
             tensors,
             inner,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.clipping import clip_factors
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import sums
+from fedfrom.merging.linalg.norms import delta_norms
 from fedfrom.merging.linalg.rounding import is_rounding, rescaled
 from fedfrom.merging.sources import Inputs, Source, check_finite
 from fedfrom.merging.stability import Weighing
@@ -55,10 +56,10 @@ def merge_beside(
             found = reference
         values.append(acting(found, own))
         references.append(None if reference is None else acting(reference, own))
-    norms = blocks.delta_norms(list(zip(values, references, strict=True)))
+    norms = delta_norms(list(zip(values, references, strict=True)))
     # without a reference a magnitude is no update, and has nothing to be clipped
     factors = clip_factors(norms, None if W is None else clip)
-    total, _, _ = blocks.weighted_sum(
+    total, _, _ = sums.weighted_sum(
         [values[i] for i in order],
         [references[i] for i in order],
         [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
 from fedfrom.merging.linalg.blocks import Values
 from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.linalg.norms import delta_norms
 from fedfrom.merging.linalg.rounding import is_rounding, rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.sources import Inputs, check_norms
@@ -35,7 +35,7 @@ def plain_tensors(inputs: Inputs, name: str) -> tuple[Tensor | None, list[Values
 def plain_norms(inputs: Inputs, name: str, values: list[Values], references: list[Tensor | None]) -> list[float]:
     """Return ||theta_i||_F of a plain layer, those that are not known yet from the entries; all are finite."""
     missing = [i for i, source in enumerate(inputs.sent) if name not in source.norms]
-    found = dict(zip(missing, blocks.delta_norms([(values[i], references[i]) for i in missing]), strict=True))
+    found = dict(zip(missing, delta_norms([(values[i], references[i]) for i in missing]), strict=True))
     norms = [found[i] if i in found else source.norms[name] for i, source in enumerate(inputs.sent)]
     return check_norms(norms, inputs, name)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.krylov import Leading, krylov_svd
+from fedfrom.merging.linalg.krylov import Triplets, krylov_svd
 from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.linalg.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.linalg.stack import Stack
@@ -161,7 +161,7 @@ class Solver:
         return leading_svd(C, rank, lost * scale + 1e-16 * energy, turned, start)
 
 
-def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, parts: float) -> Leading | None:
+def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, parts: float) -> Triplets | None:
     """Return T's leading triplets by products with it, where there are so many factors that this costs less."""
     columns, width = columns_of(rank), target.shape[1]
     if stack is None or not stack.holds(target.terms):

@@ -13,18 +13,15 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedfrom.merging.layer import LayerUpdates
-from fedfrom.merging.linalg.lowrank import random_normal
+from fedfrom.merging.linalg.many import largest_of_sketch
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.weights import mean_weight
 
 _T = TypeVar("_T")
 SAFE = "safe"
-MOST_COSINES = 32  # clients whose pairwise cosines a report holds: their number grows with the square
-_LANCZOS = 30  # steps
 # how near to the bound a safe step comes: a distance along the worst line then shrinks by a fifth a round, at least
 _MARGIN = 0.9
 
@@ -176,31 +173,6 @@ def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     root = np.sqrt(weights)
     return np.linalg.eigvalsh(root[..., :, None] * cosines * root[..., None, :])[..., -1].clip(0, 1)
-
-
-def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
-    """Return `largest_eigenvalue` of the sketch's inner products, in time that is linear in n: by Lanczos.
-
-    Parameters
-    ----------
-    sketch : Tensor
-        (n, m) float64.
-    weights : Tensor
-        (n,) float64.
-    """
-    rows = torch.nn.functional.normalize(sketch, dim=1, eps=1e-300) * weights.to(sketch.device).sqrt()[:, None]
-    v = random_normal(1, rows.shape[1], "lanczos")[0].to(sketch.device)
-    found: list[Tensor] = []
-    for _ in range(min(_LANCZOS, *rows.shape)):
-        for basis in found * 2:  # once is not orthogonal to rounding
-            v = v - (basis @ v) * basis
-        length = float(torch.linalg.vector_norm(v))
-        if not length > 1e-300:  # zero updates, or no direction is left
-            break
-        found.append(v / length)
-        v = (rows @ found[-1]) @ rows
-    images = rows @ torch.stack(found, dim=1)
-    return float((torch.linalg.matrix_norm(images, ord=2) ** 2).clamp(0, 1))
 
 
 def cosines(grams: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from fedfrom.merging.clients import Round
 from fedfrom.merging.clipping import clip_factors
 from fedfrom.merging.deltas import plain_norms, plain_tensors
 from fedfrom.merging.layer import LayerUpdates, Merged
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, samples, sums
 from fedfrom.merging.linalg.blocks import BLOCK
 from fedfrom.merging.linalg.entries import Combine, Entries
 from fedfrom.merging.linalg.lowrank import LowRank
@@ -103,7 +103,7 @@ class TensorUpdates(LayerUpdates):
         """(n, m) float64 theta_i in units; None of a tensor that is not small."""
         if not blocks.is_small(self._sent[0]):
             return None
-        rows = blocks.sampled_deltas(self._sent, self._received)
+        rows = samples.sampled_deltas(self._sent, self._received)
         rows /= self.unit
         if any(factor != 1.0 for factor in self.factors):
             factors = [self.factors[i] for i in self.order]
@@ -114,7 +114,7 @@ class TensorUpdates(LayerUpdates):
     def gram(self) -> Tensor:
         if self._rows is not None:
             return self._rows @ self._rows.T
-        return blocks.gram_of_samples(self._sent, self._received, [self.norms[i] for i in self.order])
+        return samples.gram_of_samples(self._sent, self._received, [self.norms[i] for i in self.order])
 
     @property
     def sketch(self) -> None:
@@ -158,7 +158,7 @@ class TensorUpdates(LayerUpdates):
             return self._write_entrywise(summed(coefficients), weighing)
         if self._rows is not None:
             like = self._sent[0] if self._base is None else self._base
-            result, size, finite = blocks.weighted_rows(self._rows, c, self._base, like, alpha * self.unit, self._empty)
+            result, size, finite = sums.weighted_rows(self._rows, c, self._base, like, alpha * self.unit, self._empty)
         else:
             scaled = [c_i * self.factors[i] for c_i, i in zip(c, self.order, strict=True)]
             sent, received, most = self._sent, self._received, 1.0
@@ -169,7 +169,7 @@ class TensorUpdates(LayerUpdates):
                 places = [first, *(i for i in range(len(scaled)) if i != first)]
                 sent, received = [sent[i] for i in places], [received[i] for i in places]
                 scaled = [scaled[i] / most for i in places]
-            result, size, finite = blocks.weighted_sum(sent, received, scaled, self._base, alpha * most, self._empty)
+            result, size, finite = sums.weighted_sum(sent, received, scaled, self._base, alpha * most, self._empty)
             size *= abs(most) / self.unit
         return _Written(result, size, size**2 / multiple if multiple else 0.0, finite)
 
@@ -182,14 +182,14 @@ class TensorUpdates(LayerUpdates):
 
         def part(start: int, stop: int) -> tuple[float, float, bool]:
             thetas = [entries.block(i, start, stop) for i in range(len(entries))]
-            mean, _, _ = blocks.weighted_sum(thetas, nothing, weights, None, 1.0)
+            mean, _, _ = sums.weighted_sum(thetas, nothing, weights, None, 1.0)
             change = combine(thetas, start)
             products = (mean.to(torch.float64) / unit).mul_(change.to(torch.float64) / unit)
             # on one thread, however many torch has: so the bits are the same
             inner = float(products.cpu().numpy().sum())
             own = None if W is None else W[start:stop].to(change)
-            result[start:stop], size, _ = blocks.weighted_sum([change], [None], [1.0], own, alpha)
-            return size / unit, inner, blocks.is_finite(result[start:stop])
+            result[start:stop], size, _ = sums.weighted_sum([change], [None], [1.0], own, alpha)
+            return size / unit, inner, sums.is_finite(result[start:stop])
 
         found = each_block(out.numel(), BLOCK, part, entries.is_read)
         sizes, inners, finite = zip(*found, strict=True) if found else ((), (), ())

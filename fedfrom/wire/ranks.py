@@ -89,7 +89,7 @@ class NodeRanks:
                     if cut not in cuts:
                         layer = adapters[cut[0]]
                         factors = {k: state[k] for k in layer.keys.values()}
-                        leading = L.leading(factors, {cut[0]: layer}, dict([cut]))
+                        leading = L.cut_to_ranks(factors, {cut[0]: layer}, dict([cut]))
                         cuts[cut] = to_record({k: tensor for k, tensor in leading.items() if tensor is not state[k]})
                     record.update(cuts[cut])
             found[node_id] = made[key]

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import norms
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.peft import layers as L
@@ -85,7 +85,7 @@ class Sent:
         untrained = frozen_keys(frozen, whole, layers)
         state = {key: value for key, value in whole.items() if key not in untrained}
         with one_thread_each():
-            largest = {key: blocks.largest(value) for key, value in state.items() if value.is_floating_point()}
+            largest = {key: norms.largest_magnitude(value) for key, value in state.items() if value.is_floating_point()}
         for name, layer in layers.items():
             L.check_dora(layer, who, dora)
             for key in layer.keys.values():
@@ -124,7 +124,7 @@ class Sent:
             if all(ranks[name] >= own[name] for name in own):
                 received.append(None)
             else:
-                received.append(cuts.setdefault(tuple(ranks.values()), L.leading(self.state, self.layers, ranks)))
+                received.append(cuts.setdefault(tuple(ranks.values()), L.cut_to_ranks(self.state, self.layers, ranks)))
         return received
 
     def trained(self, record: ArrayRecord) -> ArrayRecord:

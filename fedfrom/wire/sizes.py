@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.norms import delta_norms, largest_magnitude
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.merging.peft.layers import Layer
@@ -28,7 +28,7 @@ def with_norms(replies: Sequence[Reply], sent: Sent) -> list[Reply]:
         if (key := layer.keys.get("tensor")) and sent.state[key].is_floating_point()
     ]
     norms = iter(
-        blocks.delta_norms(
+        delta_norms(
             [
                 (reply.state[key], None if name in reply.deltas else sent.state[key])
                 for reply in replies
@@ -60,7 +60,7 @@ def check_size(tensor: Tensor, key: str, who: str = "reply", limit: float = math
     """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    largest, limit = blocks.largest(tensor), min(limit, _limit(tensor))
+    largest, limit = largest_magnitude(tensor), min(limit, _limit(tensor))
     if not math.isfinite(largest):
         raise RejectedReply("not-finite", f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
     if largest > limit:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.blocks import sampled
+from fedfrom.merging.linalg.samples import sampled
 
 
 class SpoolError(ValueError):
@@ -48,7 +48,7 @@ class SpooledTensor:
         return out
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.linalg.blocks.sampled` does of all its entries."""
+        """Return what `fedfrom.merging.linalg.samples.sampled` does of all its entries."""
         out = torch.empty(sampled(torch.empty(1).expand(self.numel())).numel(), dtype=self.dtype)
         self.file.read_into(out, self.start + self.numel() * self.dtype.itemsize)
         return out
