@@ -154,6 +154,13 @@ def test_one_value_has_no_interval() -> None:
     found = intervals.mean([0.25])
     assert found.mean == 0.25 and math.isnan(found.half_width) and str(found) == "0.250"
     assert str(intervals.mean([0.2, 0.2])) == "0.200 ± 0.000"
+    assert not found.settled and found.signed == "+0.250"
+
+
+def test_a_difference_is_settled_where_its_interval_excludes_0() -> None:
+    above, below, neither = (intervals.mean(values) for values in ([0.2, 0.3], [-0.21, -0.2], [-0.1, 0.1]))
+    assert not above.settled and below.settled and not neither.settled  # one degree of freedom: ± 12.7 deviations
+    assert below.signed == "-0.205 ± 0.064"
 
 
 def test_paired_is_the_interval_of_differences(seed: int) -> None:
