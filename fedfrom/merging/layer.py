@@ -104,6 +104,8 @@ class LayerUpdates(Updates):
 
     def multiple(self, coefficients: Tensor, weights: Tensor) -> float | None:
         """Return f where sum_i c_i theta_i is f times the weighted mean sum_i w_i theta_i; None where it is not."""
+        if coefficients is weights:  # as of most methods
+            return 1.0
         pairs = list(zip(coefficients.tolist(), weights.tolist(), self.sizes, strict=True))
         c, w = [c for c, _, size in pairs if size > 0], [w for _, w, size in pairs if size > 0]
         total = math.fsum(w)

@@ -80,13 +80,12 @@ class TensorUpdates(LayerUpdates):
         self.sizes = [self.clipped[i] / self.unit for i in self.order]
         self._base, self._sent = base, [values[i] for i in self.order]
         self._received = [references[i] for i in self.order]
-        template = inputs.template(name)
-        self._layer = template.layers[name]
+        self._layer = inputs.template(name).layers[name]
         self.is_buffer = self._layer.is_running_statistic
         self.kind = "buffer" if self.is_buffer else "tensor"
         self.has_reference, self.shape = base is not None, tuple(values[0].shape)
         # changes may have come in a narrower dtype than the others' values
-        self._out = template.values(name).dtype
+        self._out = (values[0] if base is None else base).dtype
         self.dtype = blocks.arithmetic(self._out)
 
     @property
