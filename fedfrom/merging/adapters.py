@@ -28,7 +28,7 @@ from fedfrom.merging.solve import Solution, Solver, energy_probes
 from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_result, summing_order
 from fedfrom.merging.stability import Weighing
 from fedfrom.merging.unchanged import keep_unchanged
-from fedfrom.merging.updates import Change, Cores, Target
+from fedfrom.merging.updates import Change, Cores, Destination
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,24 @@ class AdapterUpdates(LayerUpdates):
         self.inputs, self.name, self._shared = inputs, name, shared
         self._W, self._sent, deltas = adapter_deltas(inputs, name)
         self.has_reference, self.shape = self._W is not None, deltas[0].shape
-        self.order = summing_order(inputs, name, [_size(delta) for delta in deltas])
+        self.order = summing_order(inputs, name, [_ordering_number(delta) for delta in deltas])
         self._deltas = [deltas[i] for i in self.order]
         if norms is None:
             found = sorted(zip(self.order, self._measured[0], strict=True))
             norms = check_norms([norm for _, norm in found], inputs, name)
             check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
         self.norms = norms
-        self.factors = clip_factors(norms, shared.clip)
-        self.clipped = [norm * factor for norm, factor in zip(norms, self.factors, strict=True)]
+        self.clip_factors = clip_factors(norms, shared.clip)
+        self.clipped_norms = [norm * factor for norm, factor in zip(norms, self.clip_factors, strict=True)]
         own = 0.0 if self._W is None else self._W.norm()
-        self.unit = self.entry_unit = power_of_two([*self.clipped, own])
-        self._size = own / self.unit  # of W
+        self.unit = self.entry_unit = power_of_two([*self.clipped_norms, own])
+        self._W_size = own / self.unit
         # an update within rounding of zero is zero: it must not vote with its rounding
         self.products = [
-            delta * (self.factors[i] / self.unit if norms[i] > 0 else 0.0)
+            delta * (self.clip_factors[i] / self.unit if norms[i] > 0 else 0.0)
             for i, delta in zip(self.order, self._deltas, strict=True)
         ]
-        self.sizes = [self.clipped[i] / self.unit for i in self.order]
+        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
 
     @property
     def ranks(self) -> list[int]:
@@ -161,15 +161,19 @@ class AdapterUpdates(LayerUpdates):
 
         return Cores([core.C for core in cores], change)
 
-    def target(self, weighing: Weighing) -> Target:
+    def destination(self, weighing: Weighing) -> Destination:
         rank = self._rank(weighing)
         base = None if self._W is None else self._W * (1 / self.unit)
-        return Target(base, weighing.server_lr, rank if isinstance(rank, int) else None)
+        return Destination(base, weighing.server_lr, rank if isinstance(rank, int) else None)
 
     def _rank(self, weighing: Weighing) -> int | float:
-        assert isinstance(weighing.method, Solver)  # methods on factors see no adapters
+        if not isinstance(weighing.method, Solver):  # methods on factors see no adapters
+            name = type(weighing.method).__name__
+            raise ValueError(
+                f"{name}: expected a ProductMethod for LoRA modules, which solves back to a rank, found none"
+            )
         caps = self._shared.as_reference
-        return _rank(weighing.method.rank, self._own_rank, self._sent, self.shape, self.name, caps)
+        return _checked_rank(weighing.method.rank, self._own_rank, self._sent, self.shape, self.name, caps)
 
     @property
     def _own_rank(self) -> int:
@@ -179,7 +183,7 @@ class AdapterUpdates(LayerUpdates):
     def finish(self, change: Change, weighing: Weighing) -> Merged:
         assert isinstance(change, _ProductChange)
         solution = self._solve(change, weighing)
-        inner, square = self._sizes(change, weighing, solution)
+        inner, square = self._inner_and_square(change, weighing, solution)
         tensors = self._write(solution, weighing)
         for key, tensor in tensors.items():
             check_result(key, tensor, not tensor.is_floating_point() or sums.is_finite(tensor))
@@ -205,8 +209,8 @@ class AdapterUpdates(LayerUpdates):
             return kept
         c = weighing.coefficients if change.coefficients is None else change.coefficients
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        parts = self._size**2 + alpha**2 * float((c * sizes).square().sum())
-        scale = alpha**2 * self.energy(weighing.weights)
+        parts = self._W_size**2 + alpha**2 * float((c * sizes).square().sum())
+        scale = alpha**2 * self.weighted_energy(weighing.weights)
         rows = self._own_rank if self._shared.as_reference else None
         solution = method.solve(target, rank, self.name, scale, rows, self._stack, parts)
         if not self.inputs.template(self.name).layers[self.name].is_embedding:
@@ -215,7 +219,7 @@ class AdapterUpdates(LayerUpdates):
         root = target.shape[1] ** 0.5
         return replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
 
-    def _sizes(self, change: _ProductChange, weighing: Weighing, solution: Solution) -> tuple[float, float]:
+    def _inner_and_square(self, change: _ProductChange, weighing: Weighing, solution: Solution) -> tuple[float, float]:
         """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
         w, c, theta = weighing.weights, change.coefficients, change.matrix
         if c is None:
@@ -226,13 +230,13 @@ class AdapterUpdates(LayerUpdates):
         if self._W is None and weighing.server_lr:  # T is alpha theta*
             square = solution.energy / weighing.server_lr**2
         else:
-            square = self._energy(theta, solution.rank)
+            square = self._square_of(theta, solution.rank)
         multiple = self.multiple(c, w)
         if multiple is None:
             return LowRank.sum(self.products, w.tolist()).inner(theta), square
         return square / multiple if multiple else 0.0, square
 
-    def _energy(self, change: LowRank, rank: int) -> float:
+    def _square_of(self, change: LowRank, rank: int) -> float:
         """Return ||theta*||^2, by the way that costs least; among very many clients an estimate."""
         if self._stack.holds(change.terms):
             operator = self._stack.operator(change.terms, columns_of(rank))
@@ -256,7 +260,7 @@ class AdapterUpdates(LayerUpdates):
         return part
 
 
-def _size(delta: LowRank) -> float:
+def _ordering_number(delta: LowRank) -> float:
     """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
     first, last = delta.terms[0], delta.terms[-1]
     if first.coefficient == 0.0:
@@ -265,7 +269,7 @@ def _size(delta: LowRank) -> float:
     return 1.0 + float(torch.linalg.vector_norm(first.B[0]) * torch.linalg.vector_norm(last.A[0]))
 
 
-def _rank(
+def _checked_rank(
     asked: int | float | None, own: int, products: list[LowRank], shape: tuple[int, int], name: str, caps: bool
 ) -> int | float:
     """Return the rank to solve for, a number of columns or a fraction of the energy, or refuse what is asked."""

@@ -91,7 +91,7 @@ def merge_batch(batch: Sequence[Part], inputs: Inputs, methods: Sequence[Method]
         if inputs.sent[0].layers[name].is_adapter:
             layer = AdapterUpdates(inputs, name, shared)
             [weighings] = weigh([layer], methods, inputs.examples, inputs.weights, shared.server_lr)
-            found[name] = once_each(weighings, layer.merged)
+            found[name] = once_each(weighings, layer.merge)
         else:
             found[name] = [keep(inputs, name)] * len(methods)
     return found
@@ -116,13 +116,13 @@ def _merge_tensors(parts: Sequence[Part], inputs: Inputs, methods: Sequence[Meth
         own, alpha = methods, shared.server_lr
         if not alike[0].is_update:
             alpha = 1.0
-            # statistics weigh values too, but for running statistics
+            # methods with Gram or Fisher statistics merge values without a reference too; buffers are always averaged
             if alike[0].is_buffer or not methods[0].needs:
                 own = [Method(examples_power=methods[0].examples_power)] * len(methods)
         found = weigh(alike, own, inputs.examples, inputs.weights, alpha)
         weighings |= {layer.name: each for layer, each in zip(alike, found, strict=True)}
     merging = [
-        begin(part.entries_to_read, partial(once_each, weighings[layer.name], layer.merged))
+        begin(part.entries_to_read, partial(once_each, weighings[layer.name], layer.merge))
         for part, layer in zip(parts, layers, strict=True)
     ]
     return [wait() for wait in merging]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 if TYPE_CHECKING:
     from fedfrom.merging.stability import Weighing
@@ -56,14 +56,14 @@ class LayerUpdates(Updates):
         See `LayerReport`.
     has_reference : bool
         Whether the layer has a W.
-    norms, factors : list[float]
+    norms, clip_factors : list[float]
         (n,) ||theta_i||_F as sent, and what clipping multiplies them by, in the order in which clients were given.
     unit : float
         A power of two of about the layer's size: what is in units is divided by it, so that no square leaves float64's
         range.
     gram : Tensor | None
-        (n, n) float64 inner products of the updates, each times any factor above 0: only their cosines count. None
-        where there is a sketch.
+        (n, n) float64 inner products of the updates: of an adapter in units; of a plain tensor each row and column
+        times any factor above 0, as its cosines alone are used. None where there is a sketch.
     sketch : Tensor | None
         (n, m) float64 numbers of each update whose inner products are about those of the updates.
     """
@@ -72,7 +72,7 @@ class LayerUpdates(Updates):
     kind: str
     has_reference: bool
     norms: list[float]
-    factors: list[float]
+    clip_factors: list[float]
     unit: float
 
     @property
@@ -89,16 +89,16 @@ class LayerUpdates(Updates):
         """Of the clients' adapters, in the order in which clients were given; empty of a plain tensor."""
 
     @abstractmethod
-    def target(self, weighing: Weighing) -> Target:
+    def destination(self, weighing: Weighing) -> Destination:
         """Return where the layer is going."""
 
     @abstractmethod
     def finish(self, change: Change, weighing: Weighing) -> Merged:
         """Return T = W + alpha theta*, of an adapter solved back to its rank (Eq. 6)."""
 
-    def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
+    def merge(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return what a method with these weights makes of the layer: tensors by key, and the report."""
-        change = weighing.method.change(self, weighing.coefficients, self.target(weighing))
+        change = weighing.method.change(self, weighing.coefficients, self.destination(weighing))
         merged = self.finish(change, weighing)
         return merged.tensors, self._report(weighing, merged)
 
@@ -115,7 +115,7 @@ class LayerUpdates(Updates):
         return f if all(abs(c_i - f * w_i) <= 1e-9 * abs(f) for c_i, w_i in zip(c, w, strict=True)) else None
 
     def _report(self, weighing: Weighing, merged: Merged) -> LayerReport:
-        squares = self.energy(weighing.weights)  # sum_i w_i ||theta_i||^2
+        squares = self.weighted_energy(weighing.weights)  # sum_i w_i ||theta_i||^2
         spread = max(0.0, squares - 2 * merged.inner + merged.square)  # sum_i w_i ||theta_i - theta*||^2
         place = sorted(range(len(self)), key=self.order.__getitem__)
         k, weights, cosines = weighing.method.k, weighing.weights.tolist(), weighing.cosines
@@ -137,5 +137,5 @@ class LayerUpdates(Updates):
             cosines=[] if cosines is None or len(place) > MOST_COSINES else cosines[place][:, place].tolist(),
             k="infinity" if k == float("inf") else k,
             server_lr=weighing.server_lr,
-            clipped=[] if all(factor == 1.0 for factor in self.factors) else self.factors,
+            clipped=[] if all(factor == 1.0 for factor in self.clip_factors) else self.clip_factors,
         )

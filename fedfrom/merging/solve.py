@@ -21,7 +21,7 @@ SOLVERS = ("svd", "alternating")
 # a Solver's options that concern adapters alone; the seed is also that of methods that draw
 RANK_OPTIONS = ("rank", "solver", "iterations", "tolerance")
 # Float32 is not taken for a sum with less than this share of its parts' energy, nor for updates with less than this
-# share of W's.
+# share of W's energy.
 _CANCELLED, _DWARFED = 1e-2, 1e-1
 
 
@@ -98,7 +98,7 @@ class Solver:
         scale: float = 1.0,
         rows: int | None = None,
         stack: Stack | None = None,
-        parts: float = 0.0,
+        energy_apart: float = 0.0,
     ) -> Solution:
         """Solve Eq. 6 for one layer.
 
@@ -116,12 +116,12 @@ class Solver:
             Rows of the A that comes out, at least r: the gauge fills those beyond r. None is r.
         stack : Stack | None (default: None)
             See `LowRank.core`.
-        parts : float (default: 0.0)
-            What ||T||_F^2 would be if T's parts, W and the clients' shares, were orthogonal: where it is far less, they
-            cancel.
+        energy_apart : float (default: 0.0)
+            What ||T||_F^2 would be if T's parts, W and the clients' shares, were orthogonal. Where it is far less, the
+            parts cancel.
         """
         if self.solver == "svd" and isinstance(rank, int) and takes_few(target.shape, rank):
-            found = _by_products(target, rank, scale, stack, parts)
+            found = _by_products(target, rank, scale, stack, energy_apart)
             if found is not None:
                 matrix = gauge(found.U, found.S, found.Vh, rank=rows or rank, name=name)
                 beyond = max(0.0, found.energy - float(found.S.square().sum()))
@@ -156,28 +156,28 @@ class Solver:
         if self.solver != "svd" or isinstance(rank, float) or not takes_few(C.shape, rank):
             return None
         # a tenth and less of what factors in float32 or less, or in float64, can tell apart
-        lost, turned = (1e-10, 1e-7) if narrow else (1e-14, 1e-12)
+        most_lost, most_turned = (1e-10, 1e-7) if narrow else (1e-14, 1e-12)
         start = random_normal(C.shape[1], columns_of(rank), "leading").to(C.device)
-        return leading_svd(C, rank, lost * scale + 1e-16 * energy, turned, start)
+        return leading_svd(C, rank, most_lost * scale + 1e-16 * energy, most_turned, start)
 
 
-def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, parts: float) -> Triplets | None:
+def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, energy_apart: float) -> Triplets | None:
     """Return T's leading triplets by products with it, where there are so many factors that this costs less."""
     columns, width = columns_of(rank), target.shape[1]
     if stack is None or not stack.holds(target.terms):
         stack = Stack([target.terms])
-    narrow = stack.is_narrow and scale >= _DWARFED * parts
+    narrow = stack.is_narrow and scale >= _DWARFED * energy_apart
     for dtype in (torch.float32, torch.float64)[0 if narrow else 1 :]:
         T = stack.operator(target.terms, columns, dtype)
         if T is None:
             return None
         single = dtype == torch.float32
         # a third and less of what factors in float32 may be off, what is found being bounded, and see `Solver._few`
-        lost, turned = (3e-10, 1e-6) if single else (1e-14, 1e-12)
+        most_lost, most_turned = (3e-10, 1e-6) if single else (1e-14, 1e-12)
         start = random_normal(width, columns, "leading").to(stack.left.device)
-        found = krylov_svd(T, rank, lost * scale, turned, start, energy_probes(width).to(start.device))
-        # where the parts cancel, float32's rounding of them is no longer small beside what they leave
-        if found is None or not single or found.energy >= _CANCELLED * parts:
+        found = krylov_svd(T, rank, most_lost * scale, most_turned, start, energy_probes(width).to(start.device))
+        # where T's parts cancel, float32's rounding of them is no longer small beside what they leave
+        if found is None or not single or found.energy >= _CANCELLED * energy_apart:
             return found
     return None
 

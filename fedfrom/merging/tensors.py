@@ -23,7 +23,7 @@ from fedfrom.merging.linalg.threads import each_block
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs, check_finite, check_result, summing_order
 from fedfrom.merging.stability import Weighing
-from fedfrom.merging.updates import Change, Target, summed
+from fedfrom.merging.updates import Change, Destination, summed
 
 # norm up to which any number of updates can be added in float32
 _SUMMED = 1e30
@@ -73,11 +73,11 @@ class TensorUpdates(LayerUpdates):
         self.norms = plain_norms(inputs, name, values, references) if norms is None else norms
         if base is not None and all(reference is not base for reference in references):  # else a finite norm proves it
             check_finite([inputs.reference_of(name)], name, ["tensor"])
-        self.factors = clip_factors(self.norms, None if base is None else shared.clip)
-        self.clipped = [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
+        self.clip_factors = clip_factors(self.norms, None if base is None else shared.clip)
+        self.clipped_norms = [norm * factor for norm, factor in zip(self.norms, self.clip_factors, strict=True)]
         self.order = summing_order(inputs, name, self.norms)
-        self.unit = power_of_two(self.clipped)
-        self.sizes = [self.clipped[i] / self.unit for i in self.order]
+        self.unit = power_of_two(self.clipped_norms)
+        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
         self._base, self._sent = base, [values[i] for i in self.order]
         self._received = [references[i] for i in self.order]
         self._layer = inputs.template(name).layers[name]
@@ -104,8 +104,8 @@ class TensorUpdates(LayerUpdates):
             return None
         rows = samples.sampled_deltas(self._sent, self._received)
         rows /= self.unit
-        if any(factor != 1.0 for factor in self.factors):
-            factors = [self.factors[i] for i in self.order]
+        if any(factor != 1.0 for factor in self.clip_factors):
+            factors = [self.clip_factors[i] for i in self.order]
             rows *= torch.tensor(factors, dtype=torch.float64, device=rows.device)[:, None]
         return rows
 
@@ -121,7 +121,7 @@ class TensorUpdates(LayerUpdates):
 
     @cached_property
     def entries(self) -> Entries:
-        return Entries(self._sent, self._received, [self.factors[i] for i in self.order], self.dtype)
+        return Entries(self._sent, self._received, [self.clip_factors[i] for i in self.order], self.dtype)
 
     def statistics(self, kind: str) -> list[Tensor] | None:
         # Gram matrices go by module, Fisher diagonals by key
@@ -140,8 +140,8 @@ class TensorUpdates(LayerUpdates):
         row = matrix.reshape(-1)
         return self.entrywise(lambda rows, start: row[start : start + len(rows[0])])
 
-    def target(self, weighing: Weighing) -> Target:
-        return Target(None, weighing.server_lr, None)
+    def destination(self, weighing: Weighing) -> Destination:
+        return Destination(None, weighing.server_lr, None)
 
     def finish(self, change: Change, weighing: Weighing) -> Merged:
         assert isinstance(change, _TensorChange)
@@ -159,7 +159,7 @@ class TensorUpdates(LayerUpdates):
             like = self._sent[0] if self._base is None else self._base
             result, size, finite = sums.weighted_rows(self._rows, c, self._base, like, alpha * self.unit, self._empty)
         else:
-            scaled = [c_i * self.factors[i] for c_i, i in zip(c, self.order, strict=True)]
+            scaled = [c_i * self.clip_factors[i] for c_i, i in zip(c, self.order, strict=True)]
             sent, received, most = self._sent, self._received, 1.0
             if max(self.norms) < _SUMMED:
                 # in units of the largest one, which comes first and need not be multiplied: a pass less

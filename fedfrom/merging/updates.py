@@ -26,7 +26,7 @@ class Change:
     """
 
 
-class Target(NamedTuple):
+class Destination(NamedTuple):
     """Where a layer is going: T = W + alpha theta*, solved back to a rank.
 
     Attributes
@@ -51,12 +51,12 @@ class Cores(NamedTuple):
     ----------
     matrices : list[Tensor]
         n of (p, q), float64 (a plain float32 tensor's: float32). A plain matrix is its own core.
-    change : Callable[[Tensor], Change]
-        change(M): theta* = U M V^T.
+    lift : Callable[[Tensor], Change]
+        lift(M): theta* = U M V^T.
     """
 
     matrices: list[Tensor]
-    change: Callable[[Tensor], Change]
+    lift: Callable[[Tensor], Change]
 
 
 class Updates(ABC):
@@ -72,7 +72,7 @@ class Updates(ABC):
         Place of each client among the clients as they were given.
     sizes : Sequence[float]
         (n,) ||theta_i||_F, divided by one power of two for all clients.
-    clipped : Sequence[float]
+    clipped_norms : Sequence[float]
         (n,) ||theta_i||_F in their true size, in the order in which clients were given: what surveys sum up.
     dtype : torch.dtype
         Of the entries: float64, or float32 of plain tensors that came in less.
@@ -88,7 +88,7 @@ class Updates(ABC):
     shape: tuple[int, ...]
     order: Sequence[int]
     sizes: Sequence[float]
-    clipped: Sequence[float]
+    clipped_norms: Sequence[float]
     dtype: torch.dtype
     entry_unit: float = 1.0
     products: Sequence[LowRank] | None = None
@@ -103,7 +103,7 @@ class Updates(ABC):
         """Entries of one update."""
         return math.prod(self.shape)
 
-    def energy(self, weights: Tensor) -> float:
+    def weighted_energy(self, weights: Tensor) -> float:
         """Return sum_i w_i ||theta_i||_F^2, of (n,) weights, in the unit of `sizes`."""
         return math.fsum(w * size**2 for w, size in zip(weights.tolist(), self.sizes, strict=True))
 
@@ -173,7 +173,7 @@ class _Edited(Updates):
     def __init__(self, updates: Updates, edit: Edit) -> None:
         self._updates, self._edit = updates, edit
         self.name, self.shape, self.order, self.sizes = updates.name, updates.shape, updates.order, updates.sizes
-        self.clipped, self.dtype, self.entry_unit = updates.clipped, updates.dtype, updates.entry_unit
+        self.clipped_norms, self.dtype, self.entry_unit = updates.clipped_norms, updates.dtype, updates.entry_unit
 
     def sum(self, coefficients: Tensor) -> Change:
         return self.entrywise(summed(coefficients))
@@ -189,7 +189,7 @@ class _Edited(Updates):
 
     @property
     def entries(self) -> Entries:
-        raise NotImplementedError("entries are looked at before they are edited")
+        raise NotImplementedError("edited updates have no entries to look at: look at them before editing")
 
     def statistics(self, kind: str) -> list[Tensor] | None:
         return self._updates.statistics(kind)
@@ -222,7 +222,7 @@ class DenseUpdates(Updates):
     def __init__(self, tensors: Sequence[Tensor], name: str) -> None:
         self.name, self.order, self.shape = name, range(len(tensors)), tuple(tensors[0].shape)
         self.dtype = tensors[0].dtype
-        self.sizes = self.clipped = [float(torch.linalg.vector_norm(tensor)) for tensor in tensors]
+        self.sizes = self.clipped_norms = [float(torch.linalg.vector_norm(tensor)) for tensor in tensors]
         self._entries = Entries(tensors, [None] * len(tensors), [1.0] * len(tensors), tensors[0].dtype)
 
     @property

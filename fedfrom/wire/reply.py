@@ -62,7 +62,8 @@ class Rejection(NamedTuple):
     ----------
     kind : str
         One of "unreadable", "keys", "shapes" (dtypes and ranks too), "config", "not-finite", "too-large",
-        "statistics", "examples", "spool", "metrics" and "unselected". The round's metrics count replies by kind.
+        "statistics", "examples", "spool" and "unselected", which the round's metrics count. "metrics" is of evaluate
+        replies, and is logged alone.
     reason : str
         Names the key, what was expected and what was found.
     """

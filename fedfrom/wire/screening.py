@@ -52,7 +52,7 @@ def screen(
     try:
         while (message := next(arriving, None)) is not None:
             try:
-                valid.append(_kept(message, sent, arrayrecord_key, weighted_by, needs, room))
+                valid.append(_read_and_keep(message, sent, arrayrecord_key, weighted_by, needs, room))
             except RejectedReply as error:
                 rejected[message.metadata.src_node_id] = error.rejection()
             del message  # frees its memory before the next one arrives
@@ -60,18 +60,18 @@ def screen(
         discard(valid)
         raise
     if room is None:
-        valid, others = _measured(valid, sent)
+        valid, others = _measure(valid, sent)
         rejected |= others
     if sent.lora_config is None:
         valid, others = _of_one_scaling(valid)
         rejected |= others
     if needs is not None:
-        valid, others = _of_one_kind(valid, needs)
+        valid, others = _of_the_same_layers(valid, needs)
         rejected |= others
     return sorted(valid, key=lambda reply: _content_key(reply, weighted_by)), rejected
 
 
-def _kept(
+def _read_and_keep(
     message: Message, sent: Sent, arrayrecord_key: str, weighted_by: str, needs: str | None, room: Room | None
 ) -> Reply:
     """Return a valid reply, its state kept where there is room. A function, so that no local outlives the reading."""
@@ -84,7 +84,7 @@ def _kept(
     return room.keep(reply)
 
 
-def _measured(replies: list[Reply], sent: Sent) -> tuple[list[Reply], dict[int, Rejection]]:
+def _measure(replies: list[Reply], sent: Sent) -> tuple[list[Reply], dict[int, Rejection]]:
     """Return the replies with their norms, and the rejections of those with entries not finite or too large."""
     valid, others = [], {}
     with one_thread_each():
@@ -121,7 +121,7 @@ def _of_one_scaling(replies: list[Reply]) -> tuple[list[Reply], dict[int, Reject
     return [reply for reply in replies if reply.node_id not in others], others
 
 
-def _of_one_kind(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[int, Rejection]]:
+def _of_the_same_layers(replies: list[Reply], needs: str) -> tuple[list[Reply], dict[int, Rejection]]:
     """Reject the replies whose statistics cover other layers than most replies' do: they could not be merged."""
     kinds = {reply.node_id: frozenset(reply.statistics or ()) for reply in replies}
     counts = Counter(kinds.values())

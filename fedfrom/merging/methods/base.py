@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from fedfrom.merging.solve import Solver
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import check_weighting, log_shares, normalised
 
 
@@ -25,7 +25,7 @@ class Traits:
     scope: ClassVar[str] = "layer"
     validate: ClassVar[Any] = None  # a user's function that scores merged states
     on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
-    is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean, which is theirs without a reference too
+    is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean; files/merge.py then needs no base model
     needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
 
 
@@ -34,7 +34,8 @@ class Method(Traits):
     """The (example-weighted) mean of the updates, and the base of the other methods.
 
     A method that differs in the weights overrides `weights`, one that combines updates in another way `change`. The
-    other functions are hooks that most methods leave alone.
+    other functions are hooks that most methods leave alone. Derive from `ProductMethod`, unless A and B are merged
+    apart (`on_factors`).
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ class Method(Traits):
         """
         return weights
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* of one layer.
 
         Parameters
@@ -85,8 +86,9 @@ class Method(Traits):
         updates : Updates
             theta_i.
         coefficients : Tensor
-            (n,) float64 c_i, in the order of the updates.
-        target : Target
+            (n,) float64 c_i, in the order of the updates. 0 for a client of weight 0: its update is among the others,
+            and a method that does not multiply by c_i leaves it out itself.
+        destination : Destination
             What is made of theta*.
         """
         return updates.sum(coefficients)

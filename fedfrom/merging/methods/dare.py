@@ -13,7 +13,7 @@ from fedfrom.merging.methods.election import SignElection
 from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import check_density
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 def drop(delta: Tensor, density: float, seed: str) -> Tensor:
@@ -53,13 +53,13 @@ class Dropping(ProductMethod):
         super().__post_init__()
         check_density(self.density)
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* of what is left of the updates."""
 
         def dropped(i: int, row: Tensor, start: int) -> Tensor:
             return drop(row, self.density, f"{self.seed}:{updates.name}:{i}:{start}")
 
-        return super().change(updates.edited(dropped), coefficients, target)
+        return super().change(updates.edited(dropped), coefficients, destination)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.methods.base import ProductMethod
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float], majority: str = "total") -> Tensor:
@@ -48,7 +48,7 @@ class SignElection(ProductMethod):
         if self.majority not in ("total", "frequency"):
             raise ValueError(f"majority: expected total or frequency, found {self.majority!r}")
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* by election and disjoint mean."""
         c = coefficients.tolist()
         return updates.entrywise(lambda rows, start: elect_and_average(rows, c, self.majority))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.methods.base import Method
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Fisher(Method):
         if not 0 < self.floor < float("inf"):
             raise ValueError(f"floor: expected a finite number > 0, found {self.floor}")
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* (Eq. 4); without statistics the mean."""
         fisher = updates.statistics("fisher")
         if fisher is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedfrom.merging.methods.choosing import ChoosesK
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import log_shares, normalised
 
 # Norms this close to the largest share the weight at k = infinity.
@@ -111,7 +111,7 @@ class FroM(ChoosesK):
         norms = updates.sizes if self.known is None else [self.known[i] for i in updates.order]
         return weights(norms, float(self.k), examples, self.examples_power, given)
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* = sum_i w_i theta_i (Eq. 5)."""
         return updates.sum(coefficients)
 
@@ -119,5 +119,5 @@ class FroM(ChoosesK):
         """Return (n,) the norms of the clients' whole updates, in the order given, with scope="model"."""
         if self.scope != "model":
             return None
-        sizes = [layer.clipped for layer in layers]
+        sizes = [layer.clipped_norms for layer in layers]
         return [math.hypot(*own) for own in zip(*sizes, strict=True)] or None

@@ -13,7 +13,7 @@ from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.merging.methods.dare import DareTies
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
-from fedfrom.merging.updates import Change, DenseChange, DenseUpdates, Target, Updates
+from fedfrom.merging.updates import Change, DenseChange, DenseUpdates, Destination, Updates
 
 
 def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -65,12 +65,12 @@ def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, 
 class Aligned(ProductMethod):
     """Merges the V_i of LoRA modules by the method that it is mixed into, which gets plain tensors as they are."""
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* = U diag(S) V, V the merged V_i."""
         if updates.products is None:
-            return super().change(updates, coefficients, target)
+            return super().change(updates, coefficients, destination)
         U, S, parts = align(updates.products, updates.tolerance)
-        V = super().change(DenseUpdates(parts, updates.name), coefficients, target)
+        V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
         assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
         return updates.formed(LowRank(U * S, V.tensor))
 

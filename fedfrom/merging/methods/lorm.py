@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank, random_normal
 from fedfrom.merging.methods.regmean import RegMean
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,14 @@ class LoRM(RegMean):
         They end when the product moves by less than this share of its norm.
     """
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return the theta* with which W + alpha theta* is BA: cut to its rank once, in the metric of the inputs."""
-        grams, W, alpha = updates.statistics("gram"), target.base, target.server_lr
-        if updates.products is None or grams is None or target.rank is None or alpha == 0:
-            return super().change(updates, coefficients, target)
+        grams, W, alpha = updates.statistics("gram"), destination.base, destination.server_lr
+        if updates.products is None or grams is None or destination.rank is None or alpha == 0:
+            return super().change(updates, coefficients, destination)
         solution, metric = self.regressed(updates.products, grams, coefficients)
         T = solution * alpha if W is None else LowRank.sum([W, solution], [1.0, alpha])
-        merged = self.alternate(T, metric, min(target.rank, *T.shape, T.rank), updates.name)
+        merged = self.alternate(T, metric, min(destination.rank, *T.shape, T.rank), updates.name)
         return updates.formed(merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha]))
 
     def alternate(self, T: LowRank, metric: Tensor, rank: int, name: str) -> LowRank:

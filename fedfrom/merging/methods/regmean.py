@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.base import ProductMethod
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -123,7 +123,7 @@ class RegMean(ProductMethod):
         # shrunk off-diagonals keep the columns apart
         return products, without_rounding(total, grams) if 1 - self.off_diagonal < _APART else total
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* (Eq. 2), of a LoRA module as factors A_i G_i (sum G)^-1 in place of A_i; else the mean."""
         grams = updates.statistics("gram")
         if grams is None:

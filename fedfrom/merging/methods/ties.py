@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.entries import Histogram, kth_largest
 from fedfrom.merging.methods.election import SignElection
-from fedfrom.merging.updates import Change, Target, Updates
+from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import SCOPES
 
 
@@ -83,7 +83,7 @@ class Ties(SignElection):
         """Return (n,) float64: lambda each where all weights are 1."""
         return self.coefficient * weights * (len(weights) * mean_weight)
 
-    def change(self, updates: Updates, coefficients: Tensor, target: Target) -> Change:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* by trim, elect and disjoint mean."""
         if self.known is None:
             count = int(self.density * updates.numel)
@@ -95,7 +95,7 @@ class Ties(SignElection):
             least, end = kept[i]
             return keep_from(row, least, end - start)
 
-        return super().change(updates.edited(trim), coefficients, target)
+        return super().change(updates.edited(trim), coefficients, destination)
 
     def survey(self, layers: Iterable[Updates]) -> list[float] | None:
         """Return (n,) the magnitude that the kept entries of each client's whole update reach, with scope="model".
