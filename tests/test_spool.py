@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedfrom.stored
 import fedfrom.wire.spool
 from fedfrom import FedFroM, FedMerge, FroM, merge
 from fedfrom.merging.clients import Client, Round
@@ -106,10 +107,10 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
     case = tensor_case(1, shape=(1000, 1000), n=5, dtype=torch.float32)
     spooled = [SpooledState(state, folder, "client") for state in case.states]
     sizes: list[int] = []
-    reader = fedfrom.wire.spool.SpooledTensor.read
+    reader = fedfrom.stored.StoredTensor.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fedfrom.wire.spool.SpooledTensor,
+            fedfrom.stored.StoredTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
@@ -119,7 +120,7 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
     norms = [{name: norms.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fedfrom.wire.spool.SpooledTensor,
+            fedfrom.stored.StoredTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
@@ -247,7 +248,7 @@ def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path, mon
     def cutting(clients: Any, *others: Any) -> Any:
         for client in clients:
             if client.name == f"node {node}":
-                os.ftruncate(client.state._file._file.fileno(), 1000)
+                os.ftruncate(client.state._file.file.fileno(), 1000)
         return merge_clients(clients, *others)
 
     grid = InProcessGrid(noisy, 4)

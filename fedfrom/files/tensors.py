@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedfrom.errors import BadInput
 from fedfrom.merging.linalg.blocks import Values
-from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
+from fedfrom.stored import StoredFile, StoredTensor, bytes_of
 
 # safetensors' names of dtypes; tensors of other dtypes can't be merged
 DTYPES = {
@@ -62,70 +62,15 @@ class Spec:
         return f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, which is read a block at a time: see `fedfrom.merging.linalg.blocks.Reader`.
-
-    Attributes
-    ----------
-    file : _File
-        The file.
-    key : str
-        The tensor's name in the file.
-    start : int
-        Offset of the tensor's first byte in the file.
-    shape : torch.Size
-        The tensor's shape.
-    stored : torch.dtype
-        Dtype of the entries in the file.
-    dtype : torch.dtype
-        Dtype of the entries that `read` returns.
-    device : torch.device
-        Device of the entries that `read` returns.
-    """
-
-    file: _File
-    key: str
-    start: int
-    shape: torch.Size
-    stored: torch.dtype
-    dtype: torch.dtype
-    device: torch.device
-
-    def numel(self) -> int:
-        """Return the number of entries."""
-        return self.shape.numel()
-
-    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return the entries from `start` to `stop` in C order; in `out`, a flat tensor of this dtype, where given."""
-        direct = out is not None and out.dtype == self.stored and out.device.type == "cpu"
-        read = out if out is not None and direct else torch.empty(stop - start, dtype=self.stored)
-        self.file.read_into(read, self.start + start * self.stored.itemsize, self.key)
-        if out is None:
-            return read.to(self.device, self.dtype)
-        return out if read is out else out.copy_(read)
-
-    def sample(self) -> Tensor:
-        """Return the entries that `fedfrom.merging.linalg.samples.sampled` returns; no others are read."""
-        numel = self.numel()
-        size = sampled(torch.empty(1).expand(numel)).numel()
-        if size == numel:
-            return self.read(0, numel)
-        out, step = torch.empty(size, dtype=self.stored), numel // RUNS
-        for i, run in enumerate(out.split(RUN)):
-            self.file.read_into(run, self.start + i * step * self.stored.itemsize, self.key)
-        return out.to(self.device, self.dtype)
-
-
-class _File:
-    """A safetensors file that many threads may read at any place; it is closed with its last reference."""
+class _File(StoredFile):
+    """A safetensors file; closed when nobody has it any more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
-            (length,) = struct.unpack("<Q", os.pread(self._file.fileno(), 8, 0))
-            self._header: dict[str, Any] = json.loads(os.pread(self._file.fileno(), length, 8))
+            super().__init__(open(path, "rb", buffering=0))  # noqa: SIM115 (closed with the object)
+            (length,) = struct.unpack("<Q", os.pread(self.file.fileno(), 8, 0))
+            self._header: dict[str, Any] = json.loads(os.pread(self.file.fileno(), length, 8))
         except (OSError, ValueError, struct.error) as error:  # safetensors has read it before
             raise BadInput(f"{path}: expected a readable file, found {error}: was it changed meanwhile?") from None
         self._data = 8 + length
@@ -137,19 +82,10 @@ class _File:
         except (LookupError, TypeError):
             raise BadInput(f"{self.path}: expected {key!r}, found it gone: was the file changed meanwhile?") from None
 
-    def read_into(self, out: Tensor, start: int, key: str) -> None:
-        """Fill a tensor with the bytes from `start` on; raise BadInput where they can't be read."""
-        rest = memoryview(out.view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
-        while len(rest):  # a read may return fewer bytes
-            try:
-                found, reason = os.preadv(self._file.fileno(), [rest], start), "its end"
-            except OSError as error:
-                found, reason = 0, error.strerror or str(error)
-            if not found:
-                raise BadInput(
-                    f"{self.path}, {key!r}: expected a readable tensor, found {reason}: was it changed meanwhile?"
-                )
-            rest, start = rest[found:], start + found
+    def damaged(self, key: str, missing: int, position: int, error: Exception | None) -> BadInput:
+        """Return what to raise where a tensor can't be read."""
+        found = "its end" if error is None else getattr(error, "strerror", None) or error
+        return BadInput(f"{self.path}, {key!r}: expected a readable tensor, found {found}: was it changed meanwhile?")
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -301,9 +237,7 @@ class Writer:
         found = Spec(tensor.dtype, tuple(tensor.shape))
         if found != self.specs[key]:
             raise ValueError(f"{key!r}: expected {self.specs[key]}, found {found}")
-        data = tensor.detach().cpu().reshape(-1).view(torch.uint8) if tensor.numel() else None
-        if data is not None:
-            self._write(self._start[key], memoryview(data.numpy().data))
+        self._write(self._start[key], memoryview(bytes_of(tensor.detach().cpu().reshape(-1))))
         self._missing.discard(key)
 
     def _write(self, position: int, data: memoryview) -> None:
