@@ -54,7 +54,7 @@ def _flatten(name: str, value: Any, flat: dict[str, Any]) -> None:
         return
     if is_dataclass(value):
         flat[name] = type(value).__name__
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
     if isinstance(value, Mapping):
         for key, entry in value.items():
             _flatten(f"{name}.{key}", entry, flat)

@@ -117,14 +117,14 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
         merge(spooled, case.reference)
     assert max(sizes) <= blocks.BLOCK and sum(sizes) == 2 * 5 * 10**6  # the norms, and the sum
     sizes.clear()
-    norms = [{name: norms.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
+    known = [{name: norms.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             fedfrom.stored.StoredTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
-        clients = [Client(state, norms=own) for state, own in zip(spooled, norms, strict=True)]
+        clients = [Client(state, norms=own) for state, own in zip(spooled, known, strict=True)]
         found, _ = merge_clients(clients, Round(case.reference), FroM())
     assert sum(sizes) == 5 * 10**6  # once, where the norms are known
     expected, _ = merge(case.states, case.reference)

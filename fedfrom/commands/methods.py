@@ -20,6 +20,7 @@ def methods() -> None:
         options = [
             f"{field.name}={field.default}"
             for field in fields(kind)
+            if field.init
             if field.default is not MISSING and field.name not in ("validate", "search")
         ]
         python_only = kind.needs or name == "greedy-soup"

@@ -38,10 +38,10 @@ class LoRM(RegMean):
             return super().change(updates, coefficients, destination)
         solution, metric = self.regressed(updates.products, grams, coefficients)
         T = solution * alpha if W is None else LowRank.sum([W, solution], [1.0, alpha])
-        merged = self.alternate(T, metric, min(destination.rank, *T.shape, T.rank), updates.name)
+        merged = self._alternate(T, metric, min(destination.rank, *T.shape, T.rank), updates.name)
         return updates.formed(merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha]))
 
-    def alternate(self, T: LowRank, metric: Tensor, rank: int, name: str) -> LowRank:
+    def _alternate(self, T: LowRank, metric: Tensor, rank: int, name: str) -> LowRank:
         """Return the product BA of that rank that is closest to T in the metric (d_in, d_in)."""
         # every A but the first lies in the target's row space: all of it runs in the target's small core
         left, C, right = T.core()
