@@ -53,10 +53,6 @@ def test_shapes_and_dtypes():
     )
     assert "configs" in message
     refused("client 1", MODULE, "(4, 9)", states=adapters(_1={A_KEY: wrong}))
-    refused(
-        "client 1", MODULE, "(12, 9)", "(12, 8)", states=adapters(_1={A_KEY: torch.ones(3, 8, dtype=torch.float64)})
-    )
-    refused("client 2", A_KEY, "float64", "float32", states=adapters(_2={A_KEY: torch.ones(3, 9)}))
     refused("client 1", "'w'", "(2,)", "(3,)", states=[{"w": torch.ones(2)}, {"w": torch.ones(3)}])
     refused("client 1", "'w'", "(2,)", "(2, 1)", states=[{"w": torch.ones(2)}, {"w": torch.ones(2, 1)}])
     refused("client 0", "'w'", "float16", states=[{"w": torch.ones(2)}], reference={"w": torch.ones(2).half()})
@@ -73,7 +69,6 @@ def test_numbers_that_are_none(bad, key):
     states = adapters()
     states[1][key] = states[1][key].clone()
     states[1][key][0, 0] = bad
-    refused("client 1", MODULE, "finite", states=states)
     refused("client 1", MODULE, "finite", states=states, scope="model")
     refused("client 1", key, "finite", states=states, method="factor-average")
     both = [dict(state) for state in states]
@@ -155,7 +150,6 @@ def test_without_configs_each_client_has_the_rank_it_was_sent():
 
 
 def test_adapters_that_are_not_whole_or_not_one():
-    refused("client 0", MODULE, "lora_A", "lora_B", states=adapters(_0={A_KEY: None}))
     refused("client 1", MODULE, "lora_A", "lora_B", states=adapters(_1={B_KEY: None}))
     refused("client 1", MODULE, "lora_A", "lora_B", states=adapters(_1={B_KEY: None}), method="factor-average")
     two = {}
