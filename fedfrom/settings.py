@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedfrom.merging import methods
 from fedfrom.merging.inputs import check_clip, check_safe, check_server_lr
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import make_method, method_options
+from fedfrom.numeric import is_number, is_whole
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -99,13 +100,13 @@ def check_merge(method: Method, server_lr: float | str, clip: float | None) -> N
 
 def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
     """Raise ValueError where a setting of the screening is out of its range."""
-    if examples_cap is not None and (not isinstance(examples_cap, int | float) or not 1 <= examples_cap < math.inf):
+    if examples_cap is not None and (not is_number(examples_cap) or not 1 <= examples_cap < math.inf):
         raise ValueError(f"examples_cap: expected a finite number >= 1 or None, found {examples_cap!r}")
-    if not isinstance(min_valid_replies, int) or min_valid_replies < 1:
+    if not is_whole(min_valid_replies) or min_valid_replies < 1:
         raise ValueError(f"min_valid_replies: expected a whole number >= 1, found {min_valid_replies!r}")
     if select not in (None, "multikrum"):
         raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
-    if not isinstance(attackers, int) or attackers < 0 or (attackers > 0 and select is None):
+    if not is_whole(attackers) or attackers < 0 or (attackers > 0 and select is None):
         raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")
 
 
@@ -113,17 +114,27 @@ def check_run(
     node_timeout: float, memory_budget: float | None, on_round: Any, max_skipped: int | None, checkpoints_kept: int
 ) -> None:
     """Raise ValueError where a setting of the run, one of `RUN`, is out of its range."""
-    if not node_timeout >= 0:
+    if not is_number(node_timeout) or not node_timeout >= 0:
         raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
-    if memory_budget is not None and (not isinstance(memory_budget, int | float) or not memory_budget >= 0):
+    if memory_budget is not None and (not is_number(memory_budget) or not memory_budget >= 0):
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
-    if on_round is not None and not callable(on_round):
+    if on_round is not None and not (callable(on_round) and _takes_one(on_round)):
         raise ValueError(f"on_round: expected a function that takes a round's report, or None, found {on_round!r}")
-    is_whole = isinstance(max_skipped, int) and not isinstance(max_skipped, bool)
-    if max_skipped is not None and not (is_whole and max_skipped >= 1):
+    if max_skipped is not None and not (is_whole(max_skipped) and max_skipped >= 1):
         raise ValueError(f"max_skipped: expected a whole number of rounds >= 1 or None, found {max_skipped!r}")
-    if not isinstance(checkpoints_kept, int) or checkpoints_kept < 1:
+    if not is_whole(checkpoints_kept) or checkpoints_kept < 1:
         raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Return whether a function can be called with one argument; of a builtin without a signature, True."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature is known
+        return True
+    return True
 
 
 def log_settings(strategy: Any) -> None:

@@ -16,6 +16,7 @@ from fedfrom.merging.linalg.krylov import Triplets, krylov_svd
 from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.linalg.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.linalg.stack import Stack
+from fedfrom.numeric import is_number, is_whole
 
 SOLVERS = ("svd", "alternating")
 # a Solver's options that concern adapters alone; the seed is also that of methods that draw
@@ -79,16 +80,15 @@ class Solver:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-            if not (whole and self.rank >= 1 or isinstance(self.rank, float) and 0 < self.rank < 1):
-                raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
+        is_fraction = isinstance(self.rank, float) and 0 < self.rank < 1
+        if self.rank is not None and not is_fraction and not (is_whole(self.rank) and self.rank >= 1):
+            raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, found {self.solver!r}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations: expected at least 1, found {self.iterations}")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance}")
+        if not is_whole(self.iterations) or self.iterations < 1:
+            raise ValueError(f"iterations: expected a whole number >= 1, found {self.iterations!r}")
+        if not is_number(self.tolerance) or not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance!r}")
 
     def solve(
         self,

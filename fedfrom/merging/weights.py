@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedfrom.numeric import is_number
+
 SCOPES = ("layer", "model")
 
 
@@ -69,7 +71,7 @@ def mean_weight(given: Sequence[float] | None, examples: Sequence[float] | None,
 def check_weighting(k: float | str, examples_power: float, scope: str) -> None:
     """Raise ValueError where k, p or the scope is out of range; k may be "auto"."""
     for name, value in {"k": 0.0 if k == "auto" else k, "examples_power": examples_power}.items():
-        if not isinstance(value, int | float):
+        if not is_number(value):
             raise ValueError(f"{name}: expected a number, found {value!r}")
     if not isinstance(k, str) and not k >= 0:
         raise ValueError(f"k: expected a number >= 0 (infinity included), found {k}")

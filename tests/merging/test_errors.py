@@ -238,6 +238,11 @@ def test_factor_average_with_unequal_ranks_or_scalings():
         ({"iterations": 0}, "iterations"),
         ({"tolerance": -1.0}, "tolerance"),
         ({"tolerance": NAN}, "tolerance"),
+        ({"k": True}, "k"),
+        ({"examples_power": True}, "examples_power"),
+        ({"iterations": 2.5}, "iterations"),
+        ({"iterations": True}, "iterations"),
+        ({"tolerance": "1e-9"}, "tolerance"),
     ],
 )
 def test_options_out_of_range(options, word):
@@ -311,3 +316,25 @@ def test_a_refused_merge_changes_nothing():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", ["a", True, None, NAN])
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("ties", "density"),
+        ("dare", "density"),
+        ("ties", "coefficient"),
+        ("task-arithmetic", "coefficient"),
+        ("fisher", "floor"),
+        ("regmean", "off_diagonal"),
+    ],
+)
+def test_options_that_are_no_numbers(method, option, value):
+    refused(option, "expected", repr(value), states=adapters(), method=method, **{option: value})
+
+
+@pytest.mark.parametrize("value", ["a", True, NAN, -1.0])
+@pytest.mark.parametrize("name", ["clip", "server_lr"])
+def test_settings_that_are_no_numbers(name, value):
+    refused(name, "expected", repr(value), states=adapters(), **{name: value})

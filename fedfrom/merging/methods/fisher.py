@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.numeric import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,8 @@ class Fisher(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.floor < float("inf"):
-            raise ValueError(f"floor: expected a finite number > 0, found {self.floor}")
+        if not is_number(self.floor) or not 0 < self.floor < float("inf"):
+            raise ValueError(f"floor: expected a finite number > 0, found {self.floor!r}")
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* (Eq. 4); without statistics the mean."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.numeric import is_number
 
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -100,8 +101,8 @@ class RegMean(ProductMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.off_diagonal <= 1:
-            raise ValueError(f"off_diagonal: expected 0 to 1, found {self.off_diagonal}")
+        if not is_number(self.off_diagonal) or not 0 <= self.off_diagonal <= 1:
+            raise ValueError(f"off_diagonal: expected 0 to 1, found {self.off_diagonal!r}")
 
     def regress(self, rows: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return ([X_i w_i G_i], sum_i w_i G_i without rounding), float64; holds one Gram matrix beside the sum.

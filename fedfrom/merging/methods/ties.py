@@ -13,12 +13,13 @@ from fedfrom.merging.linalg.entries import Histogram, kth_largest
 from fedfrom.merging.methods.election import SignElection
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import SCOPES
+from fedfrom.numeric import is_number
 
 
 def check_density(density: float) -> None:
     """Raise ValueError where the share of entries to keep is not in (0, 1]."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density: expected a share of the entries to keep, 0 < density <= 1, found {density}")
+    if not is_number(density) or not 0 < density <= 1:
+        raise ValueError(f"density: expected a share of the entries to keep, 0 < density <= 1, found {density!r}")
 
 
 def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor:
@@ -76,8 +77,8 @@ class Ties(SignElection):
         check_density(self.density)
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {self.scope!r}")
-        if not math.isfinite(self.coefficient):
-            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient}")
+        if not is_number(self.coefficient) or not math.isfinite(self.coefficient):
+            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient!r}")
 
     def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
         """Return (n,) float64: lambda each where all weights are 1."""
