@@ -19,7 +19,9 @@ from fedfrom.numeric import is_number
 def check_density(density: float) -> None:
     """Raise ValueError where the share of entries to keep is not in (0, 1]."""
     if not is_number(density) or not 0 < density <= 1:
-        raise ValueError(f"density: expected a share of the entries to keep, 0 < density <= 1, found {density!r}")
+        raise ValueError(
+            f"density: expected a number, the share of the entries to keep, 0 < density <= 1, found {density!r}"
+        )
 
 
 def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor:
