@@ -150,7 +150,7 @@ class FedMerge(RoundLoop):
         # carried from round to round: see `state`
         self.reports: dict[int, RoundReport] = {}
         self._skipped, self._ranks, self._warned = Skipped(), NodeRanks(), False
-        # between configure_train and aggregate_train
+        # what configure_train sent, and its messages, for aggregate_train
         self._sent: Sent | None = None
         self._asked: list[Message] = []
 
@@ -185,8 +185,8 @@ class FedMerge(RoundLoop):
         sent, arriving = self._sent, Arriving(replies)
         room = room_for(replies, self.memory_budget, self.spool)
         valid, rejected = screen(arriving, sent, self.arrayrecord_key, self.weighted_by_key, self.method.needs, room)
-        self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, sent)
-        arriving.log("aggregate_train")
+        self._ranks.hear((message.metadata.dst_node_id for message in self._asked), valid, sent)  # for the next cuts
+        arriving.log("aggregate_train")  # all have been read
         log_rejected("aggregate_train", rejected)
         shared = as_round(sent, self.server_lr, self.clip, self.dora, self.same_base)
         try:
@@ -201,7 +201,7 @@ class FedMerge(RoundLoop):
                 weighted_by=self.weighted_by_key,
             )
         finally:
-            discard(valid)
+            discard(valid)  # closes their files on disk
         failed = failures_by_node(arriving.failures, self._asked)
         self._skipped = self._skipped.after(outcome, failed)
         self.reports[server_round] = RoundReport.of(server_round, outcome, failed, self._asked, arriving)

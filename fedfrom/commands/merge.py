@@ -77,7 +77,7 @@ def merge(
     ] = "1.0",
     clip: Annotated[
         float | None,
-        typer.Option("--clip", help="No update of a layer counts for more than so many times the median norm there."),
+        typer.Option("--clip", help="Shortens updates of a layer to this multiple of the median norm there."),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="A method's own: --option density=0.3. Repeat for more.")
