@@ -49,8 +49,6 @@ class Method(Traits):
     def __post_init__(self) -> None:
         check_weighting(self.k, self.examples_power, self.scope)
 
-    # --- One layer ---------------------------------------------------------------------------------------------------
-
     def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
         """Return (n,) float64 weights, summing to 1.
 
@@ -86,14 +84,11 @@ class Method(Traits):
         updates : Updates
             theta_i.
         coefficients : Tensor
-            (n,) float64 c_i, in the order of the updates. 0 for a client of weight 0: its update is among the others,
-            and a method that does not multiply by c_i leaves it out itself.
+            (n,) float64 c_i. 0 for a client of weight 0: a method that does not multiply by c_i leaves it out itself.
         destination : Destination
             What is made of theta*.
         """
         return updates.sum(coefficients)
-
-    # --- The whole model ---------------------------------------------------------------------------------------------
 
     def survey(self, layers: Iterable[Updates]) -> Any:
         """Return what the method has to know of all layers before the first is merged; it is `known` from then on.
@@ -111,8 +106,6 @@ class Method(Traits):
         object.__setattr__(method, "known", known)
         return method
 
-    # --- Choices by validation ---------------------------------------------------------------------------------------
-
     def select(
         self, weights: Sequence[float], merged: Callable[[list[int], Method], Mapping[str, Tensor]]
     ) -> tuple[list[int], Method] | None:
@@ -121,7 +114,7 @@ class Method(Traits):
         Parameters
         ----------
         weights : Sequence[float]
-            (n,) u_i, the user's own weights; 1 each where there are none.
+            (n,) u_i, the user's own weights, or 1 each.
         merged : Callable[[list[int], Method], Mapping[str, Tensor]]
             The merged state of some of the clients by a method.
         """
