@@ -1,9 +1,9 @@
-"""Bytes of arrays that rounds send down and up: adapters of unequal ranks, and a full model with a frozen embedding.
+"""Bytes of arrays sent down and up in a round: adapters of unequal ranks, and a full model with a frozen embedding.
 
     python -m benchmarks.bytes
 
-A model of MiniLM-L6's shapes (22.7 million parameters) with random weights. Clients use `fedfrom.client`, and add noise
-in place of training: bytes don't depend on what is learnt.
+The model has MiniLM-L6's shapes (22.7 million parameters) and random weights. Clients use `fedfrom.client`, and add
+noise in place of training: bytes don't depend on the values.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.supercore.task_identity import TaskIdentity
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.attacks.messages import Nodes
+from benchmarks.messages import Nodes, outside_a_run
 from fedfrom import FedFroM, client, to_record
 
 RANKS = (4, 8, 16)
@@ -38,7 +36,7 @@ def adapter(rank: int, sizes: dict[str, int]) -> nn.Module:
 def rounds(clients: Sequence[nn.Module], server: nn.Module, count: int, **options: Any) -> Iterator[tuple[int, int]]:
     """Yield the bytes down and up of each round."""
     as_delta = options.pop("as_delta", False)
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+    outside_a_run()
     strategy, grid = FedFroM(**options), Nodes(len(clients))
     is_adapter = hasattr(server, "peft_config")
     arrays = to_record(client.adapter_state(server) if is_adapter else server.state_dict())

@@ -6,8 +6,8 @@ A run's folder holds one folder a round:
     round-0003/state.json           everything else
     round-0003/SHA256SUMS           digests of the two, which `sha256sum -c` checks
 
-Each is written under a hidden name, flushed to the disk and then renamed, so that whatever is called round-* is whole
-at any instant. Names with a leading dot are scaffolding: what a killed run left of it is swept away by the next.
+A checkpoint is written under a hidden name, flushed to the disk and then renamed, so that every round-* folder is whole
+at any instant. Names with a leading dot are temporary: the next run deletes those that a killed run left behind.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
@@ -35,27 +34,27 @@ from safetensors.torch import save_file
 from fedfrom import __version__
 from fedfrom.atomic import flush_tree, take_place
 from fedfrom.fingerprint import as_json, differences, fingerprint
+from fedfrom.folder_lock import locked
 from fedfrom.saved_arrays import read_arrays, to_tensors, words
 from fedfrom.wire.digests import differing
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 FORMAT = 3
-"""Of the files below; another one is refused."""
+"""Format of a checkpoint's files; a checkpoint of another format is refused."""
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
 _VERSIONS = {"fedfrom": __version__, "flwr": flwr.__version__, "numpy": np.__version__, "torch": str(torch.__version__)}
-_SHOWN = 3
-"""Differences that an error spells out."""
+_SHOWN = 3  # differences that an error spells out
 
 
 class _Damaged(ValueError):
-    """What is wrong with which file of a checkpoint."""
+    """A file of a checkpoint is damaged; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a whole round.
+    """The state of a run after a whole round.
 
     Attributes
     ----------
@@ -64,7 +63,7 @@ class Checkpoint:
     result : Result
         The global arrays, and the metrics of all rounds so far.
     state : dict[str, Any]
-        What the strategy itself carries from round to round: plain data with str keys.
+        The state that the strategy carries from round to round: plain data with str keys.
     random : dict[str, Any]
         `random_states()` after the round.
     """
@@ -85,17 +84,17 @@ class Checkpoints:
     kept : int
         How many of the newest checkpoints stay, >= 1.
     settings : Mapping[str, Any]
-        What a run must share with the one that it goes on with: see `fingerprint`.
+        The settings that a resumed run must share with the run before: see `fingerprint`.
     initial : Mapping[str, str] | None (default: None)
-        `digests` of the arrays that the run starts from, by key. One that goes on with another run's checkpoint keeps
-        that one's, and is warned where they differ: its own arrays are not used.
+        `digests` of the arrays that the run starts from, by key. A resumed run keeps those of the run before; a warning
+        says where its own differ, since its own arrays are not used.
 
     Raises
     ------
     ValueError
-        When entered: another run has the folder, or it holds something else than checkpoints.
+        On entering: another run uses the folder, or it holds other files than checkpoints.
     OSError
-        When entered: the folder can't be made or written to.
+        On entering: the folder can't be made or written to.
     """
 
     def __init__(
@@ -110,8 +109,8 @@ class Checkpoints:
     def __enter__(self) -> Self:
         with self._clear_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_contents()  # before a lock is left among somebody's files
-            self._lock = self._locked()
+            self._check_contents()  # before the lock file, which must not be left among somebody's files
+            self._lock = locked(self.path)
         try:
             with self._clear_errors():
                 for leftover in self.path.glob(".round-*"):
@@ -128,13 +127,13 @@ class Checkpoints:
     # --- Reading -----------------------------------------------------------------------------------------------------
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, None where there is none.
+        """Return the newest checkpoint; None where there is none.
 
         Raises
         ------
         ValueError
-            It is damaged (the error names the file, what is wrong and the newest whole one), in another format, or of
-            a run with other settings (the error names them).
+            The checkpoint is damaged (the error names the file, the damage and the newest whole checkpoint), has
+            another format, or belongs to a run with other settings (the error names them).
         """
         rounds = self._rounds()
         if not rounds:
@@ -196,7 +195,7 @@ class Checkpoints:
         return True
 
     def _check_contents(self) -> None:
-        """Raise ValueError where the folder is somebody else's: rounds would be deleted beside their files."""
+        """Raise ValueError where the folder holds other files: old checkpoints would be deleted beside them."""
         strange = sorted(
             entry.name for entry in self.path.iterdir() if not entry.name.startswith(".") and not _is_round(entry)
         )
@@ -209,14 +208,14 @@ class Checkpoints:
     # --- Writing -----------------------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then remove those beyond the newest `kept`.
+        """Write a checkpoint, then remove all but the newest `kept`.
 
         Raises
         ------
         OSError
-            It could not be written; those from before are as they were.
+            The checkpoint could not be written. Earlier ones are unchanged.
         ValueError
-            An array is of a kind that safetensors can't hold; names the key.
+            safetensors can't hold an array. The error names the key.
         """
         with self._clear_errors():
             hidden = self._write(checkpoint)
@@ -227,12 +226,12 @@ class Checkpoints:
                 shutil.rmtree(removed)
 
     def rehearse(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint and remove it again, or raise OSError: whether there is room for the next."""
+        """Write a checkpoint and remove it again, or raise OSError: a test of whether the next one has room."""
         with self._clear_errors():
             shutil.rmtree(self._write(checkpoint))
 
     def _write(self, checkpoint: Checkpoint) -> Path:
-        """Return the hidden folder of a checkpoint that is on the disk but for its name."""
+        """Write a checkpoint to a hidden folder, flush it to the disk, and return the folder, still to be renamed."""
         hidden = self.path / f".{self._folder(checkpoint.server_round).name}.partial"
         arrays, layout = to_tensors(checkpoint.result.arrays)
         state = {
@@ -265,36 +264,14 @@ class Checkpoints:
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
-        """Raise what the file system refuses as an OSError that says whose folder it is."""
+        """Raise errors of the file system as an OSError that says that the checkpoint's folder is meant."""
         expected = "checkpoint: expected a folder with room, and the right to write to it, found"
         try:
             yield
         except OSError as error:
             raise OSError(error.errno, f"{expected} {error.strerror or error}", str(self.path)) from error
-        except SafetensorError as error:  # no OSError, and it keeps the number to itself
+        except SafetensorError as error:  # not an OSError, and without an errno
             raise OSError(f"{expected} {error}: {str(self.path)!r}") from error
-
-    def _locked(self) -> IO[str]:
-        """Return the lock file, locked until it is closed or this process ends, however it ends."""
-        import fcntl  # not on Windows, where fedfrom can still be imported
-
-        with ExitStack() as stack:
-            lock = stack.enter_context(open(self.path / ".lock", "a+", encoding="utf-8"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                owner = lock.read().strip() or "another process"
-                raise ValueError(
-                    f"checkpoint {self.path}: expected a folder that no other run uses, found it in use by {owner}"
-                ) from None
-            except OSError as error:  # some network file systems know no locks
-                log.warning("checkpoint %s can't be locked (%s): let no other run use it", self.path, error)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-            stack.pop_all()
-        return lock
 
 
 # --- The files -------------------------------------------------------------------------------------------------------
@@ -310,7 +287,7 @@ def _is_round(path: Path) -> bool:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint whose files have the digests that were written, or raise _Damaged."""
+    """Return the state.json of a checkpoint whose files match their digests, or raise _Damaged."""
     try:
         lines = [line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8").splitlines()]
         sums = {name: digest for digest, name in lines}

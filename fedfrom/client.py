@@ -1,7 +1,7 @@
-"""What a client needs: load the global arrays at its own rank, reply with its rank and scaling, and its statistics.
+"""The client's side: load the global arrays at the client's rank, and reply with its rank, scaling and statistics.
 
-A client whose adapter has the global adapter's rank and alpha needs none of this: PEFT's `set_peft_model_state_dict`
-and `get_peft_model_state_dict` do.
+A client whose adapter has the global adapter's rank and alpha does not need this module: PEFT's
+`set_peft_model_state_dict` and `get_peft_model_state_dict` are enough.
 """
 
 from __future__ import annotations
@@ -17,17 +17,10 @@ from fedfrom.client_statistics import collecting_gram, fisher, gram
 from fedfrom.merging.linalg.rounding import rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
-from fedfrom.wire.frozen import leave_out, statistics_of, told_frozen
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    STATISTICS_KEY,
-    config_to_record,
-    delta_array,
-    model_record,
-    record_to_config,
-    to_record,
-    to_state,
-)
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
+from fedfrom.wire.contents import STATISTICS_KEY, model_record
+from fedfrom.wire.frozen import leave_out, statistics_names, told_frozen
+from fedfrom.wire.records import delta_array, to_record, to_state
 
 __all__ = ["adapter_state", "collecting_gram", "fisher", "gram", "load", "reply"]
 
@@ -35,17 +28,18 @@ __all__ = ["adapter_state", "collecting_gram", "fisher", "gram", "load", "reply"
 def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapter_name: str = "default") -> None:
     """Load the global arrays that a message carries into a model.
 
-    A PEFT adapter of a smaller rank than the global one takes its leading rows and columns, the best approximation of
-    that rank; one of a larger rank keeps its own A in the rows beyond, with zero columns of B. B is rescaled where the
-    client's scaling is another than the server's (which the message says when the strategy has a lora_config).
-    Once this client has said its rank, a message may bring the leading ones alone: what is loaded is the same.
+    A PEFT adapter of a smaller rank than the global adapter takes the leading rows of A and columns of B, the best
+    approximation of that rank. An adapter of a larger rank keeps its own A in the further rows, with zero columns in B.
+    B is rescaled where the client's scaling differs from the server's, which the message says if the strategy has a
+    lora_config. Once this client has said its rank, a message may carry only the leading rows and columns: the result
+    is the same.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A PeftModel, or any module whose state dict the arrays are.
+        A PeftModel, or any module whose state dict has the keys of the arrays.
     message : Message
-        From the server.
+        The server's train or evaluate message.
     arrayrecord_key : str (default: "arrays")
         Name of the record with the arrays.
     adapter_name : str (default: "default")
@@ -54,7 +48,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
     Raises
     ------
     ValueError
-        The arrays do not fit the model, which is then as it was.
+        The arrays do not fit the model. The model is unchanged.
     """
     state = to_state(model_record(message.content, arrayrecord_key), "global arrays")
     if not hasattr(model, "peft_config"):
@@ -71,7 +65,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
 
 
 def _check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks_may_differ: bool) -> None:
-    """Raise ValueError where the global arrays have other keys or shapes than this model's; dtypes may differ."""
+    """Raise ValueError where keys or shapes of the global arrays differ from this model's; dtypes may differ."""
     if own.keys() != state.keys():
         raise ValueError(f"global arrays: expected the keys of this model, found {L.difference(state, own)}")
     for layer in L.find_layers(state, "global arrays", pair_factors=ranks_may_differ).values():
@@ -121,26 +115,26 @@ def reply(
     arrayrecord_key: str = "arrays",
     adapter_name: str = "default",
 ) -> Message:
-    """Return the reply to a train message: the model's arrays, its metrics, and for adapters the config.
+    """Return the reply to a train message: the model's arrays, the metrics, and an adapter's config.
 
-    Tensors that the strategy says are frozen are left out.
+    Tensors that the strategy declares frozen are left out.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A PeftModel, whose adapter is sent, or any module, whose state dict is.
+        A PeftModel, whose adapter is sent, or any other module, whose state dict is sent.
     message : Message
-        What is replied to.
+        The train message.
     metrics : Mapping[str, float]
-        Holds "num-examples".
+        The client's metrics, with "num-examples" among them.
     statistics : Mapping[str, Tensor] | None (default: None)
-        What `gram` or `fisher` returned, for strategies whose method needs it: sent as a second ArrayRecord, which
-        Flower's FedAvg would refuse.
+        The result of `gram` or `fisher`, for strategies whose method needs it. It is sent as a second ArrayRecord,
+        which Flower's FedAvg refuses.
     as_delta : bool | torch.dtype (default: False)
-        Send what the client changed of each plain floating-point tensor, its value less the message's, formed in
-        float32 and sent in this dtype: bfloat16 (True), float16 or float32. A change keeps its own digits where the
-        value would lose them: at |theta| / |W| = 1e-3 bfloat16 rounds W_i by more than theta_i, and the norms with it.
-        Adapters, running statistics and integers go as they are. For fedfrom's strategies; others fail on it.
+        Send the delta of each plain floating-point tensor, its value minus the message's, computed in float32 and sent
+        in this dtype: bfloat16 (True), float16 or float32. A delta keeps digits that the value would lose: at
+        |theta| / |W| = 1e-3, bfloat16 rounds W_i by more than theta_i, and so falsifies the norms. Adapters, running
+        statistics and integers are sent as they are. Only fedfrom's strategies read deltas; others fail on them.
     arrayrecord_key : str (default: "arrays")
         Name of the record with the arrays.
     adapter_name : str (default: "default")
@@ -149,7 +143,7 @@ def reply(
     Raises
     ------
     ValueError
-        A frozen tensor is not what was sent: training it was in vain.
+        A frozen tensor differs from the message's: the client has trained it, and the training would be lost.
     """
     content, frozen = RecordDict({"metrics": MetricRecord(dict(metrics))}), told_frozen(message.content)
     is_adapter = hasattr(model, "peft_config")
@@ -163,13 +157,13 @@ def reply(
     if as_delta:
         _to_deltas(content, message, torch.bfloat16 if as_delta is True else as_delta, arrayrecord_key)
     if statistics is not None:
-        untrained = statistics_of(frozen)
+        untrained = statistics_names(frozen)
         content[STATISTICS_KEY] = to_record({k: value for k, value in statistics.items() if k not in untrained})
     return Message(content=content, reply_to=message)
 
 
 def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayrecord_key: str) -> None:
-    """Put in place of the plain tensors of a reply what was changed of them."""
+    """Replace the plain floating-point tensors of a reply by their deltas."""
     record = model_record(content, arrayrecord_key)
     sent, own = to_state(model_record(message.content, arrayrecord_key), "global arrays"), to_state(record)
     for layer in L.find_layers(own, "this model").values():
@@ -180,7 +174,7 @@ def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayr
             continue
         if key not in sent or sent[key].shape != own[key].shape:
             raise ValueError(f"this model, {key!r}: expected a tensor of the message's, for its delta, found another")
-        start = sent[key].to(own[key].dtype)  # what the model started from: in a narrower dtype than was sent, rounded
+        start = sent[key].to(own[key].dtype)  # the model started from rounded values where its dtype is narrower
         record[key] = delta_array((own[key].to(torch.float32) - start.to(torch.float32)).to(dtype))
 
 

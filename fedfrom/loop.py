@@ -1,11 +1,9 @@
-"""The loop over a run's rounds: training, evaluation, waiting for replies, checkpoints, and going on from one."""
+"""The loop over a run's rounds: training, evaluation, checkpoints, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedfrom.checkpoint import Checkpoint, Checkpoints
+from fedfrom.fingerprint import run_settings
 from fedfrom.random_states import random_states, set_random_states
 from fedfrom.rounds import RoundReport
 from fedfrom.skipped import Skipped
@@ -24,25 +23,23 @@ from fedfrom.wire.digests import digests
 from fedfrom.wire.pulling import send_and_receive
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
-# what may differ between a run and the one it goes on with
-STORAGE = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 
 
 class RoundLoop(FedAvg):
-    """FedAvg with a loop of its own, which pulls replies one by one and can be killed and go on.
+    """FedAvg with a loop of its own, which pulls replies one by one, and resumes a killed run from its checkpoint.
 
-    A strategy that is one says what it carries from round to round: `begin`, `state` and `restore`.
+    `begin`, `state` and `restore` say what is carried from round to round. A subclass that carries more extends them.
 
     Attributes
     ----------
     reports : dict[int, RoundReport]
-        What each training round's merge did, by round.
+        The report of each training round, by round.
     checkpoint : str | Path | None
-        The run's folder.
+        Folder of the run's checkpoints.
     checkpoints_kept : int
-        How many of the newest checkpoints stay.
+        Number of newest checkpoints that stay.
     max_skipped : int | None
-        After how many rounds in a row whose replies were all rejected the run ends.
+        Number of rounds in a row, all of whose replies were rejected, that ends the run.
     on_round : Callable[[RoundReport], object] | None
         Called with each round's report.
     """
@@ -53,18 +50,6 @@ class RoundLoop(FedAvg):
     max_skipped: int | None
     on_round: Callable[[RoundReport], object] | None
     _skipped: Skipped
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Forget all that was carried from an earlier run."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return what is carried from round to round, as plain data with str keys: part of a checkpoint."""
-
-    @abstractmethod
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned when the checkpoint was written."""
 
     def start(
         self,
@@ -78,26 +63,28 @@ class RoundLoop(FedAvg):
     ) -> Result:
         """Run the rounds: Flower's signature, and a Result whose arrays are filled even where rounds are skipped.
 
-        With `checkpoint`, a round is whole once its server evaluation is over and its checkpoint has got its name; so
-        is round 0, the evaluation before the first round. Killed at any instant, the next run with that folder goes on
-        after the last whole round, whose evaluation it does not repeat: with the arrays, metrics, reports and random
-        states (of Python, NumPy and torch, which it sets) of then, so that clients that depend on these alone bring it
-        to the same arrays, to the bit. What clients keep is theirs to save. `initial_arrays` then only says what keys,
-        shapes and dtypes to expect, and where its numbers are not those that the run started from, a warning says that
-        they are not used; num_rounds, timeout and max_skipped may differ, other settings may not (functions can't be
-        compared). Where all rounds are done, it says so and returns at once. The folder is locked meanwhile.
+        With `checkpoint`, a round is whole once its server evaluation is over and its checkpoint is on the disk; round
+        0 is the evaluation before the first round. If the run is killed at any instant, the next run with that folder
+        resumes after the last whole round, and does not repeat its evaluation. The run resumes with the arrays,
+        metrics, reports and random states (of Python, NumPy and torch, which it sets) of that round, so that clients
+        that depend on these alone bring it to the same arrays, to the bit. Clients save their own state themselves.
 
-        A checkpoint that can't be written ends the run before training starts. From then on it is logged as an error,
-        the one before stays, and training goes on: the next round tries again.
+        A resumed run takes only the expected keys, shapes and dtypes from `initial_arrays`; a warning says where its
+        numbers are not those that the run started from. Its num_rounds, timeout and max_skipped may differ, as may the
+        other settings that change no number; the rest may not, except functions, which can't be compared. Where all
+        rounds are done, a log line says so and the result is returned at once. The folder is locked during the run.
+
+        A checkpoint that can't be written before training starts ends the run. Later that is logged as an error, the
+        last checkpoint stays, and training goes on: the next round tries again.
 
         Parameters
         ----------
         grid : Grid
-            What sends messages to the nodes.
+            Sends messages to the nodes.
         initial_arrays : ArrayRecord
             The global adapter's or model's arrays.
         num_rounds : int (default: 3)
-            How many rounds.
+            Number of rounds.
         timeout : float (default: 3600)
             Seconds to wait for the replies of a round.
         train_config, evaluate_config : ConfigRecord | None (default: None)
@@ -108,20 +95,20 @@ class RoundLoop(FedAvg):
         Returns
         -------
         Result
-            The final arrays and the metrics of all rounds, those before a resume too.
+            The final arrays, and the metrics of all rounds, those before a resume included.
 
         Raises
         ------
         ValueError
-            No reply to the initial arrays could be merged; or the checkpoint is damaged, of a run with other settings
-            or of more than num_rounds rounds, or its folder is in use or holds something else: see
+            No reply to the initial arrays could be merged. Or the checkpoint is damaged, belongs to a run with other
+            settings, or has more than num_rounds rounds; or its folder is in use or holds other files: see
             `fedfrom.checkpoint.Checkpoints`.
         OSError
-            Before training: the checkpoint can't be written.
+            The checkpoint can't be written before training starts.
         RuntimeError
-            Too few nodes came in `node_timeout`; or all replies of `max_skipped` rounds in a row were rejected, or
-            replies or errors came and no round merged anything. With `checkpoint` the same command repeats the last
-            round.
+            Too few nodes connected within `node_timeout`; or all replies of `max_skipped` rounds in a row were
+            rejected; or replies or errors came, and no round merged anything. With `checkpoint`, the same command
+            repeats the last round.
         """
         megabytes = sum(len(array.data) for array in initial_arrays.values()) / 2**20
         log.info("Starting %s strategy: %d rounds, %.2f MB of arrays", type(self).__name__, num_rounds, megabytes)
@@ -130,12 +117,11 @@ class RoundLoop(FedAvg):
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result(arrays=initial_arrays)
         self.begin()
-        self._skipped = Skipped()
         start, done = time.perf_counter(), -1
         with ExitStack() as stack:
             checkpoints = None
             if self.checkpoint is not None:
-                settings = self._settings(initial_arrays, train_config, evaluate_config)
+                settings = run_settings(self, initial_arrays, train_config, evaluate_config)
                 checkpoints = stack.enter_context(
                     Checkpoints(self.checkpoint, self.checkpoints_kept, settings, digests(initial_arrays))
                 )
@@ -150,7 +136,7 @@ class RoundLoop(FedAvg):
                     self._train_and_evaluate(server_round, result, grid, timeout, train_config, evaluate_config)
                 self._evaluate_on_server(server_round, result, evaluate_fn)
                 self._tell(server_round, result)
-                # before the round is whole: a run that is started again, with clients put right, repeats it
+                # before the checkpoint: a run that is started again, with corrected clients, repeats this round
                 self._skipped.check(self.max_skipped, server_round == num_rounds)
                 if checkpoints is not None:
                     self._save(checkpoints, server_round, result)
@@ -167,7 +153,7 @@ class RoundLoop(FedAvg):
         train_config: ConfigRecord,
         evaluate_config: ConfigRecord,
     ) -> None:
-        """Let the clients train, then evaluate, and put into `result` what came of it."""
+        """Let the clients train, then evaluate, and put the new arrays and metrics into `result`."""
         messages = self.configure_train(server_round, result.arrays, train_config, grid)
         replies = send_and_receive(grid, messages, timeout) if messages else []
         arrays, metrics = self.aggregate_train(server_round, replies)
@@ -198,7 +184,7 @@ class RoundLoop(FedAvg):
             result.evaluate_metrics_serverapp[server_round] = metrics
 
     def _tell(self, server_round: int, result: Result) -> None:
-        """Put what the round scored into its report, and hand that to `on_round`."""
+        """Add the round's metrics to its report, and call `on_round` with the report."""
         if (report := self.reports.get(server_round)) is None:
             return
         found = {
@@ -214,34 +200,33 @@ class RoundLoop(FedAvg):
             except Exception:
                 log.exception("on_round: round %d: training goes on", server_round)
 
+    # --- What is carried from round to round --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget what was carried from an earlier run."""
+        self.reports, self._skipped = {}, Skipped()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is carried from round to round, as plain data with str keys: part of a checkpoint."""
+        reports = {str(server_round): report.to_dict() for server_round, report in self.reports.items()}
+        return {"reports": reports, "skipped": self._skipped.to_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned when the checkpoint was written."""
+        self.reports = {int(number): RoundReport.from_dict(report) for number, report in state["reports"].items()}
+        self._skipped = Skipped.from_dict(state.get("skipped", Skipped().to_dict()))
+
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
-    def _settings(
-        self, initial_arrays: ArrayRecord, train_config: ConfigRecord, evaluate_config: ConfigRecord
-    ) -> dict[str, Any]:
-        """Return what a resumed run must share with the one before: the constructors' arguments, arrays and configs."""
-        inits = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
-        names = {name for init in inits for name in inspect.signature(init).parameters}
-        arguments = {name: getattr(self, name) for name in sorted(names - STORAGE) if hasattr(self, name)}
-        if arguments.get("lora_config") is not None:  # who wrote it is no setting
-            arguments["lora_config"] = {k: v for k, v in arguments["lora_config"].items() if k != "peft_version"}
-        configs = {"train_config": train_config, "evaluate_config": evaluate_config}
-        sent = {
-            name: {key: value for key, value in config.items() if key != "server-round"}
-            for name, config in configs.items()
-        }
-        arrays = {key: f"{array.dtype} {tuple(array.shape)}" for key, array in initial_arrays.items()}
-        return {"strategy": type(self).__name__, **arguments, **sent, "initial_arrays": arrays}
-
     def _resume(self, checkpoints: Checkpoints, num_rounds: int) -> Checkpoint | None:
-        """Return the checkpoint to go on from and become what the strategy was then; None where there is none."""
+        """Return the checkpoint to resume from, with the strategy's state restored; None where there is none."""
         saved = checkpoints.newest()
         if saved is None:
             return None
         if saved.server_round > num_rounds:
             raise ValueError(
                 f"num_rounds: expected {saved.server_round} or more, the rounds that the checkpoint in "
-                f"{checkpoints.path} has behind it, found {num_rounds}"
+                f"{checkpoints.path} has completed, found {num_rounds}"
             )
         if saved.server_round < num_rounds:
             checkpoints.rehearse(saved)

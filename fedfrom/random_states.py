@@ -1,4 +1,4 @@
-"""The states of the global random generators, which a run that goes on starts from."""
+"""The states of the global random generators, which a resumed run restores."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of the global generators of Python, NumPy and torch, as JSON's values.
+    """Return the states of the global generators of Python, NumPy and torch, as JSON values.
 
-    fedfrom draws from none of them, but clients in this process and evaluation functions may.
+    fedfrom draws from none of them, but clients in the same process and evaluation functions may.
     """
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
         "torch": _hex(torch.get_rng_state()),
-        # looking would wake up CUDA where nobody uses it
+        # asking for them would initialise CUDA where nobody uses it
         "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
     }
     return json.loads(json.dumps(states, default=lambda array: array.tolist()))

@@ -1,14 +1,18 @@
-"""What a strategy says of each round."""
+"""The report of each training round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from flwr.app import MetricRecord
+from flwr.app import Message, MetricRecord
 
 from fedfrom.merging import MergeReport
+from fedfrom.outcome import Outcome
+from fedfrom.wire.contents import array_bytes
+from fedfrom.wire.pulling import Arriving
 
 
 @dataclass(frozen=True)
@@ -20,25 +24,29 @@ class RoundReport:
     nodes : list[int]
         Ids of the nodes whose replies were merged, in the order of every list in `merge`.
     valid : int
-        How many replies were valid; a greedy soup merges some of them.
-    rejected, failed : dict[int, str]
-        Node id -> why its reply was rejected, and what error it replied with.
+        Number of valid replies; a greedy soup merges some of them.
+    rejected : dict[int, str]
+        Node id -> why its reply was rejected.
+    failed : dict[int, str]
+        Node id -> the error that it replied with.
     missing : list[int]
         Ids of the nodes that did not reply in time.
     merge : MergeReport | None
         None where the round was skipped.
     seconds : float
-        Spent reading, merging and writing; not waiting for replies.
+        Time spent reading, merging and writing; time spent waiting for replies is not in it.
     reasons : dict[str, int]
-        Kind of rejection -> how many replies: see `fedfrom.wire.reply.Rejection`.
+        Kind of rejection -> number of replies: see `fedfrom.wire.reply.Rejection`.
     examples_capped : int
-        Replies whose num-examples counted for less than they said.
-    bytes_down, bytes_up : int
-        Of the arrays that nodes were sent to train, and of those in their replies, rejected ones too.
+        Number of valid replies whose num-examples counted for less than the client said.
+    bytes_down : int
+        Bytes of the arrays that nodes were sent to train.
+    bytes_up : int
+        Bytes of the arrays in their replies, rejected replies included.
     server_round : int
-        Which round it was.
+        The round's number.
     scores : dict[str, dict[str, Any]]
-        The round's metrics, once it is over: of "train" and "evaluate" as aggregated, and of "server".
+        The round's metrics, once the round is over: "train" and "evaluate" as aggregated, and "server".
     """
 
     nodes: list[int]
@@ -55,8 +63,50 @@ class RoundReport:
     server_round: int = 0
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        server_round: int,
+        outcome: Outcome,
+        failed: Mapping[int, str],
+        asked: Sequence[Message],
+        arriving: Arriving,
+    ) -> Self:
+        """Return the report of a round that has just been merged or skipped.
+
+        Parameters
+        ----------
+        server_round : int
+            The round's number.
+        outcome : Outcome
+            What came of the replies.
+        failed : Mapping[int, str]
+            Node id -> the error that it replied with.
+        asked : Sequence[Message]
+            The round's messages to the nodes.
+        arriving : Arriving
+            The replies, all of which have been read.
+        """
+        valid, rejected, merge = outcome.valid, outcome.rejected, outcome.merge
+        nodes = {message.metadata.dst_node_id for message in asked}
+        return cls(
+            # a greedy soup leaves some valid replies out
+            nodes=[reply.node_id for reply in valid if merge is not None and reply.who in merge.clients],
+            valid=len(valid),
+            rejected={node_id: reason for node_id, (_, reason) in rejected.items()},
+            failed=dict(failed),
+            missing=sorted(nodes - {*(reply.node_id for reply in valid), *rejected, *failed}),
+            merge=merge,
+            seconds=arriving.seconds(),
+            reasons=dict(Counter(sorted(kind for kind, _ in rejected.values()))),
+            examples_capped=outcome.examples_capped,
+            bytes_down=sum(array_bytes(message.content) for message in asked),
+            bytes_up=arriving.bytes,
+            server_round=server_round,
+        )
+
     def numbers(self) -> dict[str, float]:
-        """Return all of `scores` that are single numbers, as "train/loss" and the like."""
+        """Return the single numbers among `scores`, named "train/loss" and the like."""
         return {
             f"{kind}/{name}": float(value)
             for kind, metrics in self.scores.items()
@@ -70,13 +120,13 @@ class RoundReport:
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> Self:
-        """Return the report whose `to_dict` this is, as it comes out of JSON too, where all keys are strings."""
+        """Return the report that `to_dict` wrote, also from JSON, which turns all keys into strings."""
         by_node = {name: {int(node): why for node, why in report[name].items()} for name in ("rejected", "failed")}
         merged = None if report["merge"] is None else MergeReport.from_dict(report["merge"])
         return cls(**{**report, **by_node, "merge": merged})
 
     def metrics(self) -> MetricRecord:
-        """Return what a user wants to see of each round, as numbers."""
+        """Return the round's main figures as a MetricRecord, which `start` adds to the clients' training metrics."""
         metrics: dict[str, Any] = {
             "replies-valid": self.valid,
             "replies-rejected": len(self.rejected),

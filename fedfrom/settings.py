@@ -1,19 +1,72 @@
-"""The ranges of a strategy's settings: FedAvg's own, which Flower does not check, and those of the screening.
+"""The settings of a strategy: their names, their ranges, and which options are the method's.
 
-A wrong one would show up in mid-run, or never.
+Flower does not check FedAvg's arguments. A wrong one would show up in the middle of a run, or never.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+from flwr.serverapp.strategy import FedAvg
+
+from fedfrom.closest import did_you_mean
+from fedfrom.merging import methods
+from fedfrom.merging.inputs import check_clip, check_safe, check_server_lr
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.registry import make_method, method_options
+from fedfrom.numeric import is_number, is_whole
+
+log = logging.getLogger("flwr")  # where Flower's own strategies log
+
+FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
+"""FedAvg's arguments."""
+
+RUN = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
+"""Settings that change no number that a run computes: a resumed run may have others than the run before."""
+
+_SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
+_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *RUN}
 
 _FRACTIONS = ("fraction_train", "fraction_evaluate")
 _COUNTS = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
 _FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
+
+
+def method_from(method: str | Method, options: Mapping[str, Any], seed: int, strategy: type) -> Method:
+    """Return a strategy's merging method.
+
+    Parameters
+    ----------
+    method : str | Method
+        A method, or the name of one.
+    options : Mapping[str, Any]
+        The options that are left for a method given by name.
+    seed : int
+        The strategy's seed, for methods that have a seed and were given none.
+    strategy : type
+        The class whose constructor was called, for the error.
+
+    Raises
+    ------
+    ValueError
+        An option is unknown, or out of its range.
+    """
+    if not isinstance(method, str) or method not in methods():
+        return make_method(method, **options)
+    known = method_options(method)
+    if unknown := sorted(options.keys() - known):
+        expected = sorted(known | _OWN | FEDAVG)
+        meant = did_you_mean(unknown, [*expected, *inspect.signature(strategy).parameters])
+        if "grid" in unknown and "search" in known:
+            meant = "; the k to try are search={'k': ...}"
+        raise ValueError(f"{strategy.__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}")
+    return make_method(method, **{"seed": seed, **options} if "seed" in known else options)
 
 
 def check_fedavg(arguments: Mapping[str, Any]) -> None:
@@ -22,8 +75,8 @@ def check_fedavg(arguments: Mapping[str, Any]) -> None:
     Parameters
     ----------
     arguments : Mapping[str, Any]
-        Those that are given, by name: fractions in [0, 1] (0 leaves training or evaluation out), whole numbers of nodes
-        >= 0, keys of text, functions or None. Others are not looked at.
+        The given arguments, by name: fractions in [0, 1] (0 leaves training or evaluation out), whole numbers of nodes
+        >= 0, non-empty keys, functions or None. Other arguments are not checked.
     """
     for name, value in arguments.items():
         is_number = isinstance(value, Real) and not isinstance(value, bool)
@@ -38,13 +91,60 @@ def check_fedavg(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected a function {signature} or None, found {value!r}")
 
 
+def check_merge(method: Method, server_lr: float | str, clip: float | None) -> None:
+    """Raise ValueError where a setting of the merge is out of its range, or not one for the method."""
+    check_server_lr(server_lr)
+    check_safe(server_lr, method.candidates())
+    check_clip(clip)
+
+
 def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
-    """Raise ValueError where a setting of the screening is out of range."""
-    if examples_cap is not None and (not isinstance(examples_cap, int | float) or not 1 <= examples_cap < math.inf):
+    """Raise ValueError where a setting of the screening is out of its range."""
+    if examples_cap is not None and (not is_number(examples_cap) or not 1 <= examples_cap < math.inf):
         raise ValueError(f"examples_cap: expected a finite number >= 1 or None, found {examples_cap!r}")
-    if not isinstance(min_valid_replies, int) or min_valid_replies < 1:
+    if not is_whole(min_valid_replies) or min_valid_replies < 1:
         raise ValueError(f"min_valid_replies: expected a whole number >= 1, found {min_valid_replies!r}")
     if select not in (None, "multikrum"):
         raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
-    if not isinstance(attackers, int) or attackers < 0 or (attackers > 0 and select is None):
+    if not is_whole(attackers) or attackers < 0 or (attackers > 0 and select is None):
         raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")
+
+
+def check_run(
+    node_timeout: float, memory_budget: float | None, on_round: Any, max_skipped: int | None, checkpoints_kept: int
+) -> None:
+    """Raise ValueError where a setting of the run, one of `RUN`, is out of its range."""
+    if not is_number(node_timeout) or not node_timeout >= 0:
+        raise ValueError(f"node_timeout: expected seconds >= 0, found {node_timeout!r}")
+    if memory_budget is not None and (not is_number(memory_budget) or not memory_budget >= 0):
+        raise ValueError(f"memory_budget: expected bytes >= 0 or None, found {memory_budget!r}")
+    if on_round is not None and not (callable(on_round) and _takes_one(on_round)):
+        raise ValueError(f"on_round: expected a function that takes a round's report, or None, found {on_round!r}")
+    if max_skipped is not None and not (is_whole(max_skipped) and max_skipped >= 1):
+        raise ValueError(f"max_skipped: expected a whole number of rounds >= 1 or None, found {max_skipped!r}")
+    if not is_whole(checkpoints_kept) or checkpoints_kept < 1:
+        raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Return whether a function can be called with one argument; of a builtin without a signature, True."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature is known
+        return True
+    return True
+
+
+def log_settings(strategy: Any) -> None:
+    """Log the settings of a `FedMerge` that are not FedAvg's."""
+    names = ("server_lr", "clip", "examples_cap", "min_valid_replies", "max_skipped", "select", "frozen", "seed")
+    settings = {name: getattr(strategy, name) for name in names}
+    settings |= {"lora_config": strategy.lora_config is not None, "checkpoint": strategy.checkpoint}
+    method = strategy.method
+    log.info("\t├──> Merging: %s", ", ".join(f"{name}: {value}" for name, value in method.settings().items()))
+    if method.k == math.inf and method.scope == "layer" and strategy.clip is not None:
+        shared = "in each layer the updates that clip shortens share the weight; clip=None gives it to the largest"
+        log.info("\t│\t├── k is infinite: %s", shared)
+    log.info("\t│\t└── %s", ", ".join(f"{name}: {value}" for name, value in settings.items()))

@@ -1,13 +1,15 @@
-"""Rounds that merge nothing: how many there may be before the run is an error, and what it says."""
+"""Rounds that merge nothing: how many of them end the run, and what the error says."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from fedfrom.outcome import Outcome
 from fedfrom.wire.rejections import Kind, by_kind
-from fedfrom.wire.reply import Rejection
+from fedfrom.wire.wording import num_replies
 
 _REMEDIES = {
     "keys": "compare the clients' keys with those of initial_arrays",
@@ -19,33 +21,28 @@ _REMEDIES = {
 }
 
 
-def check_max_skipped(most: int | None) -> None:
-    """Raise ValueError where the number of rounds is neither a whole number >= 1 nor None."""
-    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise ValueError(f"max_skipped: expected a whole number of rounds >= 1 or None, found {most!r}")
-
-
 @dataclass(frozen=True)
 class Skipped:
-    """What a run has seen so far of rounds in which replies came and every one of them was rejected.
+    """The rounds of a run so far that merged nothing.
+
+    A round counts as rejected where replies came and all of them were rejected.
 
     Attributes
     ----------
     in_a_row : int (default: 0)
-        Such rounds since one in which a reply was valid. Rounds without any reply are not looked at.
+        Rejected rounds since the last valid reply. Rounds without replies in between are ignored.
     is_newest : bool (default: False)
-        Whether the newest round was such a one.
+        Whether the newest round is a rejected one.
     rounds : int (default: 0)
-        Such rounds since one merged something.
+        Rejected rounds since the last merge.
     has_merged : bool (default: False)
         Whether any round of the run merged something.
     kinds : dict[str, Kind]
-        The rejections of `rounds`, by their kind, with the newest example of each.
+        The rejections of those `rounds`, by kind, with the newest example of each.
     failures : int (default: 0)
-        Other rounds that merged nothing, though something came: too few valid replies, a merge that failed, or errors
-        alone.
+        Other rounds that merged nothing: too few valid replies, a merge that failed, or errors alone.
     failure : str (default: "")
-        Why, in the newest of them.
+        Why the newest of these merged nothing.
     """
 
     in_a_row: int = 0
@@ -56,41 +53,39 @@ class Skipped:
     failures: int = 0
     failure: str = ""
 
-    def after(self, *, merged: bool, valid: bool, rejected: Mapping[int, Rejection], failure: str = "") -> Self:
-        """Return what is known after another round.
+    def after(self, outcome: Outcome, failed: Mapping[int, str]) -> Self:
+        """Return the value after another round.
 
         Parameters
         ----------
-        merged : bool
-            Whether the round merged something.
-        valid : bool
-            Whether a reply was valid: one that is not merged, as too few others came, or as the merge failed, still
-            ends the row, since it is not the clients' replies that can't be merged.
-        rejected : Mapping[int, Rejection]
-            Why which nodes' replies were rejected. Replies that are errors are not among them: a round of errors alone
-            is one without replies.
-        failure : str (default: "")
-            Why else the round merged nothing; "" where nothing came.
+        outcome : Outcome
+            What came of the round's replies. A valid reply ends the row even where it was not merged, because the merge
+            failed or too few others came: the clients' replies fit the server.
+        failed : Mapping[int, str]
+            Node id -> the error that it replied with. A round of errors alone neither counts as rejected nor ends the
+            row.
         """
-        if merged:
+        if outcome.merge is not None:
             return type(self)(has_merged=True)
-        if rejected and not valid:
+        if outcome.rejected and not outcome.valid:
             kinds = dict(self.kinds)
-            for kind, new in by_kind(rejected).items():
+            for kind, new in by_kind(outcome.rejected).items():
                 kinds[kind] = new._replace(times=new.times + (kinds[kind].times if kind in kinds else 0))
             return replace(self, in_a_row=self.in_a_row + 1, is_newest=True, rounds=self.rounds + 1, kinds=kinds)
-        after = replace(self, is_newest=False, in_a_row=0 if valid else self.in_a_row)
-        return replace(after, failures=self.failures + 1, failure=failure) if failure else after
+        after = replace(self, is_newest=False, in_a_row=0 if outcome.valid else self.in_a_row)
+        reason = outcome.reason if outcome.valid or not failed else _errors_alone(failed)
+        return replace(after, failures=self.failures + 1, failure=reason) if reason else after
 
     def check(self, most: int | None, is_last: bool) -> None:
-        """Raise RuntimeError where too many rounds were such: clients and server don't fit each other.
+        """Raise RuntimeError where too many rounds were rejected: clients and server do not fit each other.
 
         Parameters
         ----------
         most : int | None
-            How many rounds in a row may be such; None is any number.
+            Rejected rounds in a row that end the run; None is no bound.
         is_last : bool
-            Whether the run has no further round. One that merged nothing, though replies came, is an error then.
+            Whether the run has no further round. A run that merged nothing, though replies or errors came, then ends in
+            an error.
         """
         if most is not None and self.is_newest and self.in_a_row >= most:
             raise RuntimeError(
@@ -99,19 +94,19 @@ class Skipped:
             )
         if not is_last or self.has_merged:
             return
-        if self.failures and not self.rounds:
-            raise RuntimeError(
-                f"expected at least one round that merges its replies, found none: {self.failures} "
-                f"{_rounds(self.failures)} merged nothing, the last one because of: {self.failure}"
-            )
         if self.rounds:
             raise RuntimeError(
                 f"expected at least one round that merges a reply, found none: in {self.rounds} {_rounds(self.rounds)} "
                 f"all replies were rejected: {self._why()}"
             )
+        if self.failures:
+            raise RuntimeError(
+                f"expected at least one round that merges its replies, found none: {self.failures} "
+                f"{_rounds(self.failures)} merged nothing, the last one because of: {self.failure}"
+            )
 
     def _why(self) -> str:
-        """Return the most frequent kind of rejection with its example, and what to do."""
+        """Return the most frequent kind of rejection with its example, and a remedy."""
         kind, (times, node_id, reason) = max(self.kinds.items(), key=lambda item: item[1].times)
         total = sum(each.times for each in self.kinds.values())
         remedy = _REMEDIES.get(kind, "correct what the clients send")
@@ -125,6 +120,13 @@ class Skipped:
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
         """Return what `to_dict` wrote."""
         return cls(**{**saved, "kinds": {kind: Kind(*found) for kind, found in saved["kinds"].items()}})
+
+
+def _errors_alone(failed: Mapping[int, str]) -> str:
+    """Return the most frequent error of a round in which every reply is an error, with one node that sent it."""
+    reason = Counter(failed.values()).most_common(1)[0][0]
+    node_id = next(node_id for node_id, found in failed.items() if found == reason)
+    return f"{num_replies(len(failed))}, errors alone, such as node {node_id}'s: {reason}"
 
 
 def _rounds(count: int) -> str:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.blocks import RUN, RUNS, sampled
+from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
 
 
 class StoredFile(ABC):
@@ -98,7 +98,7 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.linalg.blocks.sampled` does of all its entries; no others are read."""
+        """Return what `fedfrom.merging.linalg.samples.sampled` does of all its entries; no others are read."""
         numel = self.numel()
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:

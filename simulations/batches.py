@@ -1,4 +1,4 @@
-"""Tokenised examples, and the order in which a client sees them."""
+"""Tokenised examples, and the order in which a client trains on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simulations.options import Options
 
@@ -15,7 +16,7 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of examples, not padded yet, and their labels."""
+    """Token ids of examples without padding, and their labels."""
 
     rows: list[dict[str, list[int]]]
     labels: Tensor  # (n,) int64 classes or float32 scores
@@ -26,11 +27,8 @@ class Tokens:
 
     def batch(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Return inputs padded to the longest of the chosen examples, and their labels."""
-        longest = max(len(self.rows[row]["input_ids"]) for row in chosen)
         inputs = {
-            name: torch.tensor(
-                [self.rows[row][name] + [value] * (longest - len(self.rows[row][name])) for row in chosen]
-            )
+            name: pad_sequence([torch.tensor(self.rows[row][name]) for row in chosen], True, value)
             for name, value in self.pad.items()
         }
         return inputs, self.labels[chosen]
@@ -40,7 +38,7 @@ class Tokens:
         return Tokens([self.rows[row] for row in chosen], self.labels[chosen], self.pad)
 
     def by_length(self) -> list[list[int]]:
-        """Return evaluation batches of examples of like length, so that little is padded."""
+        """Return evaluation batches of examples sorted by length, which need little padding."""
         order = sorted(range(len(self)), key=lambda row: len(self.rows[row]["input_ids"]))
         return [order[start : start + EVALUATION_BATCH] for start in range(0, len(order), EVALUATION_BATCH)]
 
@@ -48,7 +46,7 @@ class Tokens:
 def tokenise(examples: datasets.Dataset, tokenizer: Any, options: Options, regression: bool) -> Tokens:
     """Return the examples as token ids, cut to `--max-length`."""
     pairs = list(examples["pair"]) if "pair" in examples.column_names else None
-    # A pair's longer half is cut first, so that a long premise never pushes the hypothesis out.
+    # The tokenizer cuts a pair's longer half first: a long premise never removes the hypothesis.
     encoded = tokenizer(list(examples["text"]), pairs, truncation=True, max_length=options.max_length)
     pad = dict.fromkeys(encoded, 0)
     pad["input_ids"] = tokenizer.pad_token_id or 0
@@ -58,16 +56,16 @@ def tokenise(examples: datasets.Dataset, tokenizer: Any, options: Options, regre
 
 
 def training_batches(count: int, options: Options, seed: int) -> Iterator[list[int]]:
-    """Yield the examples of each optimiser step of one round.
+    """Yield the rows of each optimiser step of one round.
 
     Parameters
     ----------
     count : int
-        Number of examples the client has.
+        Number of the client's examples.
     options : Options
-        Batch size, and steps or epochs. A pass that ends before the steps do is followed by another.
+        Batch size, and steps or epochs. Where one pass has too few steps, another pass follows.
     seed : int
-        Fixes the order; another for each client and round.
+        Fixes the order. Each client and round has its own.
     """
     generator = torch.Generator().manual_seed(seed)
     taken, epoch = 0, 0

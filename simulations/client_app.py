@@ -1,7 +1,7 @@
-"""The Flower ClientApp: a client trains the global model on its own share of the data, and sends it back.
+"""The Flower ClientApp: a client trains the global model on its own share of the data, and replies with its weights.
 
-`fedfrom.client` loads and replies whatever strategy the server runs, FedAvg too; those that merge by statistics of the
-clients' data get them beside the weights.
+`fedfrom.client` loads the message and builds the reply for every strategy, FedAvg included. For strategies that merge
+by statistics of the clients' data, the reply has the statistics beside the weights.
 """
 
 import dataclasses
@@ -13,17 +13,16 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from simulations import environment
-from simulations.options import OWN, Options
+from simulations.options import ABOUT, OWN, Options
 
 environment.quiet()
 
 app = ClientApp()
-ABOUT = "simulation"  # the reply's record of who trained and how fast; aggregated by no strategy
 
 
 @app.query()
 def prepare(message: Message, context: Context) -> Message:
-    """Load data and model ahead of the first round, so that no strategy's rounds pay for it."""
+    """Load data and model before the first round, so that no round's seconds include it."""
     worker, partition_id = _worker_of(message, context)
     worker.model(worker.options.client_rank(partition_id))
     worker.tokens(partition_id)
@@ -32,9 +31,9 @@ def prepare(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train for one round and reply with the weights, what they were trained on, and how it went."""
+    """Train for one round; reply with the weights, the number of examples, the loss and the speed."""
     from fedfrom import client
-    from simulations import statistics, training
+    from simulations import client_statistics, training
 
     config = message.content.config_records["config"]
     server_round = int(str(config["server-round"]))
@@ -45,8 +44,8 @@ def train(message: Message, context: Context) -> Message:
     tokens = worker.tokens(partition_id)[0]
     seed = training.round_seed(options.seed, server_round, partition_id)
     done = training.train(model, tokens, options, seed)
-    kind = statistics.needed(str(config.get("strategy", "fedavg")))
-    found = None if kind is None else statistics.compute(kind, model, tokens, options, seed)
+    kind = client_statistics.needed(str(config.get("strategy", "fedavg")))
+    found = None if kind is None else client_statistics.compute(kind, model, tokens, options, seed)
     speed = done.examples / max(done.seconds, 1e-9)
     metrics = {"num-examples": len(tokens), "loss": done.loss, "steps": done.steps, "examples-per-second": speed}
     reply = client.reply(model, message, metrics, statistics=found)
@@ -57,7 +56,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the global model on the examples that the client keeps out of its training."""
+    """Evaluate the global model on the client's own examples that it does not train on."""
     from fedfrom import client
     from simulations import training
 
@@ -66,7 +65,7 @@ def evaluate(message: Message, context: Context) -> Message:
     client.load(model, message)
     tokens = worker.tokens(partition_id)[1]
     scores = training.evaluate(model, tokens, worker.share(partition_id).task.name)
-    # One key for all clients, also where they have different tasks: aggregation wants equal keys.
+    # The same key for every task: Flower's aggregation needs equal keys.
     metrics = MetricRecord({"num-examples": len(tokens), "loss": scores["loss"], "score": scores["score"]})
     return Message(RecordDict({"metrics": metrics, ABOUT: _about(partition_id)}), reply_to=message)
 
@@ -84,13 +83,13 @@ def _worker_of(message: Message, context: Context) -> tuple["Worker", int]:
         raise RuntimeError('the node has no share of the data: give --node-config "partition-id=0 num-partitions=4"')
     if not own and int(node["num-partitions"]) != options.clients:
         raise RuntimeError(f"the node has 1 of {node['num-partitions']} shares, the run {options.clients} clients")
-    if "glue-dir" in node:  # where this machine keeps the data; the options name the server's folder
+    if "glue-dir" in node:  # this machine's folder; the options name the server's
         options = dataclasses.replace(options, glue_dir=str(node["glue-dir"]))
     return _worker(options), int(node["partition-id"])
 
 
 class Worker:
-    """What a client process keeps between rounds: data, tokens and models, so that a round costs its training."""
+    """Data, tokens and models of a client process, kept between rounds: a round then takes the time of its training."""
 
     def __init__(self, options: Options) -> None:
         environment.prepare(options.needs_hub)
@@ -99,7 +98,7 @@ class Worker:
         from simulations import models, partitions, tasks
 
         if not torch.cuda.is_available():
-            torch.set_num_threads(1)  # one process a core; more threads only take turns
+            torch.set_num_threads(1)  # there is one process a core already
         self.options = options
         self._own = options.partition == OWN
         loaded = tasks.load(options, (tasks.TRAIN,) if self._own else (tasks.TRAIN, tasks.HELD_OUT))
@@ -110,7 +109,7 @@ class Worker:
         self._tokens: dict[int, Any] = {}
 
     def model(self, rank: int) -> Any:
-        """Return the model of this rank; whatever was trained in it is overwritten by the next load."""
+        """Return the model of this rank. Its weights are those of the last training: load new ones first."""
         from simulations import models
 
         if rank not in self._models:
@@ -118,11 +117,11 @@ class Worker:
         return self._models[rank]
 
     def share(self, partition_id: int) -> Any:
-        """Return a client's training examples and their task; a site's own folder holds its share alone."""
+        """Return a client's training examples and their task. With `--partition own` the folder holds one share."""
         return self.shares[0 if self._own else partition_id]
 
     def tokens(self, partition_id: int) -> Any:
-        """Return a client's training examples and those it keeps for its own evaluation."""
+        """Return a client's training examples, and the examples of its own evaluation."""
         from simulations.batches import tokenise
 
         if partition_id not in self._tokens:

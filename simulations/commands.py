@@ -1,38 +1,58 @@
-"""What every command line of the simulations has in common: bad arguments are one line, and exit code 2."""
+"""The command lines of the simulations: options from a dataclass, and each error on one line with an exit code."""
 
+import contextlib
 import dataclasses
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 
+from fedfrom.errors import BadInput
+from simulations.options import flag, read
+
+Command = Callable[..., None]
+
 
 def execute(app: typer.Typer, name: str) -> NoReturn:
-    """Run a command and exit; what its parser refuses is said in one line, as what the command itself refuses.
+    """Run a command and exit. The parser's own errors take one line as well.
 
     Parameters
     ----------
     app : typer.Typer
         The command.
     name : str
-        What its help calls it.
+        The command's name in its help.
     """
     try:
         code: Any = app(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
-        code = ended(f"{error.format_message()} (see {name} --help)", error.exit_code).exit_code
+        code = _ended(f"{error.format_message()} (see {name} --help)", error.exit_code).exit_code
     except click.Abort:
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def ended(reason: object, code: int) -> typer.Exit:
-    """Say on one line why a command ends, and return what ends it with that exit code."""
+@contextlib.contextmanager
+def errors_on_one_line() -> Iterator[None]:
+    """End the command with code 2 where the user's input can't be used, and with code 1 where the run fails."""
+    try:
+        yield
+    except BadInput as error:
+        raise _ended(error, 2) from None
+    except PermissionError as error:
+        reason = f"{error.filename}: can't be read or written: {error.strerror}; check its rights"
+        raise _ended(reason, 2) from None
+    except RuntimeError as error:
+        raise _ended(error, 1) from None
+
+
+def _ended(reason: object, code: int) -> typer.Exit:
+    """Print one line on stderr and return the exception that ends a command with this code."""
     print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
     return typer.Exit(code)
 
@@ -50,42 +70,62 @@ def commands(runs: Sequence[Any]) -> typer.Typer:
     return app
 
 
-def with_options(run: Callable[..., None], options: type, **flags: str) -> Callable[..., None]:
-    """Return a function of keywords as a command whose options are a dataclass's fields, and flags.
+def takes(
+    options: type, preset: Mapping[str, Any] | None = None, /, **flags: str
+) -> Callable[[Callable[..., None]], Command]:
+    """Make a function of a dataclass a command whose options are the dataclass's fields.
 
     Parameters
     ----------
-    run : Callable[..., None]
-        Is handed each option's value by its name, None where it was not given, so that a preset can change what was
-        left open; and each flag as a bool.
     options : type
-        A dataclass of `simulations.options.option` fields.
+        A dataclass of `simulations.options.option` and `argument` fields. The function is given an instance of it.
+    preset : Mapping[str, Any] | None (default: None)
+        Values that the flag "quick" sets. Options that the user gives come first.
     **flags : str
-        The help of each flag, by name.
+        Help of each flag by its name. The function is given each flag but "quick" as a keyword.
+
+    Returns
+    -------
+    Callable
+        Decorates the function. The decorated function takes every option by its name, None where it is not given.
     """
-    hints = typing.get_type_hints(options)
-    parameters = [
-        _parameter(field, hints[field.name]) for field in dataclasses.fields(options) if "help" in field.metadata
-    ]
-    for name, help in flags.items():
-        parameters.append(_keyword(name, Annotated[bool, typer.Option(f"--{name}", help=help)], False))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+
+    def decorate(run: Callable[..., None]) -> Command:
+        def decorated(**given: Any) -> None:
+            chosen = {name: bool(given.pop(name, False)) for name in flags}
+            quick = dict(preset or {}) if chosen.pop("quick", False) else {}
+            asked = {name: value for name, value in given.items() if value is not None}
+            with errors_on_one_line():
+                run(read(options, {**quick, **asked}), **chosen)
+
+        decorated.__name__, decorated.__doc__ = run.__name__, run.__doc__
+        hints = typing.get_type_hints(options)
+        parameters = [
+            _parameter(field, hints[field.name]) for field in dataclasses.fields(options) if "help" in field.metadata
+        ]
+        for name, help in flags.items():
+            parameters.append(_keyword(name, Annotated[bool, typer.Option(flag(name), help=help)], False))
+        decorated.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        decorated.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return decorated
+
+    return decorate
 
 
 def _parameter(field: Any, kind: Any) -> inspect.Parameter:
     listed = typing.get_origin(kind) is tuple
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
-    default: Any = field.default
-    if listed:
-        default = ",".join(map(str, default))
+    help = field.metadata["help"]
+    if metavar := field.metadata.get("metavar"):
+        declared = typer.Argument(metavar=metavar, help=help, show_default=False)
+        if listed:
+            return _keyword(field.name, Annotated[list[typing.get_args(kind)[0]] | None, declared], None)  # type: ignore[misc]
+        return _keyword(field.name, Annotated[kind, declared], inspect.Parameter.empty)
+    default: Any = ",".join(map(str, field.default)) if listed else field.default
     shown = "" if default in (None, "") or kind is bool else f" [default: {default}]"
-    name = "--" + field.name.replace("_", "-")
-    declared = typer.Option(
-        f"{name}/--no-{name[2:]}" if kind is bool else name, help=field.metadata["help"] + shown, show_default=False
-    )
+    name = flag(field.name)
+    declared = typer.Option(f"{name}/--no-{name[2:]}" if kind is bool else name, help=help + shown, show_default=False)
     return _keyword(field.name, Annotated[(str if listed else kind) | None, declared], None)
 
 

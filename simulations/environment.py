@@ -1,4 +1,4 @@
-"""The environment of a quiet run that talks to nobody: set before flwr, ray or Hugging Face are imported."""
+"""Environment variables of a quiet run without network access, set before flwr, ray or Hugging Face are imported."""
 
 import os
 import platform
@@ -26,30 +26,34 @@ QUIET = {
 
 
 def quiet() -> None:
-    """Set what is not set yet, but for the Hub; the libraries read most of these once, when they are imported."""
+    """Set the variables of QUIET that are not set yet; libraries read most of them once, when they are imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # Raised by ray's and flwr's own imports; nothing a user of the simulation can act on.
+    # Raised by the imports of ray and flwr; a user of the simulation can't act on them.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def prepare(online: bool) -> None:
-    """Be quiet, and say whether the Hugging Face Hub may be asked; to be called before its libraries are imported.
+    """Set the variables, with HF_HUB_OFFLINE. Call this before Hugging Face's libraries are imported.
 
     Parameters
     ----------
     online : bool
-        Something named in the options has to come from the Hub. Otherwise the Hub is never asked, so a missing file is
-        an error at once instead of a series of timeouts. A value of HF_HUB_OFFLINE that the user has set stays.
+        Whether the options name a model or data on the Hub. Otherwise the Hub is never asked: a missing file is an
+        error at once, not a series of timeouts. The user's own value of HF_HUB_OFFLINE stays.
     """
     quiet()
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if online else "1")
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> str:
-    """Return what a reader of results wants to know of this machine: cores, processor, memory, GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Return this machine's cores, processor and GPU in one line."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -58,20 +62,19 @@ def machine() -> str:
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{cores} cores of {processor}{gpu}"
-
-
-def given() -> str:
-    """Return the arguments of this process, without the paths of this machine."""
-    return re.sub(r"(--(?:mergekit|spool|out)[ =])\S+", r"\1PATH", " ".join(sys.argv[1:]))
+    return f"{cores()} cores of {processor}{gpu}"
 
 
 def command(program: str) -> str:
-    """Return the command line of a study, after its program's name, without what is this machine's alone."""
-    dropped, kept = False, []
-    for word in sys.argv[2:]:
-        if dropped or word in ("--glue-dir", "--out", "--processes"):
-            dropped = not dropped
-        elif word != "--report":
-            kept.append(shlex.quote(word))
-    return " ".join([program, *kept])
+    """Return the command line of this process, without the paths and the number of processes of this machine.
+
+    Parameters
+    ----------
+    program : str
+        What was run: "python -m simulations.studies paper", a module and perhaps a subcommand.
+    """
+    text = shlex.join(sys.argv[len(program.split()) - 2 :])
+    value = r"[ =]('[^']*'|\S+)"
+    text = re.sub(rf"(^| )--(report\b|(glue-dir|out|processes){value})", "", text)
+    text = re.sub(rf"(--(mergekit|spool)){value}", r"\1 PATH", text)
+    return f"{program} {text.strip()}".strip()

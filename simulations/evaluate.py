@@ -1,53 +1,52 @@
-"""`python -m simulations.evaluate`: scores adapters on the held-out examples of a run, beside what its report says."""
+"""`python -m simulations.evaluate`: scores adapters on the held-out examples of a run, beside the run's own scores."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from fedfrom.errors import BadInput
 from simulations import commands, environment
-from simulations.options import Options
+from simulations.options import Options, argument
 
 
-def run(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A results folder.")],
-    folders: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Adapters (or checkpoints, after --full) of its model."),
-    ] = None,
-) -> None:
+@dataclass(frozen=True)
+class Evaluation:
+    """The folders that are scored."""
+
+    results: Path = argument("RESULTS", "A results folder.")
+    folders: tuple[Path, ...] = argument(
+        "[FOLDER]...", "Adapters (or checkpoints, after --full) of its model.", default=()
+    )
+
+
+@commands.takes(Evaluation)
+def run(asked: Evaluation) -> None:
     """Score the final models of a run, and any other FOLDER, on the run's own held-out examples.
 
-    The first lines are the run's strategies, and what its report says of each: the same, on the same machine.
+    The first lines are the run's strategies, each with the score in the run's report: both are equal on one machine.
 
     Example: python -m simulations.evaluate results/simulation runs/merged
     """
-    try:
-        found, options = _settings(results)
-        environment.prepare(options.needs_hub)
-        from fedfrom.pages.runs import folder_name
-        from simulations.experiment import Experiment
-        from simulations.results import load_model, load_weights
-        from simulations.running import quiet
+    found, options = _settings(asked.results)
+    environment.prepare(options.needs_hub)
+    from fedfrom.pages.runs import folder_name
+    from simulations.experiment import Experiment
+    from simulations.results import load_model, load_weights
+    from simulations.running import quiet
 
-        with quiet(options.verbose):
-            experiment = Experiment.prepare(options)
-        for label, history in found["strategies"].items():
-            score = experiment.evaluate_model(load_model(results, label))["score"]
-            name = results / folder_name(label)
-            print(f"{score:.6f}  {name} (the report says {history['final']:.6f})", flush=True)
-        labels = len(found["tasks"][0]["labels"])
-        for folder in folders or []:
-            score = experiment.evaluate_model(load_weights(options, labels, folder))["score"]
-            print(f"{score:.6f}  {folder}", flush=True)
-    except BadInput as error:
-        raise commands.ended(error, 2) from None
-    except RuntimeError as error:
-        raise commands.ended(error, 1) from None
+    with quiet(options.verbose):
+        experiment = Experiment.prepare(options)
+    for label, history in found["strategies"].items():
+        score = experiment.evaluate_model(load_model(asked.results, label))["score"]
+        name = asked.results / folder_name(label)
+        print(f"{score:.6f}  {name} (the report says {history['final']:.6f})", flush=True)
+    labels = len(found["tasks"][0]["labels"])
+    for folder in asked.folders:
+        score = experiment.evaluate_model(load_weights(options, labels, folder))["score"]
+        print(f"{score:.6f}  {folder}", flush=True)
 
 
-def _settings(results: Path) -> tuple[dict, Options]:
+def _settings(results: Path) -> tuple[dict[str, Any], Options]:
     from fedfrom.pages.runs import read_runs
 
     try:

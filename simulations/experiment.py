@@ -1,4 +1,4 @@
-"""Everything that is the same for all strategies of one run: data, shares, initial weights, evaluation."""
+"""What all strategies of one run share: data, partition, initial weights, evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from simulations import models, partitions, strategies, tasks, training
+from simulations import environment, models, partitions, strategies, tasks, training
 from simulations.batches import Tokens, tokenise
 from simulations.metrics import Scores
 from simulations.options import OWN, Options
@@ -18,7 +18,7 @@ TARGET_ABOVE_BASELINE = 0.08
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked and loaded simulation, ready to start."""
+    """The loaded data and models of a simulation whose options were checked."""
 
     options: Options
     tasks: list[tasks.Task]
@@ -31,16 +31,16 @@ class Experiment:
 
     @classmethod
     def prepare(cls, options: Options) -> "Experiment":
-        """Load what the options name, so that whatever is wrong with them shows before anything is started.
+        """Load the data and the model, and build each strategy once: errors show before anything starts.
 
         Raises
         ------
         BadInput
             An option, folder or package can't be used.
         """
-        # What depends on files is settled here, once, and the answer travels to the clients.
+        # Options that depend on files are settled here; the clients receive the settled ones.
         options = replace(options.validated(), pooling=models.pooling(options), glue_dir=options.glue_folder)
-        own = options.partition == OWN  # who holds what is known at the sites alone
+        own = options.partition == OWN  # only the sites know their shares
         loaded = tasks.load(options, (tasks.HELD_OUT,) if own else (tasks.TRAIN, tasks.HELD_OUT))
         shares = [] if own else partitions.split(options, loaded)
         head = models.Head(loaded[0].num_labels, loaded[0].regression)
@@ -76,13 +76,13 @@ class Experiment:
 
     @property
     def target(self) -> float:
-        """Score whose first round is reported."""
+        """Score of `--target`: results name the first round that reaches it."""
         asked = self.options.target
         return self.baseline + TARGET_ABOVE_BASELINE if asked is None else asked
 
     @property
     def metric(self) -> str:
-        """What the score is."""
+        """Name of the score."""
         names = [task.metric if len(self.tasks) == 1 else f"{task.name} {task.metric}" for task in self.tasks]
         return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
 
@@ -91,7 +91,7 @@ class Experiment:
         return ArrayRecord({name: tensor.clone() for name, tensor in self.initial.items()})
 
     def start(self) -> Scores:
-        """Return the scores of the initial weights; they are the same for every strategy, and measured once."""
+        """Return the scores of the initial weights: measured once, as they are the same for every strategy."""
         if not self._start:
             self._start.update(self.evaluate(self.initial))
         return dict(self._start)
@@ -105,22 +105,22 @@ class Experiment:
         return self.evaluate_model(self.model)
 
     def validate(self, state: Mapping[str, Tensor]) -> float:
-        """Return the score of a global state on the examples set apart by `--validation-examples`."""
+        """Return the score of a global state on the examples of `--validation-examples`."""
         models.load_trained_state(self.model, state)
         return self._scores(self.model, self.validation)["score"]
 
     def evaluate_model(self, model: nn.Module) -> Scores:
-        """Return what `evaluate` does, of any model with this run's outputs."""
+        """Return the scores of any model with this run's outputs: see `evaluate`."""
         return self._scores(model, self.held_out)
 
     def client_model(self, client: int) -> nn.Module:
-        """Return a model as a client's, at its rank."""
+        """Return a model of a client's rank."""
         head = models.Head(self.tasks[0].num_labels, self.tasks[0].regression)
         return models.build(self.options, head, self.options.client_rank(client))
 
     def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
-        # The clients wait meanwhile: all cores are free. One worker feeds a GPU best.
-        workers = training.cores() if training.device().type == "cpu" else 1
+        # Clients wait during the evaluation, so all cores are free. A GPU needs one worker.
+        workers = environment.cores() if training.device().type == "cpu" else 1
         each = [
             training.evaluate(model, tokens, task.name, workers)
             for tokens, task in zip(examples, self.tasks, strict=True)

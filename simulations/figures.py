@@ -1,37 +1,31 @@
-"""The pictures of a run."""
+"""The pictures of a simulation: scores, weights, updates and partition."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from fedfrom.pages.look import COLOURS, MARKERS, STYLE, display_name
+from fedfrom.pages.canvas import canvas, write_values
+from fedfrom.pages.look import COLOURS, MARKERS, display_name, module_name, percent
 
 MOST_LAYER_NAMES = 32
 MANY_CLIENTS = 7  # above this, lines become a heat map
 
 
 def draw_comparison(experiment: Any, histories: Sequence[Any], path: Path) -> None:
-    """Draw the score by round of every strategy, and the weights by client of the first that reports any."""
+    """Draw the score by round of every strategy, and the clients' weights in the first strategy that reports them."""
     weighted = next((history for history in histories if any(entry.weights for entry in history.rounds)), None)
-    with plt.rc_context(STYLE):
-        columns, width = (2, 11.5) if weighted else (1, 6)
-        figure, axes = plt.subplots(1, columns, figsize=(width, 4.8), dpi=150, layout="constrained", squeeze=False)
+    columns, width = (2, 11.5) if weighted else (1, 6)
+    with canvas(path, columns=columns, figsize=(width, 4.8)) as (_, axes):
         _draw_scores(axes[0, 0], experiment, histories)
         if weighted:
             few = experiment.shares and experiment.options.clients <= MANY_CLIENTS
             draw = _draw_weight_lines if few else _draw_weight_map
             draw(axes[0, 1], experiment, weighted)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
@@ -67,7 +61,7 @@ def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
 
 
 def _value(score: float, correlation: bool) -> str:
-    return f"{score:.3f}" if correlation else f"{score:.1%}".replace("%", " %")
+    return f"{score:.3f}" if correlation else percent(score, 1)
 
 
 def _weight_table(experiment: Any, history: Any) -> tuple[list[int], np.ndarray]:
@@ -101,7 +95,7 @@ def _about(experiment: Any, share: Any) -> str:
     if share.task.regression:
         return f"{count} examples"
     label, most = max(share.label_counts.items(), key=lambda pair: pair[1])
-    return f"{count} examples, {most / len(share.examples):.0%} {label}".replace("%", " %")
+    return f"{count} examples, {percent(most / len(share.examples))} {label}"
 
 
 def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
@@ -124,9 +118,10 @@ def _draw_weight_map(axes: Axes, experiment: Any, history: Any) -> None:
 
 
 def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
-    """Draw how the clients' updates of the last merged round lay to each other, and who weighed what in which layer.
+    """Draw the cosines of the clients' updates in the last merged round, and each client's weight in each layer.
 
-    Of the first strategy that reports its merges; nothing is drawn without one, or above 32 clients.
+    The merge is one of the first strategy that reports merges. Nothing is drawn without such a strategy, or above 32
+    clients.
     """
     for history in histories:
         merges = [(number, report) for number, report in history.reports.items() if report["merge"]]
@@ -140,13 +135,10 @@ def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
     cosines = np.array(report["merge"]["cosines"])[order][:, order]
     layers = [layer for layer in report["merge"]["layers"] if layer["weights"]]
     weights = np.array([layer["weights"] for layer in layers])[:, order]
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=150, layout="constrained")
+    with canvas(path, columns=2, grid=False, figsize=(12, 5.4)) as (figure, ((left, right),)):
         image = left.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         if len(clients) <= MANY_CLIENTS:
-            for i, j in np.ndindex(cosines.shape):
-                dark = abs(cosines[i, j]) > 0.6
-                left.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", color="white" if dark else "black")
+            write_values(left, image, size=10)
         figure.colorbar(image, ax=left, label="cosine of the updates", shrink=0.8)
         left.set_title(f"{display_name(history.label)}, round {number}: do clients pull the same way?")
         left.set_ylabel("client")
@@ -154,27 +146,19 @@ def draw_updates(experiment: Any, histories: Sequence[Any], path: Path) -> None:
         figure.colorbar(image, ax=right, label="weight", format=PercentFormatter(1.0, decimals=0), shrink=0.8)
         right.set_title("Weight of each client in each layer")
         shown = range(0, len(layers), -(-len(layers) // MOST_LAYER_NAMES))
-        right.set_yticks(list(shown), [_short(layers[i]["name"]) for i in shown], fontsize=7)
+        right.set_yticks(list(shown), [module_name(layers[i]["name"]) for i in shown], fontsize=7)
         for axes in (left, right):
             axes.set_xlabel("client")
             axes.set_xticks(range(len(clients)), clients)
         left.set_yticks(range(len(clients)), clients)
-        figure.savefig(path)
-        plt.close(figure)
-
-
-def _short(name: str) -> str:
-    """Return a layer's name without what all names have."""
-    return re.sub(r"^(base_model\.model\.)?(encoder\.)*", "", name).removesuffix(".weight")
 
 
 def draw_partition(experiment: Any, path: Path) -> None:
-    """Draw each client's number of examples, divided by label."""
+    """Draw each client's number of training examples by label."""
     shares = experiment.shares
     names = list(dict.fromkeys(label for share in shares for label in share.label_counts))
     greys = len(names) > len(COLOURS)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 1.6 + 0.36 * len(shares)), dpi=150, layout="constrained")
+    with canvas(path, figsize=(7, 1.6 + 0.36 * len(shares))) as (_, ((axes,),)):
         start = np.zeros(len(shares))
         for position, label in enumerate(names):
             counts = np.array([share.label_counts.get(label, 0) for share in shares])
@@ -193,5 +177,3 @@ def draw_partition(experiment: Any, path: Path) -> None:
         drawn = f" (alpha {options.alpha:g})" if options.partition == "dirichlet" else ""
         axes.set_title(f"Who holds what: {options.partition}{drawn}, {', '.join(t.name for t in experiment.tasks)}")
         axes.legend(title="score" if shares[0].task.regression else "label", loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path)
-        plt.close(figure)

@@ -16,20 +16,36 @@ CONSTANT_NAMES = ("text", "pair", "label")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a task's files keep its sentences and labels, and what its labels are called."""
+    """A task's files, columns and labels.
+
+    Attributes
+    ----------
+    folder : str
+        Name of the task's folder.
+    text, pair, label : str
+        Columns of the sentence, of the second sentence (None without one), and of the label.
+    classes : tuple[str, ...]
+        Labels in the file, by class number; empty for a score.
+    names : tuple[str, ...]
+        Readable names of the classes.
+    hub : tuple[str, ...]
+        Columns of the Hub's copy: text and, where there is one, pair.
+    header : tuple[str, ...] | None
+        Columns of a file without a header line.
+    """
 
     folder: str
     text: str
     pair: str | None
     label: str
-    classes: tuple[str, ...]  # empty: a score
-    names: tuple[str, ...]  # what the classes mean
-    hub: tuple[str, ...]  # column names of the Hub's copy: text and, if there is one, pair
-    header: tuple[str, ...] | None = None  # of a file that has none
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    hub: tuple[str, ...]
+    header: tuple[str, ...] | None = None
 
 
-# WNLI's numbers run the other way round than RTE's and QNLI's. Class 0 is entailment in all four, so that one
-# head can serve several of them.
+# Class 0 is entailment in MNLI, QNLI, RTE and WNLI, so that one head can serve several of them. WNLI's own numbers run
+# the other way round.
 ENTAILED = ("entailment", "not_entailment")
 THREE_WAY = ("entailment", "neutral", "contradiction")
 LAYOUTS = {
@@ -86,8 +102,8 @@ def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
     Returns
     -------
     tuple[Columns, str]
-        Columns text, pair (for pairs) and label (class number or score, as text) beside the file's other
-        columns; and a sentence on where they come from.
+        Columns text, pair (for pairs) and label (class number or score, as text) beside the file's other columns;
+        and the text that names their source.
 
     Raises
     ------
@@ -106,7 +122,7 @@ def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
         )
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            # Quoting off: GLUE's texts contain quotation marks that nobody closes.
+            # Quoting off: GLUE's texts contain unclosed quotation marks.
             lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             header = list(layout.header) if layout.header else next(lines, [])
             rows = list(lines)
@@ -128,7 +144,7 @@ def from_hub(task: str, part: str) -> tuple[Columns, str]:
     Raises
     ------
     BadInput
-        The Hub can't be reached and has not been before.
+        The Hub can't be reached and its cache lacks the task.
     """
     import datasets
 

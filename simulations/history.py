@@ -1,4 +1,4 @@
-"""What one strategy did, round by round."""
+"""The rounds of one strategy: scores, seconds, bytes and weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Round:
-    """One round: the global model after it, and what it took. Round 0 is the model before any training."""
+    """One round: the global model's scores after it, and its seconds and bytes. Round 0 is the untrained model."""
 
     number: int
     scores: dict[str, float]
@@ -34,7 +34,7 @@ class Round:
 
     @property
     def training_seconds(self) -> float:
-        """Seconds of training in the client process that trained longest: the others had to wait for it."""
+        """Seconds of training in the client process that trained longest; the other processes waited for it."""
         return max(self.seconds_by_process.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Round:
 
 @dataclass
 class History:
-    """All rounds of one strategy, its reports of each merge, and the weights it ended with."""
+    """All rounds of one strategy, its report of each merge, and its final weights."""
 
     label: str
     rounds: list[Round] = field(default_factory=list)
@@ -53,15 +53,16 @@ class History:
     state: dict[str, Tensor] = field(default_factory=dict)
     client_states: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # --save-clients: by partition id
     wall_seconds: float = 0.0
-    started: float = 0.0  # by this process's clock
+    started: float = 0.0  # by time.perf_counter of this process
 
     @property
     def split(self) -> dict[str, float]:
-        """Seconds that add up to the wall time, by what went on in them.
+        """The wall time in parts that add up to it.
 
-        Training is the mean over the client processes; idle what they waited, in the mean, for the busiest of them;
-        transport all that is left: messages, their packing and unpacking, polls, a model's weights put in place.
-        "beyond-training" is how much longer the whole took than training alone, without a pause in any process.
+        training: mean over the client processes. idle: mean time for which they waited for the busiest process.
+        merging and evaluation: the server's. transport: the rest, that is messages, their packing and unpacking, polls,
+        and loading weights into models. Two further numbers are no parts: "processes", and "beyond-training", the wall
+        time relative to training, less 1.
         """
         processes = len({process for entry in self.rounds for process in entry.seconds_by_process})
         trained = sum(seconds for entry in self.rounds for seconds in entry.seconds_by_process.values())
@@ -79,13 +80,13 @@ class History:
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time in which neither the busiest client process trained nor the server evaluated."""
+        """Share of the wall time in which the busiest client process did not train and the server did not evaluate."""
         busy = self.total("training_seconds") + self.total("evaluation_seconds")
         return 1 - busy / self.wall_seconds if self.wall_seconds else 0.0
 
     @property
     def curve(self) -> list[float]:
-        """Score after every round, the untrained model's first."""
+        """Scores by round, from the untrained model's on."""
         return [entry.scores["score"] for entry in self.rounds]
 
     @property
@@ -107,7 +108,7 @@ class History:
         return sum(getattr(entry, name) for entry in self.rounds)
 
     def to_dict(self, target: float) -> dict[str, Any]:
-        """Return the history as plain JSON types, the weights apart."""
+        """Return the history as plain JSON types, without the weights."""
         return {
             "final": self.final,
             "best": self.best,

@@ -1,4 +1,4 @@
-"""GLUE's metrics: what each task is scored by, in [-1, 1] or [0, 1] and never in per cent."""
+"""GLUE's metrics of each task: correlations in [-1, 1], all others in [0, 1], never in per cent."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,8 @@ def scores(task: str, predictions: NDArray[np.generic], labels: NDArray[np.gener
 
     Notes
     -----
-    A correlation with a constant is undefined; GLUE's own evaluation returns NaN there. Here it is 0, what a
-    constant answer is worth, so that a model that has learned nothing yet can be drawn and compared.
+    A correlation with a constant is undefined, and GLUE's own evaluation returns NaN. Here it is 0, so that a model
+    with constant answers, such as an untrained one, can be drawn and compared.
     """
     values = {name: _metric(name, predictions, labels) for name in METRICS[task]}
     return {**values, "score": float(np.mean(list(values.values())))}
@@ -59,7 +59,7 @@ def _metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.gene
 
 
 def constant_score(task: str, labels: NDArray[np.generic]) -> float:
-    """Return the score of the answer that a model gives without reading: the majority class, or the mean."""
+    """Return the score of a constant answer: the majority class, or the mean of real numbers."""
     if task == "stsb":
         return 0.0
     values, counts = np.unique(labels, return_counts=True)

@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: a pretrained encoder, cut to some layers, a classification head, LoRA or all of it."""
+"""The model that is fine-tuned: the first layers of a pretrained encoder, a head, and LoRA or all weights trained."""
 
 import json
 import os
@@ -19,17 +19,17 @@ HEADS = ("classifier", "score")  # what transformers calls a sequence classifica
 
 @dataclass(frozen=True)
 class Head:
-    """What the head has to give: a number of classes, or one real number."""
+    """The head's outputs: a number of classes, or one real number."""
 
     num_labels: int
     regression: bool
 
 
 class MeanPoolingClassifier(nn.Module):
-    """A linear head on the mean of the encoder's token vectors, padding left out.
+    """A linear head on the mean of the encoder's token vectors, without padding.
 
-    Sentence encoders are trained for this mean: it separates classes after tens of steps, where a head on the
-    vector of the first token needs about three times as many.
+    Sentence encoders are trained for this mean. It separates classes after tens of steps; a head on the first token's
+    vector needs about three times as many.
     """
 
     def __init__(self, encoder: Any, head: Head) -> None:
@@ -56,7 +56,7 @@ def source(options: Options) -> str:
 
 
 def pooling(options: Options) -> str:
-    """Return "mean" or "head"; by `--pooling auto` mean where the model is a sentence encoder that pools so.
+    """Return "mean" or "head"; for `--pooling auto`, "mean" where the model's modules.json has a pooling module.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def tokenizer(options: Options) -> Any:
 def base_model(options: Options, head: Head) -> nn.Module:
     """Return the pretrained encoder with a fresh head, cut to the layers asked for, without LoRA.
 
-    The same options give the same weights in every process: whatever the checkpoint lacks is drawn from the seed.
+    The same options give the same weights in every process: weights missing in the checkpoint are drawn from the seed.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def base_model(options: Options, head: Head) -> nn.Module:
                 config.num_labels = head.num_labels
                 config.problem_type = "regression" if head.regression else "single_label_classification"
             kind = AutoModel if mean else AutoModelForSequenceClassification
-            # never a pickle, which a folder without safetensors holds
+            # use_safetensors: a pickle is never loaded
             model: Any = kind.from_pretrained(source(options), config=config, dtype=torch.float32, use_safetensors=True)
         except BadInput:
             raise
@@ -136,7 +136,7 @@ def base_model(options: Options, head: Head) -> nn.Module:
         if not mean:
             return model
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # unused under a mean; with --full it would travel for nothing
+            model.pooler = None  # the mean does not use it; with --full its bytes would be sent in vain
         return MeanPoolingClassifier(model, head)
 
 
@@ -154,11 +154,11 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
     Parameters
     ----------
     options : Options
-        What is fine-tuned, and the seed of the initial weights.
+        Name the model, LoRA's settings, and the seed of the initial weights.
     head : Head
         The task's head.
     rank : int, optional
-        LoRA's r; None for the server's. Alpha follows, so that the scaling is the same at every rank.
+        LoRA's r; None for the server's. lora_alpha is proportional to it: all ranks have the same scaling.
 
     Returns
     -------
@@ -168,7 +168,7 @@ def build(options: Options, head: Head, rank: int | None = None) -> nn.Module:
     Raises
     ------
     BadInput
-        The model can't be read, or has no module that LoRA is to adapt.
+        The model can't be read, or lacks the modules of `--lora-targets`.
     """
     model = base_model(options, head)
     return model if options.full else adapt(model, options, rank or options.server_rank)
@@ -180,18 +180,18 @@ def adapt(model: nn.Module, options: Options, rank: int, own_head: bool = True) 
     Parameters
     ----------
     model : nn.Module
-        Of `base_model`; is changed.
+        From `base_model`; it is changed in place.
     options : Options
-        Where the adapter goes, its scaling, and the seed of its weights.
+        The adapter's modules and scaling, and the seed of its weights.
     rank : int
         LoRA's r.
     own_head : bool (default: True)
-        Train a copy of the head beside the adapter; False leaves it to be frozen and shared.
+        Train a copy of the head beside the adapter. False: the head is frozen and shared.
 
     Raises
     ------
     BadInput
-        The model has no module that LoRA is to adapt.
+        The model lacks the modules of `--lora-targets`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -219,17 +219,17 @@ def adapt(model: nn.Module, options: Options, rank: int, own_head: bool = True) 
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what travels: the adapter and the head, or every weight of a plain model."""
+    """Return the tensors that messages carry: the adapter and the head, or every weight of a plain model."""
     from peft import PeftModel, get_peft_model_state_dict
 
     if isinstance(model, PeftModel):
-        # "auto" would ask the Hub whether the embedding has grown.
+        # "auto" would ask the Hub for the embedding's size.
         return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
     return dict(model.state_dict())
 
 
 def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put what `trained_state` returned into a model of the same options."""
+    """Load a state of `trained_state` into a model of the same options."""
     from peft import PeftModel, set_peft_model_state_dict
 
     if isinstance(model, PeftModel):

@@ -1,7 +1,8 @@
-"""What a run says while it goes on, and the tables before and after."""
+"""The text that a run prints: settings, progress, and the tables before and after."""
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,20 +10,20 @@ from rich.table import Table
 
 from fedfrom.pages.look import size
 
-if TYPE_CHECKING:  # they import torch, which a run needs only once its folder is known to be good
+if TYPE_CHECKING:  # they import torch, which a run needs only after its folder was checked
     from simulations.experiment import Experiment
     from simulations.history import History, Round
 
 
 class Narrator:
-    """Writes to a console. Lines, not a live display: they read the same in a terminal and in a log."""
+    """Prints lines to a console; no live display, so that a log reads like a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # Left to itself rich takes 80 columns where there is no terminal, and breaks the tables.
+        # Without a terminal rich's default is 80 columns, too few for the tables.
         self.console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
     def settings(self, experiment: "Experiment") -> None:
-        """Say what is used: model, data, what is trained."""
+        """Print the tasks, the model, the trained parameters and the work of a round."""
         options = experiment.options
         total = sum(parameter.numel() for parameter in experiment.model.parameters())
         trained = sum(tensor.numel() for tensor in experiment.initial.values())
@@ -55,7 +56,7 @@ class Narrator:
         return f"{kind}, rank {ranks}, and the head"
 
     def partition(self, experiment: "Experiment") -> None:
-        """Show who holds what, where that is known here."""
+        """Print each client's examples by label. In a deployment only the sites know them, and nothing is printed."""
         if not experiment.shares:
             return
         options = experiment.options
@@ -73,24 +74,35 @@ class Narrator:
             table.add_row(str(client), *([share.task.name] if several else []), f"{total:,}", *shares, *rank)
         self.console.print(table)
 
+    def results(self, experiment: "Experiment", folder: Path, page: str) -> None:
+        """Print the folder of the results, and the line on the report page."""
+        options = experiment.options
+        pictures = "comparison.png, updates.png, partition.png" if experiment.shares else "comparison.png, updates.png"
+        clients = ", and each client's" if options.save_clients else ""
+        self.say(
+            f"Results in {folder}: results.json, {pictures} and the final {'models' if options.full else 'adapters'}"
+            f"{clients}"
+        )
+        self.say(page)
+
     def say(self, text: str) -> None:
-        """Write one line."""
+        """Print one line."""
         self.console.print(text)
 
     def strategy(self, label: str) -> None:
-        """Say that a strategy starts."""
+        """Print the strategy that starts."""
         self.console.print(f"\n[bold]{label}[/]")
 
     def client(self, number: int, rounds: int, client: int, loss: float, speed: float) -> None:
-        """Say that a client's reply has come."""
+        """Print the loss and the speed of a client that replied."""
         self.console.print(f"  round {number}/{rounds}  client {client}  loss {loss:.3f}  {speed:5.1f} examples/s")
 
     def failure(self, number: int, reason: str) -> None:
-        """Say that a client has failed."""
+        """Print the reason of a client's failure."""
         self.console.print(f"  round {number}  [red]a client failed:[/] {reason.strip().splitlines()[-1]}", markup=True)
 
     def round(self, entry: "Round", rounds: int, metric: str, left: float = 0.0) -> None:
-        """Say how good the global model is after a round."""
+        """Print the global model's scores after a round, the clients' weights, and the time left."""
         metric = metric if " of " not in metric else "mean score"
         remaining = f"  about {left / 60:.0f} min left" if left > 90 else f"  about {left:.0f} s left" if left else ""
         weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
@@ -101,7 +113,7 @@ class Narrator:
         )
 
     def table(self, experiment: "Experiment", histories: Sequence["History"]) -> None:
-        """Compare the strategies."""
+        """Print the table that compares the strategies."""
         title = f"{experiment.metric} on held-out examples; a constant answer scores {experiment.baseline:.3f}"
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
@@ -124,14 +136,14 @@ class Narrator:
         self.console.print(table)
 
     def seconds(self, histories: Sequence["History"], before: Mapping[str, float], total: float) -> None:
-        """Say what the wall time went into.
+        """Print the parts of the wall time.
 
         Parameters
         ----------
         before : Mapping[str, float]
             Seconds of "preparing" and "starting-ray", before the first strategy.
         total : float
-            Seconds of the whole run; what no part accounts for is writing results and stopping Ray.
+            Seconds of the whole run. The rest beside the parts is writing results and stopping Ray.
         """
         rest = total - sum(before.values()) - sum(history.wall_seconds for history in histories)
         title = (
@@ -149,6 +161,6 @@ class Narrator:
             table.add_row(history.label, *seconds, f"{history.wall_seconds:.1f}", f"{split['beyond-training']:.0%}")
         self.console.print(table)
         self.console.print(
-            "Training is the mean of the client processes; idle, what they waited for the busiest of them. Beyond "
-            "training: how much longer it took than training alone."
+            "Training is the mean over the client processes; idle is their mean wait for the busiest process. Beyond "
+            "training: the wall time relative to training, less 1."
         )

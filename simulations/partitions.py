@@ -1,4 +1,4 @@
-"""Who holds which training examples: through the partitioners of flwr-datasets."""
+"""The partition of the training examples over the clients, by the partitioners of flwr-datasets."""
 
 import warnings
 from collections import Counter
@@ -11,21 +11,21 @@ from fedfrom.errors import BadInput
 from simulations.options import OWN, Options
 from simulations.tasks import Task
 
-# A client with less than this has nothing to train on; flwr-datasets draws again until all have it.
+# Fewest examples of a client; flwr-datasets draws a Dirichlet partition again until all clients have them.
 SMALLEST = 8
 GROUP = "group"
 
 
 @dataclass(frozen=True)
 class Share:
-    """One client's training examples and the task they belong to."""
+    """One client's training examples and their task."""
 
     task: Task
     examples: datasets.Dataset
 
     @property
     def label_counts(self) -> dict[str, int]:
-        """Number of examples of each class (of each whole score for regression)."""
+        """Number of examples of each class; for regression, of each score cut to a whole number."""
         counts = Counter(self.examples[self.task.stratum])
         names = self.task.label_names
         classes = range(len(names)) if names else sorted(counts)
@@ -38,14 +38,14 @@ def split(options: Options, tasks: list[Task]) -> list[Share]:
     Returns
     -------
     list[Share]
-        One share a client; every training example is in exactly one of them. The same options give the same
-        shares in every process. Where each site reads a folder of its own (`--partition own`), the one share is it.
+        One share for each client; every training example is in exactly one. The same options give the same shares in
+        every process. With `--partition own` a site reads a folder of its own, and all its examples are the one share.
 
     Raises
     ------
     BadInput
-        There are fewer examples, or values of the natural column, than clients; or no draw of the Dirichlet
-        distribution leaves every client enough.
+        There are fewer examples than clients, or fewer values of the natural column; or no draw of the Dirichlet
+        distribution gives every client enough examples.
     """
     if options.partition == "tasks":
         return [Share(task, task.train) for task in tasks]
@@ -55,11 +55,11 @@ def split(options: Options, tasks: list[Task]) -> list[Share]:
     if len(task.train) < options.clients:
         raise BadInput(f"--clients {options.clients}: task {task.name} has {len(task.train)} training examples only")
     partitioner = _partitioner(options, task)
-    # Rows in a seeded order: the partitioners that don't draw take them as they come.
+    # Rows in a seeded order: partitioners without a draw keep the order of the rows.
     shuffled = task.train.shuffle(seed=options.seed)
     partitioner.dataset = _grouped(shuffled, options, task) if options.partition == "natural" else shuffled
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns at each draw; what counts is whether one succeeds
+        warnings.simplefilter("ignore")  # each failed draw warns; only the failure of all draws matters
         try:
             return [Share(task, partitioner.load_partition(client)) for client in range(options.clients)]
         except ValueError:
@@ -95,9 +95,9 @@ def _partitioner(options: Options, task: Task) -> Any:
 
 
 def _grouped(examples: datasets.Dataset, options: Options, task: Task) -> datasets.Dataset:
-    """Deal the values of the natural column to the clients, in the order in which they occur.
+    """Deal the values of the natural column to the clients, in their order of occurrence.
 
-    flwr-datasets groups values by a group's size, which can't make every number of groups.
+    flwr-datasets groups values by a given group size, which can't make every number of groups.
     """
     column = options.partition_by or task.natural_key
     client_of = {value: order % options.clients for order, value in enumerate(examples.unique(column))}

@@ -1,4 +1,4 @@
-"""The results folder: JSON, pictures and the final adapters, there as a whole or not at all."""
+"""The results folder: JSON, pictures and the final adapters. It appears complete or not at all."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 from fedfrom.atomic import publish, staging_folder
 from fedfrom.errors import BadInput
-from fedfrom.pages.report import PAGE, write_report
+from fedfrom.pages.page_of_runs import PAGE, write_report
 from fedfrom.pages.runs import FILE, FORMAT, folder_name
 from simulations.options import Options
 
@@ -21,10 +21,10 @@ PACKAGES = ("fedfrom", "flwr", "flwr-datasets", "torch", "peft", "transformers",
 
 
 class Folder:
-    """A results folder, claimed before the run and filled at its end.
+    """A results folder, checked before the run and filled at its end.
 
-    Everything is written into a hidden folder beside it, which takes its place when complete. An earlier result
-    is replaced; any other folder that is not empty is refused.
+    All files are written into a hidden folder beside it, which is renamed when it is complete. Earlier results are
+    replaced. Any other folder that is not empty is refused.
     """
 
     def __init__(self, path: str) -> None:
@@ -54,7 +54,15 @@ class Folder:
     def publish(
         self, experiment: Any, histories: Sequence[Any], seconds_before: Mapping[str, float] | None = None
     ) -> None:
-        """Write the results and put them in place; what was done before the first strategy began is told in seconds."""
+        """Write the results and rename the folder into place.
+
+        Parameters
+        ----------
+        experiment, histories : Experiment, Sequence[History]
+            The run and its strategies.
+        seconds_before : Mapping[str, float] | None (default: None)
+            Seconds before the first strategy began, by part.
+        """
         from simulations import figures
 
         found = summary(experiment, histories) | {"seconds-before": dict(seconds_before or {})}
@@ -62,7 +70,7 @@ class Folder:
         (self._staging / FILE).write_text(text + "\n", encoding="utf-8")
         figures.draw_comparison(experiment, histories, self._staging / "comparison.png")
         figures.draw_updates(experiment, histories, self._staging / "updates.png")
-        if experiment.shares:  # empty where each site holds its own
+        if experiment.shares:  # empty with --partition own
             figures.draw_partition(experiment, self._staging / "partition.png")
         for history in histories:
             save_model(experiment.options, experiment.model, history.state, self._staging / folder_name(history.label))
@@ -73,9 +81,9 @@ class Folder:
 
 
 def write_page(folder: Path) -> str:
-    """Write the page on results that are in place, and return the line that says where it is or why there is none.
+    """Write the report page, and return a line with its path, or with the reason where it can't be written.
 
-    Whatever a page may fail of, the results of a long run are kept.
+    A failure is no error: the results of a long run are kept.
     """
     try:
         return f"Report in {write_report([folder], folder / PAGE)}"
@@ -84,21 +92,21 @@ def write_page(folder: Path) -> str:
 
 
 def client_folder(run: Path, label: str, client: int) -> Path:
-    """Return where `--save-clients` leaves what a client sent in a strategy's last round."""
+    """Return the folder in which `--save-clients` saves a client's adapter of a strategy's last round."""
     return run / f"{folder_name(label)}-clients" / f"client-{client}"
 
 
 def save_model(options: Options, model: Any, state: Mapping[str, Any], folder: Path) -> None:
-    """Write weights that travelled as a PEFT adapter, or for full fine-tuning as a checkpoint.
+    """Write a state as a PEFT adapter, or for full fine-tuning as a checkpoint.
 
     Parameters
     ----------
     options : Options
-        Say which of the two.
+        `full` tells which of the two.
     model : nn.Module
-        Of these options, at the state's rank; the state is loaded into it.
+        A model of these options and the state's rank. The state is loaded into it.
     state : Mapping[str, Tensor]
-        What `models.trained_state` returned.
+        From `models.trained_state`.
     folder : Path
         A new folder.
     """
@@ -115,7 +123,7 @@ def save_model(options: Options, model: Any, state: Mapping[str, Any], folder: P
         model.config.to_json_file(folder / "config.json")
         return
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
 def load_model(folder: str | Path, strategy: str) -> Any:
@@ -131,12 +139,12 @@ def load_model(folder: str | Path, strategy: str) -> Any:
     Raises
     ------
     BadInput
-        The folder has no results, or not of this strategy, or its base model is gone.
+        The folder has no results of this strategy, or the base model is missing.
     """
     try:
         found = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
         options, names = Options.from_mapping(found["options"]), found["tasks"][0]["labels"]
-        weights = Path(folder) / folder_name(strategy)  # not what the file says, which may lead anywhere
+        weights = Path(folder) / folder_name(strategy)  # a path in the file could lead anywhere
         found["strategies"][strategy]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder}: no results of strategy {strategy} ({type(error).__name__}: {error})") from None
@@ -153,12 +161,12 @@ def load_weights(options: Options, labels: int, weights: Path) -> Any:
     labels : int
         Number of classes of its tasks, 0 for regression.
     weights : Path
-        What a run saved, or a merge of it, at any rank.
+        Weights that a run saved, or a merge of such weights, at any rank.
 
     Raises
     ------
     BadInput
-        The folder holds no weights of the run's kind, or of another model.
+        The folder holds no weights of the run's kind, or weights of another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -185,7 +193,7 @@ def _line(error: Exception) -> str:
 
 
 def summary(experiment: Any, histories: Sequence[Any]) -> dict[str, Any]:
-    """Return all that is known of a run as plain JSON types."""
+    """Return the content of results.json as plain JSON types."""
     options = experiment.options
     return {
         "format": FORMAT,
@@ -231,7 +239,7 @@ def _version(package: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value in JSON's types; the numbers that JSON lacks become text."""
+    """Return the value in JSON's types. NaN and infinity, which JSON lacks, become text."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):

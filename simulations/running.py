@@ -1,9 +1,9 @@
-"""One simulated federation on this machine: Flower over Ray, started once for all strategies."""
+"""A run of all strategies with its results, and the simulation on this machine: Flower over Ray, started once."""
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedfrom.errors import BadInput
 from simulations import environment
 from simulations.options import OWN, Options
 
-# Said by Flower in every run; none of it is about the run.
+# Phrases of warnings that Flower logs in every run.
 CHATTER = ("deprecated", "DEPRECATED", "fraction_evaluate is set to 0.0")
 
 
@@ -23,8 +23,8 @@ class _Chatter(logging.Filter):
 
 @contextlib.contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
-    """Let Flower's logger through from warnings on only, and without those that every run has."""
-    # A filter, not a level: Flower sets its logger's level whenever it is imported first.
+    """Silence Flower's logger below warnings, and the warnings of every run, unless `verbose`."""
+    # A filter, not a level: Flower's first import sets the logger's level.
     logger, chatter = logging.getLogger("flwr"), _Chatter()
     if not verbose:
         logger.addFilter(chatter)
@@ -35,7 +35,7 @@ def quiet(verbose: bool) -> Iterator[None]:
 
 
 def run(options: Options) -> Path:
-    """Run a simulation and return the folder with its results.
+    """Run a simulation on this machine and return the folder with its results.
 
     Raises
     ------
@@ -44,38 +44,58 @@ def run(options: Options) -> Path:
     """
     start = time.perf_counter()
     environment.prepare(options.needs_hub)
+    if options.partition == OWN:
+        raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
+    with quiet(options.verbose):
+        return compare(options.validated(), simulate, start)
+
+
+def compare(
+    options: Options, strategies: Callable[[Any, Any], Iterable[Any]], ray_started: float | None = None
+) -> Path:
+    """Run all strategies of the options, write and print their results, and return the results folder.
+
+    Parameters
+    ----------
+    options : Options
+        Of the run.
+    strategies : Callable[[Experiment, Narrator], Iterable[History]]
+        Runs the strategies of a prepared experiment, and returns a history of each.
+    ray_started : float | None (default: None)
+        The start of a simulation, by `time.perf_counter`. None: a deployment, whose clients run already.
+
+    Raises
+    ------
+    BadInput
+        An option, folder or package can't be used; nothing was written.
+    """
     from simulations.narration import Narrator
     from simulations.results import Folder, write_page
 
-    if options.partition == OWN:
-        raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
-    narrator = Narrator()
-    with Folder(options.validated().out) as folder, quiet(options.verbose):
+    narrator, before = Narrator(), {}
+    with Folder(options.out) as folder:
         from simulations.experiment import Experiment
 
         experiment = Experiment.prepare(options)
         narrator.settings(experiment)
         narrator.partition(experiment)
         prepared = time.perf_counter()
-        histories = simulate(experiment, narrator)
-        # until the first strategy sends its first message: Ray, its client processes, their data and model
-        before = {"preparing": prepared - start, "starting-ray": histories[0].started - prepared}
+        histories = list(strategies(experiment, narrator))
+        if ray_started is not None:
+            # until the first strategy starts: Ray, its client processes, their data and model
+            before = {"preparing": prepared - ray_started, "starting-ray": histories[0].started - prepared}
         folder.publish(experiment, histories, before)
     narrator.table(experiment, histories)
-    narrator.seconds(histories, before, time.perf_counter() - start)
-    narrator.say(
-        f"Results in {folder.path} after {time.perf_counter() - start:.0f} s: results.json, comparison.png, "
-        f"updates.png, partition.png and the final {'models' if experiment.options.full else 'adapters'}"
-        f"{', and each client' + chr(39) + 's' if experiment.options.save_clients else ''}"
-    )
-    narrator.say(write_page(folder.path))
+    if ray_started is not None:
+        narrator.seconds(histories, before, time.perf_counter() - ray_started)
+    narrator.results(experiment, folder.path, write_page(folder.path))
     return folder.path
 
 
 def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = lambda history: None) -> list[Any]:
     """Run a prepared experiment in Flower's simulation and return a history of every strategy.
 
-    Each history is handed to `finished` as soon as its strategy has ended.
+    `finished` is called with each history when its strategy ends.
     """
     from flwr.simulation import run_simulation
 
@@ -83,7 +103,7 @@ def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = l
     from simulations.history import History
 
     options: Options = experiment.options
-    processes = options.processes or min(training.cores(), options.clients)
+    processes = options.processes or min(environment.cores(), options.clients)
     gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
     narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
     histories: list[History] = []

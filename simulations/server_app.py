@@ -9,15 +9,14 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from simulations import environment
+from simulations import environment, running
 from simulations.aggregation import distance_from_mean
 from simulations.history import History, Round, client_weights
-from simulations.options import Options
+from simulations.options import ABOUT, Options
 from simulations.traffic import CountingGrid
 
 environment.quiet()
 
-ABOUT = "simulation"  # the client's record of who trained; see client_app
 NODES_TIMEOUT = 120.0
 SETTLED_SECONDS = 10.0
 
@@ -26,29 +25,16 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry of `flwr run`: the options are the run configuration, the clients are the nodes there are."""
+    """Entry of `flwr run`: the options come from the run configuration, the clients are the connected nodes."""
     options = Options.from_mapping(dict(context.run_config))
     environment.prepare(options.needs_hub)
-    from simulations.experiment import Experiment
-    from simulations.narration import Narrator
-    from simulations.results import Folder, write_page
-
     if options.partition != "tasks":
         options = dataclasses.replace(options, clients=_number_of_nodes(grid, options.clients))
-    narrator = Narrator()
-    with Folder(options.out) as folder:
-        experiment = Experiment.prepare(options)
-        narrator.settings(experiment)
-        narrator.partition(experiment)
-        histories = list(compare(grid, experiment, narrator))
-        folder.publish(experiment, histories)
-    narrator.table(experiment, histories)
-    narrator.say(f"Results in {folder.path}")
-    narrator.say(write_page(folder.path))
+    running.compare(options, lambda experiment, narrator: compare(grid, experiment, narrator))
 
 
 def app_for(experiment: Any, narrator: Any, finished: Callable[[History], None]) -> ServerApp:
-    """Return an app that runs a prepared experiment and hands over each strategy's history when it is finished."""
+    """Return an app that runs a prepared experiment, and calls `finished` with each strategy's history."""
     bound = ServerApp()
 
     @bound.main()
@@ -60,7 +46,7 @@ def app_for(experiment: Any, narrator: Any, finished: Callable[[History], None])
 
 
 def compare(grid: Grid, experiment: Any, narrator: Any) -> Iterator[History]:
-    """Run every strategy of the options from the same initial weights, and yield each history as it is finished.
+    """Run every strategy of the options from the same initial weights, and yield each history when it is finished.
 
     Raises
     ------
@@ -74,12 +60,12 @@ def compare(grid: Grid, experiment: Any, narrator: Any) -> Iterator[History]:
 
 
 def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
-    """Have every client load its data and model, and wait for it.
+    """Let every client load its data and model, and wait for all of them.
 
     Raises
     ------
     RuntimeError
-        A client can't, or two have the same share: what is wrong would be so in every round.
+        A client can't load them, or two clients have the same share: every round would fail.
     """
     start = time.perf_counter()
     while len(nodes := list(grid.get_node_ids())) < options.clients:
@@ -100,7 +86,7 @@ def start_clients(grid: Grid, options: Options, narrator: Any) -> None:
 
 
 def run_strategy(grid: Grid, spec: str, experiment: Any, narrator: Any, still_to_come: int = 0) -> History:
-    """Run one strategy over all rounds and return its history; how many come after it tells the time left."""
+    """Run one strategy over all rounds and return its history; `still_to_come` strategies follow it."""
     options, start = experiment.options, time.perf_counter()
     narrator.strategy(spec)
     recorder = Recorder(spec, experiment, narrator, still_to_come)
@@ -128,7 +114,7 @@ def _config(options: Options, spec: str) -> ConfigRecord:
 
 
 def _number_of_nodes(grid: Grid, wanted: int) -> int:
-    """Return how many nodes there are, once there are as many as wanted or no more have come for a while."""
+    """Return the number of nodes, as soon as the wanted number is there or no node was added for a while."""
     start = since = time.monotonic()
     found = 0
     while True:
@@ -142,7 +128,7 @@ def _number_of_nodes(grid: Grid, wanted: int) -> int:
 
 
 class Recorder:
-    """Watches one strategy: times its merges, hears every reply, evaluates after each round."""
+    """Records one strategy: the time of its merges, every reply, and the scores after each round."""
 
     def __init__(self, spec: str, experiment: Any, narrator: Any, still_to_come: int) -> None:
         self.history = History(spec)
@@ -154,7 +140,7 @@ class Recorder:
         self._new_round()
 
     def attach(self, counting: CountingGrid, strategy: Any) -> None:
-        """Name the grid that counts, and the strategy that reports."""
+        """Set the grid that counts bytes, and the strategy that reports its merges."""
         self._counting, self._strategy = counting, strategy
 
     def _new_round(self) -> None:
@@ -164,7 +150,7 @@ class Recorder:
         self._started = time.perf_counter()
 
     def timed(self, aggregate: Any) -> Any:
-        """Wrap a strategy's aggregation, so that every strategy's is timed alike."""
+        """Wrap a strategy's aggregation to measure its seconds."""
 
         @functools.wraps(aggregate)
         def aggregate_train(server_round: int, replies: Any) -> Any:
@@ -178,7 +164,7 @@ class Recorder:
         return aggregate_train
 
     def on_reply(self, reply: Message) -> None:
-        """Note who replied, and say so."""
+        """Record a reply's client and its numbers, and print them."""
         number = len(self.history.rounds)
         if reply.has_error():
             self.narrator.failure(number, reply.error.reason or "no reason given")
@@ -224,7 +210,7 @@ class Recorder:
         return distance_from_mean(self._before, states, examples, state)
 
     def _client_states(self) -> dict[int, dict[str, Any]]:
-        """Return what each client of this round sent."""
+        """Return each client's state of this round."""
         found = {
             self._client_of_node[reply.metadata.src_node_id]: next(iter(reply.content.array_records.values()))
             for reply in self._replies
@@ -248,7 +234,7 @@ class Recorder:
         return plain
 
     def finish(self, result: Any) -> History:
-        """Take the final weights and what Flower aggregated of the clients' metrics."""
+        """Take the final weights, and the clients' metrics that Flower aggregated."""
         for entry in self.history.rounds:
             entry.train_metrics = dict(result.train_metrics_clientapp.get(entry.number, {}))
             entry.evaluate_metrics = dict(result.evaluate_metrics_clientapp.get(entry.number, {}))

@@ -17,7 +17,7 @@ def build(
     Parameters
     ----------
     spec : str
-        A name, and settings of this strategy alone after colons: "fedavg", "from", "from:k=1:examples_power=0".
+        A name, and after colons the strategy's own settings: "fedavg", "from", "from:k=1:examples_power=0".
     options : Options
         The settings that all strategies share.
     lora_config : dict[str, Any] | None
@@ -33,8 +33,8 @@ def build(
     name, *pairs = spec.split(":")
     settings = dict(_setting(spec, pair) for pair in pairs)
     flower: dict[str, Any] = {
-        # All nodes that there are take part in a round. FedAvg's minimum of two stays: a run starts with all clients
-        # (server_app), and in a deployment goes on without those that are lost.
+        # All connected nodes take part in a round, at least two (FedAvg's minimum). A run starts with all clients (see
+        # server_app); a deployment goes on without the lost ones.
         "fraction_evaluate": 1.0 if options.federated_evaluation else 0.0,
     }
     try:

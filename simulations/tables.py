@@ -1,14 +1,13 @@
 """Tables as CSV and as Markdown."""
 
-import csv
-import io
-from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from fedfrom.atomic import write_whole
 
 
-def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[Sequence[object]], about: str) -> None:
+def write_table(folder: Path, name: str, table: pd.DataFrame, about: str) -> None:
     """Write `name`.csv and `name`.md into a folder.
 
     Parameters
@@ -17,15 +16,18 @@ def write_table(folder: Path, name: str, header: Sequence[str], rows: Sequence[S
         Made where it is missing.
     name : str
         File name without suffix.
-    header, rows : Sequence
-        The columns' names, and the cells of each row. Floats are written with four decimals.
+    table : pd.DataFrame
+        Texts and numbers. Floats are written with four decimals.
     about : str
-        What the table shows; stands above the Markdown.
+        What the table shows. It stands above the Markdown.
     """
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    texts = table.astype(object).map(lambda cell: f"{cell:.4f}" if isinstance(cell, float) else str(cell))
     folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([list(header), *cells])
-    write_whole(folder / f"{name}.csv", text.getvalue())
-    lines = [about, "", *(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *cells])]
-    write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")
+    write_whole(folder / f"{name}.csv", texts.to_csv(index=False, lineterminator="\n"))
+    write_whole(folder / f"{name}.md", "\n".join([about, "", *markdown(texts)]) + "\n")
+
+
+def markdown(texts: pd.DataFrame) -> list[str]:
+    """Return the lines of a Markdown table: the columns' names, a rule, and a line for each row of texts."""
+    rows = [list(map(str, texts.columns)), ["---"] * len(texts.columns), *texts.to_numpy().tolist()]
+    return [f"| {' | '.join(row)} |" for row in rows]

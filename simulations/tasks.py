@@ -1,4 +1,4 @@
-"""A task: training and held-out examples, what its labels are called, and what a constant answer scores."""
+"""A task: training and held-out examples, the names of its labels, and the score of a constant answer."""
 
 import dataclasses
 import os
@@ -18,12 +18,12 @@ from simulations.options import Options
 
 HELD_OUT_SHARE = 0.2
 TRAIN, HELD_OUT = "train", "held-out"
-BIN = "bin"  # what a Dirichlet partition of a regression task goes by
+BIN = "bin"  # column of whole scores, by which a Dirichlet partition divides a regression task
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples with the columns text, pair (for pairs), label and whatever else the source has."""
+    """Examples with the columns text, pair (for pairs), label, and all further columns of the source."""
 
     name: str
     train: datasets.Dataset
@@ -45,7 +45,7 @@ class Task:
 
     @property
     def stratum(self) -> str:
-        """Column of the classes: the label, or the score cut to a whole number."""
+        """Column by which a partition divides: the label, or for regression the score cut to a whole number."""
         return BIN if self.regression else "label"
 
     @property
@@ -70,10 +70,10 @@ def load(options: Options, parts: tuple[str, ...] = (TRAIN, HELD_OUT)) -> list[T
     Parameters
     ----------
     options : Options
-        Names the tasks and where they are.
+        Name the tasks and their folder.
     parts : tuple[str, ...]
-        What to read; the other part is empty and needs no file. Sites that hold data of their own need no held-out
-        examples, and their server no training examples.
+        The parts to read. Other parts are empty and need no file: with `--partition own` a site needs no held-out
+        examples, and the server no training examples.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def _dataset(columns: glue.Columns, regression: bool) -> datasets.Dataset:
 
 
 def _reviews(seed: int) -> Task:
-    """Split the review snippets by film, so that no film's title or cast gives a held-out verdict away."""
+    """Split the review snippets by film: titles and names in training examples then tell no held-out verdict."""
     rows = assets.reviews()
     movies = sorted({movie for _, _, movie in rows})
     random.Random(f"reviews:{seed}").shuffle(movies)

@@ -1,4 +1,4 @@
-"""A Flower Grid that counts the bytes that pass, and tells of every reply as it comes in."""
+"""A Flower Grid that counts the bytes of arrays, and calls a function with every reply."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,19 +7,19 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedfrom.wire import records
+from fedfrom.wire import contents
 
-# A deployed SuperLink answers each look over HTTPS: after five seconds of waiting they become rarer.
+# A deployed SuperLink answers each poll over HTTPS: after five seconds of waiting polls become rarer.
 POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.1, 0.02, 1.0
 
 
 def array_bytes(message: Message) -> int:
     """Return the bytes of all arrays in a message; records of numbers and settings are not counted."""
-    return 0 if message.has_error() else records.array_bytes(message.content)
+    return 0 if message.has_error() else contents.array_bytes(message.content)
 
 
 class CountingGrid(Grid):
-    """Passes everything on to another Grid, and keeps count.
+    """Passes all calls on to another Grid, and counts bytes.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class CountingGrid(Grid):
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies, count their bytes and tell of each."""
+        """Pull replies, count their bytes, and call `on_reply` with each."""
         replies = list(self.grid.pull_messages(message_ids))
         for reply in replies:
             self.up += array_bytes(reply)
@@ -69,7 +69,7 @@ class CountingGrid(Grid):
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push messages and pull their replies as they come; what is missing at the timeout stays missing."""
+        """Push messages and return the replies that arrive within the timeout."""
         waiting = {identifier for identifier in self.push_messages(messages) if identifier}
         start = time.monotonic()
         deadline = float("inf") if timeout is None else start + timeout

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from simulations.options import Options
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client's training took: mean loss over its steps, steps, examples seen and seconds."""
+    """A finished training: mean loss over its steps, number of steps, examples seen, and seconds."""
 
     loss: float
     steps: int
@@ -29,7 +28,7 @@ class Trained:
 
 
 def round_seed(*parts: int) -> int:
-    """Return a seed made of several numbers (seed, round, client), no two alike in practice."""
+    """Return a seed from several numbers (seed, round, client), by SHA-256: other numbers give another seed."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
@@ -60,13 +59,13 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        The client's model, holding the global weights. Only what requires a gradient is changed.
+        The client's model with the global weights. Only parameters that require a gradient change.
     tokens : Tokens
         The client's training examples.
     options : Options
         Learning rate, batch size, steps or epochs.
     seed : int
-        Fixes the order of the examples and the dropout. The same seed gives the same weights on one device.
+        Fixes the order of the examples and the dropout. On one device the same seed gives the same weights.
     after_step : Callable[[int], None] | None (default: None)
         Called with the number of steps done after each, to keep checkpoints.
 
@@ -109,14 +108,14 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
     Parameters
     ----------
     model : nn.Module
-        Is moved to the GPU if there is one, and put into evaluation mode.
+        It is moved to the GPU where there is one, and put into evaluation mode.
     tokens : Tokens
         The examples.
     task : str
         Names the metrics.
     workers : int
-        Threads that take whole batches. Unlike torch's own threads they never wait for each other within a
-        product, which on a busy machine costs more than it gains, and no bit depends on their number.
+        Threads, each of which evaluates whole batches. Torch's own threads wait for each other within each product,
+        which on a busy machine takes more time than they save. The result does not depend on the number of threads.
     """
     where = device()
     model.to(where).eval()
@@ -137,8 +136,3 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
     for chosen, (answer, _) in zip(batches, outcomes, strict=True):
         predictions[chosen] = answer
     return {**metrics.scores(task, predictions, labels), "loss": sum(loss for _, loss in outcomes) / len(tokens)}
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

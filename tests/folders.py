@@ -44,6 +44,12 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str
     return str(folder)
 
 
+def rewrite(folder: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Replace the tensors of an adapter's folder."""
+    whole = {key: value.contiguous() for key, value in state.items()}
+    save_file(whole, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def adapters(root: Path, n: int = 3, **config: Any) -> list[str]:
     """Write n adapters that can be merged; return their folders."""
     made = adapter_config(**config)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
-from benchmarks.attacks import report
+from benchmarks.attacks import figures, tables
 from benchmarks.attacks.attacks import ATTACKS, FLIP, MALFORMED, TRAINED, UNTARGETED, Attackers, Sent, replacement
 from benchmarks.attacks.bench import compare, cosine_of, merge
 from benchmarks.attacks.contenders import CONTENDERS, FLOWERS, applies
@@ -152,7 +152,7 @@ def test_tables_and_the_picture_are_written(tmp_path: Path) -> None:
     one = adapters()
     attacks = {name: ATTACKS[name] for name in ("NaN", "sign-flip ×10", "label-flip")}
     outcomes = [o for f in (1, 2, 3) for o in compare(one, f, attacks=attacks)]
-    report.write_outcomes(outcomes, {one.name: one.cosine}, tmp_path, tmp_path / "work")
+    tables.write_outcomes(tables.frame(outcomes), {one.name: one.cosine}, tmp_path, tmp_path / "work")
     table = (tmp_path / "attackers-1.md").read_text()
     header, nan = (
         next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in ("attack", "NaN")
@@ -163,10 +163,12 @@ def test_tables_and_the_picture_are_written(tmp_path: Path) -> None:
     assert len((tmp_path / "work" / "outcomes.csv").read_text().splitlines()) == len(outcomes) + 1
     means = (tmp_path / "means.md").read_text()
     assert all(name in means for name in CONTENDERS)
-    report.draw_scales({"one": {"FedFroM": [(1.0, 0.9), (10.0, 0.8)]}}, tmp_path / "scales.png")
+    figures.draw_scales({"one": {"FedFroM": [(1.0, 0.9), (10.0, 0.8)]}}, tmp_path / "scales.png")
     accuracies = {("clip", None): [0.7, 0.8], ("clip", 1.0): [0.7, 0.7], ("cap", 2.0): [0.6, 0.7]}
     held = dict.fromkeys(accuracies, {"cosine": 0.9, "with 1e12 examples": 0.8, "at the bound": 0.7})
-    report.write_tradeoff(accuracies, held, (1.0, 2.0), tmp_path)
-    report.write_accuracies({(10.0, 1, "none", "FedFroM"): 0.75, (10.0, 1, "none", "FedAvg"): 0.5}, tmp_path)
-    report.write_about(tmp_path, 1, 8)
+    tradeoff = tables.tradeoff(accuracies, held)
+    tables.write_tradeoff(tradeoff, 2, tmp_path)
+    figures.draw_tradeoff(tradeoff, (1.0, 2.0), tmp_path / "tradeoff.png")
+    tables.write_accuracies({(10.0, 1, "none", "FedFroM"): 0.75, (10.0, 1, "none", "FedAvg"): 0.5}, tmp_path)
+    tables.write_about(tmp_path, 1, 8)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("scales.png", "tradeoff.png"))

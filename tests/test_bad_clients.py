@@ -9,9 +9,11 @@ from flwr.app import Error, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from fedfrom import FedFroM, FedMerge, client, merge, to_record
-from fedfrom.merging.linalg import blocks
-from fedfrom.wire.records import ADAPTER_KEY, DELTA, STATISTICS_KEY, config_to_record, delta_array
+from fedfrom import FedFroM, FedMerge, client, merge, outcome, to_record
+from fedfrom.merging.linalg import samples
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record
+from fedfrom.wire.contents import STATISTICS_KEY
+from fedfrom.wire.records import DELTA, delta_array
 from tests.hostile import values as hostile
 from tests.inprocess import InProcessGrid
 from tests.models import arrays_of, faulty, mixed_state, noisy, record_of, same_bits
@@ -46,16 +48,16 @@ def test_a_rank_beyond_the_layer_is_rejected_before_it_takes_memory() -> None:
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("did not converge"), RuntimeError("x"), MemoryError()])
 def test_a_merge_that_fails_skips_the_round(error: Exception, monkeypatch: pytest.MonkeyPatch, flower_log: Any) -> None:
-    strategy, merge = FedFroM(), FedFroM._merge
+    strategy, merge = FedFroM(), outcome.merge_clients
     calls: list[int] = []
 
-    def once(self: Any, *arguments: Any) -> Any:
+    def once(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise error
-        return merge(self, *arguments)
+        return merge(*arguments)
 
-    monkeypatch.setattr(FedFroM, "_merge", once)
+    monkeypatch.setattr(outcome, "merge_clients", once)
     result, _ = start(noisy, 3, strategy)
     assert strategy.reports[1].merge is None and strategy.reports[1].nodes == [] and strategy.reports[1].valid == 3
     assert strategy.reports[2].merge is not None and not same_bits(result.arrays, record_of(mixed_state()))
@@ -104,7 +106,7 @@ def test_a_large_delta_does_not_leave_a_narrower_models_range() -> None:
 
 def test_samples_are_as_wide_as_the_widest_value() -> None:
     values = [torch.ones(8, dtype=torch.bfloat16), torch.full((8,), 1e60, dtype=torch.float64)]
-    rows = blocks.sampled_deltas(values, [None, None])
+    rows = samples.sampled_deltas(values, [None, None])
     assert rows.isfinite().all() and float(rows[0] @ rows[1]) == pytest.approx(8e60)
 
 

@@ -146,6 +146,8 @@ def test_methods_lists_every_method_with_its_options(capsys):
     for name, line in zip(methods(), lines[1::2], strict=True):
         listed = {word.partition("=")[0] for word in line.split("[")[0].split()}
         assert listed == method_options(name) - {"validate", "search"}
+    alone = {name for name, line in zip(methods(), lines[1::2], strict=True) if "from Python alone" in line}
+    assert alone == {"fisher", "greedy-soup", "lorm", "regmean"}
 
 
 def test_version(capsys):

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from fedfrom import FedFroM, FedMerge, client
 from fedfrom.merging.peft import layers as L
-from fedfrom.wire.records import ADAPTER_KEY
+from fedfrom.wire.adapter_configs import ADAPTER_KEY
 from tests.inprocess import InProcessGrid
 from tests.models import (
     FEDFROM,
@@ -210,7 +210,7 @@ def test_a_client_of_the_largest_rank_keeps_its_own_directions() -> None:
 
 def message(state: Arrays, config: dict[str, Any] | None = None, arrays: str = "arrays") -> Message:
     """Return what a strategy would send."""
-    from fedfrom.wire.records import config_to_record
+    from fedfrom.wire.adapter_configs import config_to_record
 
     grid = InProcessGrid(lambda message, context: message, 1)
     content = RecordDict({arrays: record_of(state), "config": ConfigRecord({"server-round": 1})})

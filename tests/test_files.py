@@ -18,8 +18,8 @@ from fedfrom.errors import BadInput
 from fedfrom.files import folders as F
 from fedfrom.files.inspection import stable_rank
 from fedfrom.files.tensors import DTYPES, Spec, Tensors, Writer
-from fedfrom.merging.linalg.blocks import sampled
 from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.linalg.samples import sampled
 from tests import folders
 
 

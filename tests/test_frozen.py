@@ -13,8 +13,9 @@ from flwr.serverapp.strategy import Result
 
 from benchmarks import bytes as measured
 from fedfrom import FedFroM, FedMerge, client, to_record
+from fedfrom.wire.contents import STATISTICS_KEY
 from fedfrom.wire.frozen import FROZEN_KEY, leave_out
-from fedfrom.wire.records import STATISTICS_KEY, to_state_dict
+from fedfrom.wire.records import to_state_dict
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,

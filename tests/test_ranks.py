@@ -50,7 +50,7 @@ def test_a_node_is_sent_its_ranks_once_it_has_replied(name: str) -> None:
                 first = message_type == "train" and server_round == 0
                 expected = {k: r if first else min(r, own[i][k]) for k, r in everything.items()}
                 assert widths(content["arrays"]) == expected
-                leading = L.leading(to_state(arrays), L.find_layers(arrays, "state"), expected)
+                leading = L.cut_to_ranks(to_state(arrays), L.find_layers(arrays, "state"), expected)
                 cut = {key: tensor.numpy() for key, tensor in leading.items()}
                 assert list(content["arrays"]) == list(arrays)
                 assert same_bits(content["arrays"], record_of(cut))

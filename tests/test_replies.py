@@ -18,19 +18,12 @@ from hypothesis import strategies as st
 from fedfrom import FedFroM
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
+from fedfrom.wire.contents import metric_record, model_record
 from fedfrom.wire.metrics import comparable_metrics
+from fedfrom.wire.outgoing import Outgoing
 from fedfrom.wire.reading import read_reply
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    Outgoing,
-    config_to_record,
-    metric_record,
-    model_record,
-    record_to_config,
-    to_record,
-    to_state,
-    to_state_dict,
-)
+from fedfrom.wire.records import to_record, to_state, to_state_dict
 from fedfrom.wire.sent import Sent
 from tests.inprocess import InProcessGrid
 from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, record_of, same_bits
@@ -120,17 +113,13 @@ SPOILED = {
     "a plain shape": (put(HEAD, np.zeros((10, 3), np.float32)), [HEAD, "expected shape (3, 10), found (10, 3)"]),
     "a shape that broadcasts": (put(HEAD, np.zeros((1, 10), np.float32)), [HEAD, "(3, 10)", "(1, 10)"]),
     "a number for a matrix": (put(HEAD, np.float32(1)), [HEAD, "(3, 10)", "()"]),
-    "a rank": (edit(A, lambda a: a[:2]), [A, "(4, 12)", "(2, 12)"]),
     "a rank, as text says what to do": (edit(B, lambda b: b[:, :2]), [B, "lora_config", "fedfrom.client"]),
-    "d_in": (edit(A, lambda a: a[:, :6]), [A, "(4, 12)", "(4, 6)"]),
     "float64 for float32": (edit(HEAD, lambda a: a.astype(np.float64)), [HEAD, "dtype float32, found float64"]),
-    "float16 for float32": (edit(B, lambda a: a.astype(np.float16)), [B, "expected dtype float32, found float16"]),
     "integers for float32": (edit(HEAD, lambda a: a.astype(np.int32)), [HEAD, "float32", "int32"]),
     "uint16 as bfloat16's bits": (edit(HEAD, lambda a: a.astype(np.uint16)), [HEAD, "float32", "uint16"]),
     "float for an integer": (put(COUNT, np.float32(1)), [COUNT, "int64", "float32"]),
     "big-endian": (edit(HEAD, lambda a: a.astype(">f4")), [HEAD, "readable"]),
     "NaN in a tensor": (edit(HEAD, with_entry(np.nan)), [HEAD, "finite"]),
-    "infinity in a factor": (edit(B, with_entry(np.inf)), [B, "finite"]),
     "-infinity in a statistic": (put("base_model.model.norm.running_mean", np.full(10, -np.inf, np.float32)), ["fin"]),
     "a product that float32 can't hold": (
         together(edit(A, with_entry(1e30)), edit(B, with_entry(1e30))),

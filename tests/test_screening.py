@@ -314,6 +314,12 @@ def test_rejected_replies_are_among_the_attackers_that_were_reckoned_with() -> N
         ({"examples_cap": 0.5}, ["examples_cap", "0.5"]),
         ({"examples_cap": math.nan}, ["examples_cap", "nan"]),
         ({"min_valid_replies": 0}, ["min_valid_replies", "0"]),
+        ({"min_valid_replies": True}, ["min_valid_replies", "True"]),
+        ({"attackers": True, "select": "multikrum"}, ["attackers", "True"]),
+        ({"examples_cap": "3"}, ["examples_cap", "'3'"]),
+        ({"node_timeout": "3600"}, ["node_timeout", "'3600'"]),
+        ({"checkpoints_kept": True}, ["checkpoints_kept", "True"]),
+        ({"memory_budget": True}, ["memory_budget", "True"]),
         ({"min_valid_replies": 2.5}, ["min_valid_replies", "2.5"]),
         ({"select": "krum"}, ["select", "'multikrum'", "'krum'"]),
         ({"attackers": 1}, ["attackers", "select"]),
@@ -327,6 +333,11 @@ def test_a_wrong_setting_is_named(options: dict[str, Any], named: list[str]) -> 
         FedFroM(**options)
     for word in named:
         assert word in str(error.value)
+
+
+def test_a_function_that_takes_no_report_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="on_round: expected a function that takes a round's report"):
+        FedFroM(on_round=lambda: 1)  # type: ignore[misc,arg-type]
 
 
 # --- Flower's differential privacy -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import fedfrom.stored
 import fedfrom.wire.spool
 from fedfrom import FedFroM, FedMerge, FroM, merge
 from fedfrom.merging.clients import Client, Round
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, norms
 from fedfrom.merging.merge import merge_clients
 from fedfrom.wire.pulling import LONGEST, SHORTEST, send_and_receive
 from fedfrom.wire.spool import SpooledState, SpoolError
@@ -117,14 +117,14 @@ def test_no_tensor_of_the_states_size_is_read(folder: Path) -> None:
         merge(spooled, case.reference)
     assert max(sizes) <= blocks.BLOCK and sum(sizes) == 2 * 5 * 10**6  # the norms, and the sum
     sizes.clear()
-    norms = [{name: blocks.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
+    known = [{name: norms.delta_norm(x, case.reference[name]) for name, x in s.items()} for s in case.states]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             fedfrom.stored.StoredTensor,
             "read",
             lambda self, start, stop, out=None: sizes.append(stop - start) or reader(self, start, stop, out),
         )
-        clients = [Client(state, norms=own) for state, own in zip(spooled, norms, strict=True)]
+        clients = [Client(state, norms=own) for state, own in zip(spooled, known, strict=True)]
         found, _ = merge_clients(clients, Round(case.reference), FroM())
     assert sum(sizes) == 5 * 10**6  # once, where the norms are known
     expected, _ = merge(case.states, case.reference)
@@ -244,17 +244,17 @@ def node_of(grid: InProcessGrid, partition: int) -> int:
     return next(node for node, own in grid.partition_of.items() if own == partition)
 
 
-def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path) -> None:
-    class Cutting(FedFroM):
-        def _merge(self, replies: Any, *others: Any) -> Any:
-            for reply in replies:
-                if reply.node_id == node:
-                    os.ftruncate(reply.state._file.file.fileno(), 1000)
-            return super()._merge(replies, *others)
+def test_a_file_that_was_cut_short_costs_its_own_reply_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cutting(clients: Any, *others: Any) -> Any:
+        for client in clients:
+            if client.name == f"node {node}":
+                os.ftruncate(client.state._file.file.fileno(), 1000)
+        return merge_clients(clients, *others)
 
     grid = InProcessGrid(noisy, 4)
     node = node_of(grid, 2)
-    strategy = Cutting(memory_budget=0, spool=tmp_path)
+    strategy = FedFroM(memory_budget=0, spool=tmp_path)
+    monkeypatch.setattr("fedfrom.outcome.merge_clients", cutting)
     result = strategy.start(grid, record_of(large_state()), num_rounds=1)
     report = strategy.reports[1]
     assert list(report.rejected) == [node] and report.reasons == {"spool": 1} and not report.missing
@@ -298,13 +298,14 @@ def test_the_disk_has_its_room_back_after_an_error(tmp_path: Path, monkeypatch: 
         inner(self, *arguments)
         states.append(self)
 
-    class Failing(FedFroM):
-        def _merge(self, *arguments: Any) -> Any:
-            raise KeyboardInterrupt
+    def stopped(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(SpooledState, "__init__", noting)
-    with pytest.raises(KeyboardInterrupt):
-        Failing(memory_budget=0, spool=tmp_path).start(InProcessGrid(noisy, 3), record_of(large_state()), num_rounds=1)
+    strategy = FedFroM(memory_budget=0, spool=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedfrom.outcome.merge_clients", stopped)
+        strategy.start(InProcessGrid(noisy, 3), record_of(large_state()), num_rounds=1)
     assert len(states) == 3 and not list(tmp_path.iterdir())
     for state in states:
         with pytest.raises(SpoolError, match="closed"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedfrom import FedFroM, FedMerge, client
 from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.peft.layers import find_layers
-from fedfrom.wire.records import STATISTICS_KEY, model_record
+from fedfrom.wire.contents import STATISTICS_KEY, model_record
 from tests.inprocess import InProcessGrid
 from tests.models import (
     PREFIX,

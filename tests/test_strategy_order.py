@@ -120,7 +120,7 @@ def test_waits_until_enough_nodes_are_there(flower_log: Any, monkeypatch: pytest
         return list(every())[: len(calls)]
 
     monkeypatch.setattr(grid, "get_nodes", joining)
-    monkeypatch.setattr("fedfrom.strategy.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedfrom.wire.sampling.time.sleep", lambda seconds: None)
     messages = FedFroM(min_available_nodes=4).configure_train(1, record_of(mixed_state()), ConfigRecord(), grid)
     assert len(calls) == 4 and len(messages) == 4
     assert len(logged(flower_log, "Waiting", "3 connected", "4")) == 1
@@ -129,8 +129,8 @@ def test_waits_until_enough_nodes_are_there(flower_log: Any, monkeypatch: pytest
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_too_few_nodes_end_the_run_by_name_after_the_timeout(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("fedfrom.strategy.time.sleep", waited.append)
-    monkeypatch.setattr("fedfrom.strategy.time.monotonic", lambda: float(len(waited)))
+    monkeypatch.setattr("fedfrom.wire.sampling.time.sleep", waited.append)
+    monkeypatch.setattr("fedfrom.wire.sampling.time.monotonic", lambda: float(len(waited)))
     with pytest.raises(RuntimeError, match=f"round 1: expected 4 nodes within 7 s, found {nodes}.*min_available_nodes"):
         run(nodes=nodes, min_available_nodes=4, node_timeout=7)
     assert len(waited) == 7

@@ -1,1 +1,1 @@
-"""The speed of merging adapters, against dense Algorithm 1 and peers, in one run: `python -m benchmarks.adapters`."""
+"""The speed of merging adapters beside dense Algorithm 1 and peers, in one run: `python -m benchmarks.adapters`."""

@@ -1,13 +1,13 @@
 """`python -m benchmarks.adapters [--quick] [--out results/speed]`: medians and ratios in one run.
 
-Contenders have one thread each, which is fastest for factors; FedFroM alone, as it grows, has one a core.
+Contenders run with one thread each, which is fastest for factors. The growth of FedFroM is measured with one thread for
+each core.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-import peft
+import pandas as pd
 import torch
 
 from benchmarks.adapters.contenders import (
@@ -33,11 +33,11 @@ from benchmarks.adapters.contenders import (
 )
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.adapters.timing import Shape, extra_memory, medians
+from benchmarks.conditions import conditions
 from fedfrom import merge
-from simulations.environment import given, machine
 from simulations.tables import write_table
 
-# by model: (d_out, d_in) -> how many modules have it, all linear layers of all blocks
+# (d_out, d_in) -> number of modules of that shape, by model: all linear layers of all blocks
 MODELS: dict[str, dict[Shape, int]] = {
     "MiniLM-L6": {(384, 384): 24, (1536, 384): 6, (384, 1536): 6},
     "RoBERTa-large": {(1024, 1024): 96, (4096, 1024): 24, (1024, 4096): 24},
@@ -45,16 +45,16 @@ MODELS: dict[str, dict[Shape, int]] = {
 }
 SQUARE = (4096, 4096)
 RANKS = {"MiniLM-L6": 8, "RoBERTa-large": 8, "Llama-3-8B": 16}
-# PEFT's SVD of larger matrices is not run but scaled by min(d)^2 max(d), from the largest that is
+# entries of the largest matrix whose SVD peers compute; the time of larger ones is scaled by min(d)^2 max(d)
 LARGEST = 1024 * 4096
 
 
 def layer(folder: Path, quick: bool, about: str) -> None:
-    """One 4096 x 4096 layer, r = 16, against dense contenders."""
+    """Write the table of one 4096 x 4096 layer, r = 16, beside dense contenders."""
     rows = []
     for clients in (3, 32):
         turns = {SVD: 9, ALTERNATING: 3, KNOTS: 3, GIVEN: 3, LEAN: 3, DENSE: 3}
-        if clients > 3:  # minutes, otherwise
+        if clients > 3:  # more turns would take minutes
             turns = {SVD: 9, ALTERNATING: 3, GIVEN: 1, LEAN: 1, DENSE: 1}
         if quick:
             turns = {SVD: 5, LEAN: 1, DENSE: 1}
@@ -75,11 +75,11 @@ def layer(folder: Path, quick: bool, about: str) -> None:
         f"allows; `{GIVEN}` is the iterations alone. `x ...`: how many times faster than those. `excess`: how far the "
         "objective is above the exact solution's in float64, of sum w_i |theta_i|^2; KnOTS minimises another."
     )
-    write_table(folder, "adapters-layer", header, rows, text)
+    write_table(folder, "adapters-layer", pd.DataFrame(rows, columns=header, dtype=object), text)
 
 
 def models(folder: Path, quick: bool, about: str) -> None:
-    """Whole adapters of three clients against PEFT's svd and FlexLoRA's mean of products."""
+    """Write the table of whole adapters of three clients, beside PEFT's svd and FlexLoRA's mean of products."""
     rows = []
     for model, shapes in MODELS.items():
         rank, clients = RANKS[model], 3
@@ -111,11 +111,11 @@ def models(folder: Path, quick: bool, about: str) -> None:
         "above 1024 x 4096 were not run; their time is that of 1024 x 4096 times min(d)^2 max(d), as an SVD's "
         "operations grow. 0: not run."
     )
-    write_table(folder, "adapters-models", header, rows, text)
+    write_table(folder, "adapters-models", pd.DataFrame(rows, columns=header, dtype=object), text)
 
 
 def growth(folder: Path, quick: bool, about: str) -> None:
-    """Time and memory against clients, rank and width."""
+    """Write the table and the picture of time and memory by clients, rank and width."""
     sweeps: dict[str, list[tuple[int, Shape, int, int]]] = {
         "clients, d = 1024, r = 8": [(n, (1024, 1024), 8, n) for n in (32, 100, 316, 1000)],
         "clients, d = 4096, r = 8": [(n, (4096, 4096), 8, n) for n in (3, 10, 32, 100, 316, 1000)],
@@ -143,8 +143,8 @@ def growth(folder: Path, quick: bool, about: str) -> None:
         f"FedFroM svd, one layer, float32. {about}\n\nSlopes are of a line fitted on log-log scales, for clients from "
         "32 on. Extra memory is the peak above the inputs, of a process of its own with one thread."
     )
-    write_table(folder, "adapters-growth", header, rows, text)
-    if not quick:  # memory is half of the picture
+    write_table(folder, "adapters-growth", pd.DataFrame(rows, columns=header, dtype=object), text)
+    if not quick:  # the picture needs the memory
         draw(panels(curves), folder / "adapters-growth.png")
 
 
@@ -187,11 +187,7 @@ def main() -> None:
     for name, part in parts.items():
         if options.only in (None, name):
             torch.set_num_threads((os.cpu_count() or 1) if part is growth else 1)
-            about = (
-                f"Threads: {torch.get_num_threads()}; {machine()}; load average {os.getloadavg()[0]:.1f} at the start; "
-                f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}; "
-                f"`python -m benchmarks.adapters {given()}`."
-            )
+            about = ". ".join(conditions("python -m benchmarks.adapters", "torch", "peft")) + "."
             part(options.out, options.quick, about)
 
 

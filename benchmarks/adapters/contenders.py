@@ -1,4 +1,4 @@
-"""What merges adapters here: fedfrom's solvers, and what others do, written plainly or called."""
+"""The contenders that merge adapters: fedfrom's solvers, and other methods, written plainly or called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def sample(shape: tuple[int, int], rank: int, clients: int, seed: int = 0) -> list[State]:
-    """Return n clients' adapters of one (d_out, d_in) layer: standard normal factors, float32, so a flat spectrum."""
+    """Return n clients' adapters of one (d_out, d_in) layer: float32 standard normal factors, with a flat spectrum."""
     g = torch.Generator().manual_seed(seed)
     d_out, d_in = shape
     return [{A: torch.randn(rank, d_in, generator=g), B: torch.randn(d_out, rank, generator=g)} for _ in range(clients)]
@@ -30,8 +30,8 @@ def sample(shape: tuple[int, int], rank: int, clients: int, seed: int = 0) -> li
 def target(states: list[State], keep: bool = True) -> Tensor:
     """Return T = sum_i w_i B_i A_i, w_i proportional to ||B_i A_i||_F: dense, float32.
 
-    keep: the n products stay in memory until their weights are known, as they must for weights of any kind. Otherwise
-    each is added as it comes, which k = 1 allows: the leanest a dense merge can be.
+    With `keep` the n products stay in memory until the weights are known, as weights of any kind need them. Without it
+    each product is added at once, which only k = 1 allows: no dense merge needs less memory.
     """
     if keep:
         products = [state[B] @ state[A] for state in states]
@@ -49,7 +49,7 @@ def target(states: list[State], keep: bool = True) -> Tensor:
 def algorithm_1(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (B, A) of 20 iterations of Eq. 7, B = T A^T (A A^T)^-1, and Eq. 8, A = (B^T B)^-1 B^T T.
 
-    The objective is computed each time: the paper's early stopping looks at it.
+    The objective is computed in each iteration, for the paper's early stopping.
     """
     A_t = torch.randn(rank, T.shape[1], generator=torch.Generator().manual_seed(0))
     best, result = float("inf"), (A_t.T, A_t)
@@ -64,14 +64,14 @@ def algorithm_1(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def flexlora(states: list[State]) -> tuple[Tensor, Tensor]:
-    """Return (B, A): the mean of the dense products and its SVD, cut to the rank."""
+    """Return (B, A) from the SVD of the mean of the dense products, truncated to the rank."""
     mean, rank = sum(state[B] @ state[A] for state in states) / len(states), len(states[0][A])
     U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
     return U[:, :rank] * S[:rank], Vh[:rank]
 
 
 def with_peft(states: list[State]) -> Callable[[], object]:
-    """Return PEFT's add_weighted_adapter(combination_type="svd") of these adapters of one linear layer."""
+    """Return a function that merges one linear layer's adapters by PEFT's add_weighted_adapter(..., "svd")."""
     from peft import LoraConfig, get_peft_model
 
     (d_out, rank), d_in = states[0][B].shape, states[0][A].shape[1]
@@ -100,7 +100,7 @@ def with_peft(states: list[State]) -> Callable[[], object]:
 
 
 def contender(name: str, states: list[State]) -> Callable[[], object]:
-    """Return what merges these states, ready to run."""
+    """Return a function that merges these states by the contender of this name."""
     rank = len(states[0][A])
     if name == GIVEN:
         T = target(states)
@@ -119,7 +119,7 @@ def contender(name: str, states: list[State]) -> Callable[[], object]:
 
 
 class Optimum:
-    """fedfrom's exact solution of these states in float64, which results are compared with."""
+    """fedfrom's exact solution for these states in float64, the reference of all results."""
 
     def __init__(self, states: list[State]) -> None:
         exact, report = merge([{key: value.double() for key, value in state.items()} for state in states])
@@ -132,6 +132,6 @@ class Optimum:
         return float((left.double() @ right.double() - self.T).square().sum())
 
     def excess(self, result: Any) -> float:
-        """Return how far ||BA - T||^2 is above the optimum, relative to sum_i w_i ||theta_i||^2."""
+        """Return ||BA - T||^2 less the optimum's, relative to sum_i w_i ||theta_i||^2."""
         left, right = (result[0][B], result[0][A]) if isinstance(result[0], dict) else result
         return (self._residual(left, right) - self.residual) / self.size

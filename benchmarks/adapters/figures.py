@@ -1,4 +1,4 @@
-"""How time and memory grow, on log-log scales with fitted slopes."""
+"""The growth of time and memory on log-log scales, with fitted slopes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from fedfrom.atomic import whole_file
-from simulations.figures import COLOURS, MARKERS, STYLE
+from fedfrom.pages.canvas import canvas
+from fedfrom.pages.look import COLOURS, MARKERS
 
 Curve = Sequence[tuple[int, float, float]]  # value, seconds, MiB
 
 
 def slope(points: Curve, of: int) -> float:
-    """Return the exponent of a power law fitted by least squares in logarithms; of 1 is the seconds, 2 the MiB."""
+    """Return the exponent of a power law fitted by least squares in logarithms; `of` is 1 for seconds, 2 for MiB."""
     shown = [(point[0], point[of]) for point in points if point[of] > 0]
     if len(shown) < 2:
         return 0.0
@@ -27,7 +26,7 @@ def slope(points: Curve, of: int) -> float:
 
 @dataclass(frozen=True)
 class Panel:
-    """A column of the picture: curves over one quantity, whose slopes are fitted from a value of it on."""
+    """A column of the picture: curves over one quantity, with slopes fitted to its values from `fitted_from` on."""
 
     title: str
     quantity: str
@@ -35,16 +34,13 @@ class Panel:
     fitted_from: int = 0
 
     def fitted(self, curve: Curve) -> Curve:
-        """Return the points that a slope is fitted to."""
+        """Return the points of a curve to which its slope is fitted."""
         return [point for point in curve if point[0] >= self.fitted_from]
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """Draw the panels side by side, seconds above and memory below."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(panels), figsize=(4 * len(panels), 7), constrained_layout=True, squeeze=False
-        )
+    with canvas(path, 2, len(panels), dpi=120, figsize=(4 * len(panels), 7)) as (_, axes):
         for column, panel in enumerate(panels):
             for row, unit in ((0, "seconds"), (1, "extra memory, MiB")):
                 axis = axes[row][column]
@@ -56,14 +52,10 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 _scales(axis, panel, row + 1)
                 axis.legend(frameon=False, loc="upper left")
             axes[0][column].set_title(panel.title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as hidden:
-            figure.savefig(hidden, dpi=120)
-        plt.close(figure)
 
 
 def _scales(axis: Axes, panel: Panel, of: int) -> None:
-    """Mark the values that were measured, and leave a decade at least, so that what hardly grows looks it."""
+    """Mark the measured values, and show at least a decade, so that slow growth looks slow."""
     values = sorted({point[0] for curve in panel.curves.values() for point in curve})
     axis.set_xticks(values, [f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,}" for value in values])
     axis.xaxis.set_minor_locator(NullLocator())
@@ -72,7 +64,7 @@ def _scales(axis: Axes, panel: Panel, of: int) -> None:
         low, high = np.log10(min(shown)), np.log10(max(shown))
         room = max(0.5 - (high - low) / 2, 0.05)
         low, high = low - room, high + room
-        # and the legend its own part
+        # with room for the legend
         axis.set_ylim(10**low, 10 ** (high + (high - low) * 0.1 * len(panel.curves)))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")

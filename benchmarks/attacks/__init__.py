@@ -1,6 +1,6 @@
 """Attacks of 1 to 3 clients of 10 against FedFroM and Flower's own strategies: `python -m benchmarks.attacks`.
 
-The way through: `rounds` has what honest clients send, `attacks` what attackers send in their place, `contenders` the
-strategies, `bench` measures one against the other, `report` makes tables and pictures of it. `federation` trains, and
-`tradeoff` has what the defaults of the screening were chosen by.
+`rounds` has the replies of honest clients, `attacks` the replies of attackers in their place, and `contenders` the
+strategies. `bench` measures every attack on every strategy; `tables` and `figures` show the outcomes. `federation`
+trains clients. `tradeoff` measures what the defaults of the screening were chosen by.
 """

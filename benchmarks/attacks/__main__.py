@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.attacks import federation, report, tradeoff
+from benchmarks.attacks import federation, figures, tables, tradeoff
 from benchmarks.attacks.attacks import FLIP, TRAINED, UNTARGETED
 from benchmarks.attacks.bench import Outcome, compare
-from benchmarks.attacks.contenders import CONTENDERS, applies
+from benchmarks.attacks.contenders import CONTENDERS, FEDFROM, applies
 from benchmarks.attacks.rounds import CLIENTS, COSINES, Round, encoder, synthetic, trained
 from fedfrom import FedFroM
 
@@ -51,24 +51,26 @@ def main() -> None:
     made = [(synthetic(cosine, seed), seed) for cosine in COSINES for seed in range(options.seeds)]
     if "table" in parts:
         rounds = [*made, (real, 0), (encoder(work), 0)]
-        found = outcomes(rounds, (1, 2, 3))
-        report.write_outcomes(found, {one.name: one.cosine for one, _ in rounds}, out, work)
-        bar = min(o.cosine for o in found if o.strategy == "FedFroM" and report.counts_for_bar(o))
-        print(f"Lowest cosine of FedFroM that the bar counts: {bar:.3f} (bar: {report.BAR})")
+        found = tables.frame(outcomes(rounds, (1, 2, 3)))
+        tables.write_outcomes(found, {one.name: one.cosine for one, _ in rounds}, out, work)
+        bar = tables.counting_for_bar(found[found["strategy"] == FEDFROM])["cosine"].min()
+        print(f"Lowest cosine of FedFroM that the bar counts: {bar:.3f} (bar: {tables.BAR})")
     if "scales" in parts:
         panels = {
             f"One attacker of 10, {half.name}": curves(half, 1),
             f"One attacker of 10, trained round (cosine {real.cosine:.2f})": curves(real, 1),
             "Three attackers of 10, trained round": curves(real, 3),
         }
-        report.draw_scales(panels, out / "scales.png")
+        figures.draw_scales(panels, out / "scales.png")
     if "tradeoff" in parts:
         chosen = FedFroM().clip, FedFroM().examples_cap
         accuracies = tradeoff.honest(data, range(options.paired_seeds))
-        report.write_tradeoff(accuracies, tradeoff.held([half, real], chosen), chosen, out)
+        table = tables.tradeoff(accuracies, tradeoff.held([half, real], chosen))
+        tables.write_tradeoff(table, options.paired_seeds, out)
+        figures.draw_tradeoff(table, chosen, out / "tradeoff.png")
     if "accuracy" in parts:
-        report.write_accuracies(tradeoff.under_attack(data, UNDER_ATTACK), out)
-    report.write_about(out, options.seeds, options.paired_seeds)
+        tables.write_accuracies(tradeoff.under_attack(data, UNDER_ATTACK), out)
+    tables.write_about(out, options.seeds, options.paired_seeds)
     print(f"Tables and pictures in {out} after {time.perf_counter() - start:.0f} s")
 
 

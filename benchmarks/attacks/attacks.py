@@ -1,7 +1,7 @@
-"""What attackers send in place of what they trained. All know all honest replies.
+"""The replies of attackers. All attackers know all honest replies.
 
-Of an adapter that starts from B = 0 an attack is on B: A stays as the attacker trained it, so that a factor s of B is
-one of the product BA. ALIE, IPM and MinMax take the honest clients' mean A.
+An adapter starts from B = 0, and attacks change B alone: A stays as the attacker trained it, so that scaling B by s
+scales the product BA by s. ALIE, IPM and MinMax send the honest clients' mean A.
 """
 
 import math
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.attacks.messages import State
+from benchmarks.messages import State
 
 Arrays = dict[str, np.ndarray]
 
 
 class Sent(NamedTuple):
-    """What one attacker sends."""
+    """One attacker's reply: its state, and its number of examples."""
 
     state: State
     examples: float
@@ -25,22 +25,22 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Attackers:
-    """What attackers know.
+    """The attackers' knowledge.
 
     Attributes
     ----------
     sent : Mapping[str, ndarray]
-        W.
+        W, the global model.
     honest : list[Mapping[str, ndarray]]
-        What the honest clients reply with.
+        The honest clients' replies.
     own : list[Mapping[str, ndarray]]
-        What the attackers would reply with, were they honest.
+        The attackers' own states after honest training.
     examples : list[float]
-        Their true numbers of examples.
+        The attackers' true numbers of examples.
     flipped : list[Mapping[str, ndarray]]
-        What they reply with after training on wrong labels; may be empty.
+        The attackers' states after training on wrong labels; may be empty.
     seed : int
-        Of noise.
+        Seed of noise.
     """
 
     sent: State
@@ -51,7 +51,7 @@ class Attackers:
     seed: int = 0
 
     def each(self, change: Callable[[State, int], State]) -> list[Sent]:
-        """Return own replies, changed."""
+        """Return each attacker's own state, changed."""
         return [Sent(change(state, i), n) for i, (state, n) in enumerate(zip(self.own, self.examples, strict=True))]
 
     def count(self, value: float) -> list[Sent]:
@@ -59,7 +59,7 @@ class Attackers:
         return [Sent(state, value) for state in self.own]
 
     def moved(self, state: State, delta: Callable[[str, np.ndarray], np.ndarray]) -> Arrays:
-        """Return W plus a function of each of a state's deltas; A as it is in the state."""
+        """Return W plus a function of each delta of a state; lora_A is the state's."""
         found = {}
         for key, sent in self.sent.items():
             if ".lora_A." in key:
@@ -70,11 +70,11 @@ class Attackers:
         return found
 
     def scaled(self, factor: float) -> list[Sent]:
-        """Return own updates times a factor."""
+        """Return the attackers' own updates times a factor."""
         return self.each(lambda state, i: self.moved(state, lambda key, delta: factor * delta))
 
     def filled(self, value: float) -> list[Sent]:
-        """Return updates all of whose entries are one number."""
+        """Return updates with one number in all entries."""
         return self.each(lambda state, i: self.moved(state, lambda key, delta: np.full_like(delta, value)))
 
     @property
@@ -83,7 +83,7 @@ class Attackers:
         return {key: np.mean([state[key] for state in self.honest], axis=0) for key in self.sent}
 
     def together(self, delta: Callable[[str, np.ndarray], np.ndarray]) -> list[Sent]:
-        """Return one update for all attackers, a function of the honest mean's."""
+        """Return one update for all attackers, a function of the honest clients' mean update."""
         state = self.moved(self.mean, delta)
         return [Sent(state, n) for n in self.examples]
 
@@ -120,9 +120,9 @@ def ipm(epsilon: float) -> Callable[[Attackers], list[Sent]]:
 def minmax(known: Attackers) -> list[Sent]:
     """MinMax (Shejwalkar & Houmansadr, 2021): as far from the honest mean as honest clients are from each other.
 
-    The mean less gamma times the entries' standard deviations (the paper's "inverse standard deviation"), gamma the
-    largest that keeps the distance to every honest client within the largest between two. Distances are of the entries
-    that are attacked.
+    The honest mean less gamma times the entries' standard deviations (the paper's "inverse standard deviation"). gamma
+    is the largest for which no honest client is further away than two honest clients are from each other. Distances are
+    computed on the attacked entries.
     """
     keys = [key for key in known.sent if ".lora_A." not in key]
     honest = np.stack(
@@ -188,7 +188,7 @@ Attack = Callable[[Attackers], list[Sent]]
 FLIP = "sign-flip"
 HIJACK = "num-examples 1e12, sign-flip"
 
-# The reply is not what was asked for: whoever takes it as it comes has no model afterwards, or no run.
+# Replies that are malformed: a strategy that accepts them loses its model, or ends with an exception.
 MALFORMED: Mapping[str, Attack] = {
     "NaN": lambda known: known.filled(math.nan),
     "Inf": lambda known: known.filled(math.inf),
@@ -200,7 +200,7 @@ MALFORMED: Mapping[str, Attack] = {
     "num-examples -1": lambda known: known.count(-1),
     "num-examples NaN": lambda known: known.count(math.nan),
 }
-# It is, and only its numbers are wrong.
+# Replies that are well-formed, with wrong numbers.
 UNTARGETED: Mapping[str, Attack] = {
     "zero": lambda known: known.scaled(0.0),
     "Gaussian noise": noise,

@@ -1,35 +1,35 @@
-"""One attack against one strategy: how far the merge is from that of the honest clients alone."""
+"""One attack on one strategy: the distance of its merge from the merge of the honest clients alone."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.attacks.attacks import ATTACKS, TRAINED, Attack, Attackers, Sent
 from benchmarks.attacks.contenders import CONTENDERS, applies
-from benchmarks.attacks.messages import State, aggregate, reply, state_of
 from benchmarks.attacks.rounds import Round
+from benchmarks.messages import State, aggregate, reply, state_of
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a strategy made of a round with attackers.
+    """The result of a strategy in a round with attackers.
 
     Attributes
     ----------
     cosine, distance : float
-        Of the global update to the honest merge, which is the same strategy's without the attackers' replies, told
-        that there are no attackers where it is told of them: the cosine, and the distance relative to the honest
-        merge's norm. With no usable model (the run ended with an exception, or there is NaN or infinity in the arrays)
-        0 and 1, as if nothing had been learned.
+        Cosine of the global update to the honest merge, and their distance relative to the honest merge's norm. The
+        honest merge is the same strategy's without the attackers' replies; a strategy that is told the number of
+        attackers is told 0. Without a usable model (the run ended with an exception, or arrays have NaN or infinity) 0
+        and 1, as of a zero update.
     common : float
-        The cosine to one target for all strategies: the honest clients' mean product, weighted by their examples.
+        Cosine to a target that is the same for all strategies: the honest clients' mean product, weighted by examples.
     weight : float | None
-        What the attackers weigh together, in the layer where they weigh most; None where there are no weights.
+        The attackers' total weight in the layer where it is largest; None for a strategy that reports no weights.
     note : str
-        What went wrong, if anything.
+        The failure, if there was one.
     """
 
     round: str
@@ -43,10 +43,6 @@ class Outcome:
     weight: float | None
     note: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings."""
-        return asdict(self)
-
 
 def compare(
     round: Round,
@@ -56,7 +52,7 @@ def compare(
     strategies: Mapping[str, Any] = CONTENDERS,
 ) -> Iterator[Outcome]:
     """Run every attack against every strategy; the first clients of the round are the attackers."""
-    gc.freeze()  # Bulyan collects garbage after every reply: let that be what the reply left alone
+    gc.freeze()  # Bulyan collects garbage after every reply: leave earlier objects out of the collection
     n = len(round.honest)
     own, honest = round.honest[:attackers], round.honest[attackers:]
     counts = [float(count) for count in round.examples]
@@ -90,9 +86,9 @@ def compare(
 def merge(
     strategy: Any, sent: State, replies: Sequence[Sent], first: int = 0
 ) -> tuple[dict[str, np.ndarray] | None, str]:
-    """Return what a strategy merges the replies to, or None and why there is no usable model.
+    """Return a strategy's merge of the replies, or None, and the reason where there is no usable model.
 
-    Nodes are numbered from `first` + 1, so that clients keep their numbers where the first are left out.
+    Nodes are numbered from `first` + 1: clients keep their numbers where the first ones are left out.
     """
     try:
         messages = [reply(first + i + 1, state, count) for i, (state, count) in enumerate(replies)]
@@ -120,7 +116,7 @@ def cosine_of(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def attackers_weight(strategy: Any, attackers: int) -> float | None:
-    """Return what the first nodes weigh together in the layer where they weigh most, of a strategy that reports it."""
+    """Return the first nodes' total weight in the layer where it is largest; None without a report."""
     report = getattr(strategy, "reports", {}).get(1)
     if report is None or report.merge is None:
         return None

@@ -1,4 +1,4 @@
-"""The strategies that are compared, each told how many attackers there are where it can be told."""
+"""The strategies that are compared. Those with an option for the number of attackers are given that number."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,5 +25,5 @@ CONTENDERS: Mapping[str, Callable[[int], Any]] = {**OWN, **FLOWERS}
 
 
 def applies(name: str, clients: int, attackers: int) -> bool:
-    """Return whether a strategy is meant for so many attackers of so many clients."""
+    """Return whether a strategy is defined for these numbers of clients and attackers."""
     return name != "Bulyan" or clients >= 4 * attackers + 3

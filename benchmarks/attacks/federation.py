@@ -1,8 +1,8 @@
-"""What is trained here: one round of an encoder's clients, and whole federations on frozen features of it.
+"""Training: one round of clients that fine-tune an encoder, and whole federations on the encoder's frozen features.
 
-A round of the encoder (LoRA on the cut MiniLM, SST-2) gives deltas as they are. Accuracy under attack takes many rounds
-of many strategies: there the encoder is frozen, and clients train a LoRA module and a head on its sentence vectors,
-which takes milliseconds.
+A round of the encoder (LoRA on the first layers of MiniLM, SST-2) gives real deltas. Accuracy under attack needs many
+rounds of many strategies: there the encoder is frozen, and clients train a LoRA module and a head on its sentence
+vectors, which takes milliseconds.
 """
 
 from collections.abc import Mapping
@@ -36,9 +36,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def encoder_round(folder: Path, attackers: int = 3, options: Options = ROUND) -> dict[str, Arrays]:
-    """Return "sent", each client's reply under its number and, for those that may attack, "flipped-" and its number.
+    """Return the states of one round by name: "sent", "0", "1", ... and "flipped-0", ...; "sizes" has the examples.
 
-    Trained once and kept in the folder. Flipped clients train on labels that are all wrong. "examples" has the sizes.
+    "0" is the reply of client 0. "flipped-0" is its reply after training on wrong labels, where it may be an attacker.
+    The states are trained once and kept in the folder.
     """
     names = ["sent", *map(str, range(options.clients)), *(f"flipped-{i}" for i in range(attackers)), "sizes"]
     paths = {name: folder / f"round-{name}.safetensors" for name in names}
@@ -66,7 +67,7 @@ def encoder_round(folder: Path, attackers: int = 3, options: Options = ROUND) ->
 
 
 def features(folder: Path, options: Options = FEATURES) -> Arrays:
-    """Return "train" and "test" sentence vectors of SST-2 from the frozen encoder, with labels; kept in the folder."""
+    """Return "train" and "test" sentence vectors of SST-2 from the frozen encoder, and labels; kept in the folder."""
     path = folder / "features.safetensors"
     if path.is_file():
         return load_file(path)
@@ -99,20 +100,20 @@ def _vectors(model: nn.Module, tokens: Tokens) -> np.ndarray:
 
 
 class Federation:
-    """Clients with Dirichlet shares of labelled vectors, who train a LoRA module and a head on them.
+    """Clients with Dirichlet shares of labelled vectors, which train a LoRA module and a head on them.
 
     Parameters
     ----------
     data : Mapping[str, ndarray]
-        What `features` returns.
+        From `features`.
     clients : int
-        How many.
+        Number of clients.
     alpha : float
         Concentration of the Dirichlet distribution over each label's examples: shares and sizes are unequal.
     seed : int
-        Of the shares, the initial adapter and the batches.
+        Seed of the shares, the initial adapter and the batches.
     epochs : int
-        Passes of a client over its share in a round: who has more takes more steps, and ends further away.
+        Passes of a client over its share in a round. Larger shares take more steps, and give larger updates.
     examples : int
         Training examples of all clients together.
     batch : int
@@ -154,7 +155,7 @@ class Federation:
         }
 
     def trained(self, client: int, state: Arrays, server_round: int, flipped: bool = False) -> Arrays:
-        """Return what a client sends after training from `state` with Adam."""
+        """Return a client's state after training from `state` with Adam."""
         parameters = {key: torch.from_numpy(np.array(value)).requires_grad_() for key, value in state.items()}
         optimizer = torch.optim.Adam(parameters.values(), lr=5e-3)
         inputs, labels = self.inputs[client], self.labels[client]
@@ -169,7 +170,7 @@ class Federation:
         return {key: value.detach().numpy() for key, value in parameters.items()}
 
     def accuracy(self, state: Arrays) -> float:
-        """Return the global model's accuracy on the held-out vectors; a model with NaN in it answers one class."""
+        """Return the global model's accuracy on the held-out vectors; a model with NaN always answers one class."""
         with torch.inference_mode():
             answers = _logits({key: torch.from_numpy(value) for key, value in state.items()}, self.test[0]).argmax(1)
         return float((answers == self.test[1]).double().mean())

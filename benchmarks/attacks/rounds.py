@@ -1,4 +1,4 @@
-"""What honest clients were sent and reply with: made with a known cosine, or trained."""
+"""Rounds of honest clients, the global model and the replies: synthetic with a known cosine, or trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.attacks.messages import State
+from benchmarks.messages import State
 
 CLIENTS = 10
 COSINES = (0.1, 0.5, 0.9)
@@ -21,15 +21,15 @@ class Round:
     Attributes
     ----------
     name : str
-        "cosine 0.5", or what was trained.
+        "cosine 0.5", or the name of a trained round.
     sent : Mapping[str, ndarray]
-        W. Adapters start from B = 0, so that the product of a client that scales its B is scaled by exactly that.
+        W, the global model. Adapters start from B = 0: scaling a client's B scales its update by the same factor.
     honest : list[Mapping[str, ndarray]]
-        (n,) what each client replies with.
+        (n,) each client's reply.
     examples : list[int]
         (n,) num-examples.
     flipped : Mapping[int, Mapping[str, ndarray]]
-        What some clients reply with when they train on wrong labels; empty where nothing is trained.
+        Replies of some clients after training on wrong labels; empty in synthetic rounds.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Round:
     flipped: Mapping[int, State] = field(default_factory=dict)
 
     def update(self, state: State) -> np.ndarray:
-        """Return what a state is away from W as one float64 vector, adapters as products."""
+        """Return a state less W as one float64 vector, with adapters as products."""
         found, start = dense(state), dense(self.sent)
         return np.concatenate([(found[name] - start[name]).ravel() for name in start])
 
@@ -57,7 +57,7 @@ def dense(state: State) -> dict[str, np.ndarray]:
     found = {}
     for key, value in state.items():
         if ".lora_A." in key:
-            with np.errstate(all="ignore"):  # what a strategy leaves may be beyond any number
+            with np.errstate(all="ignore"):  # a strategy's result may overflow
                 found[key] = state[key.replace("lora_A", "lora_B")].astype(np.float64) @ value.astype(np.float64)
         elif ".lora_B." not in key:
             found[key] = value.astype(np.float64)
@@ -65,10 +65,10 @@ def dense(state: State) -> dict[str, np.ndarray]:
 
 
 def synthetic(cosine: float, seed: int, clients: int = CLIENTS) -> Round:
-    """Return a round of plain tensors, Flower's strategies' own ground, whose updates have this cosine in each layer.
+    """Return a round of plain tensors, as Flower's strategies expect, whose updates have this cosine in each layer.
 
-    Norms and numbers of examples are unequal: the norms' logarithms have a standard deviation of 0.3, the examples'
-    of 0.5.
+    Norms and numbers of examples are unequal: the logarithms of the norms have a standard deviation of 0.3, those of
+    the examples 0.5.
     """
     draw = np.random.default_rng([seed, round(100 * cosine)])
     sizes, counts = np.exp(0.3 * draw.normal(size=clients)), np.exp(0.5 * draw.normal(size=clients))
@@ -87,7 +87,7 @@ def encoder(folder: Path, clients: int = CLIENTS, attackers: int = 3) -> Round:
 
     See `federation.encoder_round`.
     """
-    from benchmarks.attacks.federation import encoder_round  # takes seconds, which synthetic rounds need not
+    from benchmarks.attacks.federation import encoder_round  # an import of seconds, which synthetic rounds don't need
 
     found = encoder_round(folder, attackers)
     flipped = {i: found[f"flipped-{i}"] for i in range(attackers)}
@@ -98,7 +98,7 @@ def encoder(folder: Path, clients: int = CLIENTS, attackers: int = 3) -> Round:
 def trained(data: Mapping[str, np.ndarray], clients: int = CLIENTS, attackers: int = 3) -> Round:
     """Return the first round of clients with like labels who train a LoRA module and a head on an encoder's vectors.
 
-    See `federation.Federation`. Ten steps on all examples that a client has: their mean is a model that has learned.
+    See `federation.Federation`. Each client takes ten steps on all of its examples: the clients' mean has learned.
     """
     from benchmarks.attacks.federation import Federation
 

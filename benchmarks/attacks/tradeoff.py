@@ -1,7 +1,7 @@
-"""What FedFroM's `clip` and `examples_cap` were chosen by: attacks held against accuracy lost with honest clients.
+"""The measurement by which FedFroM's `clip` and `examples_cap` were chosen: robustness against accuracy lost.
 
-Honest and unequal: six clients with Dirichlet 0.5 shares of each label of SST-2, a pass over their own share in each
-round, so that who holds more moves further. Every setting sees the same seeds.
+Accuracy is that of six honest, unequal clients with Dirichlet 0.5 shares of each label of SST-2. In each round a client
+takes one pass over its share, so that larger shares give larger updates. Every setting has the same seeds.
 """
 
 import itertools
@@ -14,21 +14,21 @@ from benchmarks.attacks.attacks import HIJACK, UNTARGETED, Attack, Attackers, Se
 from benchmarks.attacks.bench import compare, merge
 from benchmarks.attacks.contenders import CONTENDERS, applies
 from benchmarks.attacks.federation import Federation
-from benchmarks.attacks.messages import State
 from benchmarks.attacks.rounds import Round
+from benchmarks.messages import State
 from fedfrom import FedFroM
 
 CLIPS: Sequence[float | None] = (None, 2.0, 1.5, 1.25, 1.0)
 CAPS: Sequence[float | None] = (None, 10.0, 3.0, 2.0)
-LAST = 3  # accuracy is the mean of so many last rounds', to be less of chance
+LAST = 3  # final accuracy is the mean of the last three rounds', which varies less than one round's
 
 
 def federated(
     federation: Federation, strategy: Any, rounds: int, attack: Attack | None = None, attackers: int = 0
 ) -> list[float]:
-    """Return the global model's accuracy after each round; one without a usable model leaves the arrays as they are.
+    """Return the global model's accuracy after each round; a round without a usable model changes nothing.
 
-    The first clients attack in every round, from what they would have trained in it.
+    The first clients attack in every round; their attack starts from their honest training in that round.
     """
     state, curve = federation.initial, []
     clients = range(len(federation.sizes))
@@ -49,7 +49,7 @@ def federated(
 def honest(
     data: Mapping[str, np.ndarray], seeds: Sequence[int], rounds: int = 8
 ) -> dict[tuple[str, float | None], list[float]]:
-    """Return by ("clip" or "cap", setting) the accuracy of each seed, the other of the two being off."""
+    """Return by ("clip" or "cap", setting) the accuracy of each seed; the other of the two is off."""
     found: dict[tuple[str, float | None], list[float]] = {}
     for seed in seeds:
         federation = Federation(data, 6, 0.5, seed)
@@ -64,7 +64,7 @@ def honest(
 
 
 def at_the_bound(known: Attackers, clip: float) -> list[Sent]:
-    """Return sign-flips as large, tensor by tensor, as counts in full: what attackers who know the clip send."""
+    """Return sign-flips of the largest norms that the clip leaves whole: the attackers know the clip."""
 
     def change(state: State, i: int) -> State:
         def flipped(key: str, delta: np.ndarray) -> np.ndarray:
@@ -81,8 +81,9 @@ def held(
 ) -> dict[tuple[str, float | None], dict[str, float]]:
     """Return the lowest cosine to the honest merge that one untargeted attacker of 10 leaves.
 
-    By ("clip" or "cap", setting), the other of the two as `chosen`, (clip, cap): "cosine" over all untargeted attacks,
-    "with 1e12 examples" of the sign-flip that claims these, "at the bound" of the largest that counts in full.
+    Keys are ("clip" or "cap", setting); the other of the two is that of `chosen`, (clip, cap). "cosine" is over all
+    untargeted attacks, "with 1e12 examples" for the sign-flip with that claim, "at the bound" for the largest sign-flip
+    that the clip leaves whole.
     """
     found = {}
     settings = [("clip", clip, clip, chosen[1]) for clip in CLIPS] + [("cap", cap, chosen[0], cap) for cap in CAPS]
@@ -106,9 +107,9 @@ def under_attack(
     rounds: int = 10,
     seeds: Sequence[int] = (0, 1),
 ) -> dict[tuple[float, int, str, str], float]:
-    """Return by (alpha, attackers, attack, strategy) the accuracy of 10 clients, mean of the last rounds and the seeds.
+    """Return by (alpha, attackers, attack, strategy) the accuracy of 10 clients, mean over the last rounds and seeds.
 
-    alpha is the Dirichlet distribution's: 10 gives clients like labels, 1 unlike ones.
+    alpha is the Dirichlet distribution's: with 10 the clients have like labels, with 1 unlike ones.
     """
     found: dict[tuple[float, int, str, str], list[float]] = {}
     for alpha, seed, count in itertools.product(alphas, seeds, attackers):

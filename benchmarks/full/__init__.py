@@ -1,1 +1,1 @@
-"""Full models: a round's merge against FedAvg, mergekit and a plain copy, in one run: `python -m benchmarks.full`."""
+"""Full models: a round's merge beside FedAvg, mergekit and a plain copy, in one run: `python -m benchmarks.full`."""

@@ -5,44 +5,40 @@
     python -m benchmarks.full --mergekit PYTHON     # mergekit's linear too, by an interpreter that has mergekit
     python -m benchmarks.full --quick               # a minute or two, writes nothing but to --out
 
-memory: the contenders take turns on the same replies, so that a busy machine slows all of them; medians, and ratios
-to the copy. `copy` writes into fresh memory, as a tensor's clone() does; `copy, warm` into memory that was written
-before, with no page to be had from the system. mergekit's linear has the same tensors in a process of its own, and
-waits there while others have their turn; it starts from tensors, which the strategies decode first. The peak of each
-contender, beyond the replies and the global model, is that of a process of its own.
-spooled: FedFroM with no memory for replies, which come one by one and go to disk, against writing the same bytes to
-plain files there, as they come, and reading them back; in turns, each in a process of its own that starts with the
-global model, since what goes to a disk takes longer where the system has to find memory for it first; medians, and the
-highest peak. What is larger than 8 GiB runs once.
-growth: FedFroM and FedAvg in memory, and FedFroM spooled, against clients, parameters and layers.
+memory: medians of the contenders, and ratios to the copy. The contenders take turns on the same replies, so that a busy
+machine slows all of them. `copy` writes into fresh memory, as a tensor's clone() does; `copy, warm` writes into memory
+that was written before, whose pages are already mapped. mergekit's linear has the same tensors in a process of its own,
+which waits while others have their turn; it starts from tensors, which the strategies have to decode first. Each
+contender's peak, beyond the replies and the global model, is measured in a process of its own.
+spooled: medians and the highest peak of FedFroM without memory for replies: each reply goes to disk when it arrives.
+Beside it, the same bytes are written to plain files on that disk when they arrive, and read back. Both take turns, each
+in a process of its own that starts with the global model, since writes to a disk take longer where the system has to
+find memory first. Cases above 8 GiB run once.
+growth: FedFroM and FedAvg in memory, and FedFroM spooled, by clients, parameters and layers.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import io
-import os
-import platform
 import random
 import re
 import shutil
 import statistics
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 
+from benchmarks.conditions import conditions
 from benchmarks.full import growth
 from benchmarks.full.contenders import CONTENDERS, COPY, FEDAVG, FEDFROM, LINEAR, ROOT, WARM
 from benchmarks.full.measure import in_process, peak_of_linear
 from benchmarks.full.models import BF16, bytes_of
 from fedfrom.atomic import write_whole
-from simulations.environment import given, machine
+from simulations.tables import markdown
 
 OUT = ROOT / "results" / "speed"
 IN_MEMORY = [("22M", 4), ("110M", 4), ("350M", 4), ("22M", 16), ("110M", 16), ("350M", 16), ("22M", 64)]
@@ -50,8 +46,8 @@ IN_MEMORY += [("110M", 64), ("350M", 64)]
 SPOOLED = [("110M", 4), ("110M", 16), ("350M", 4), ("22M", 64), ("350M", 16), ("110M", 64), ("350M", 64)]
 SPOOLED += [("350M-bf16", 4), ("350M-bf16", 64)]
 QUICK = [("22M", 4), ("22M", 16)]
-LIMIT = 0.6  # of the free memory, what all of a case's replies may take
-LIMIT_OF_DISK = 0.8  # likewise
+LIMIT = 0.6  # share of the free memory that a case's replies may take
+LIMIT_OF_DISK = 0.8  # share of the free disk that a case's replies may take
 ONCE = 8 * 2**30  # bytes of spooled replies beyond which a case is not repeated
 COLUMNS = ["model", "clients", "contender", "seconds", "to FedAvg", "to copy", "to copy, warm", "replies MiB"]
 COLUMNS += ["peak MiB"]
@@ -59,19 +55,19 @@ Case = tuple[str, int]
 
 
 def memory() -> int:
-    """Return the bytes of memory that are free for us."""
+    """Return the bytes of available memory."""
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])  # type: ignore[index]
 
 
 class Bounds:
-    """What memory and disk allow; remembers what they did not."""
+    """The cases that memory and disk allow; `skipped` has the others with the reason."""
 
     def __init__(self, largest: float, spool: str, copies: int) -> None:
         self.largest, self.spool, self.copies = largest * 2**30, spool, copies
         self.skipped: list[str] = []
 
     def in_memory(self, model: str, clients: int) -> bool:
-        """Return whether all contenders take a case's replies, and they fit, as often as contenders hold them."""
+        """Return whether all contenders accept a case's replies, and all copies of the replies fit."""
         if model.endswith(BF16):
             self.skipped.append(f"{model} x {clients} in memory: FedAvg takes no bfloat16")
             return False
@@ -79,7 +75,7 @@ class Bounds:
         return self._fits(f"{model} x {clients} in memory", size * self.copies, self.largest, LIMIT * memory(), size)
 
     def on_disk(self, model: str, clients: int) -> bool:
-        """Return whether they fit on disk: FedFroM's are gone before as many plain bytes are written."""
+        """Return whether a case's replies fit on disk; FedFroM's are deleted before the plain files are written."""
         size = bytes_of(model) * clients
         free = LIMIT_OF_DISK * shutil.disk_usage(self.spool).free
         return self._fits(f"{model} x {clients} spooled", size, 2 * self.largest, free, size)
@@ -92,15 +88,9 @@ class Bounds:
         return fits
 
 
-def environment() -> list[str]:
-    """Return what a reader of the numbers wants to know."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("fedfrom", "flwr", "torch", "numpy"))
-    load = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
-    return [
-        f"Command: `python -m benchmarks.full {given()}`",
-        f"Machine: {machine()}; {torch.get_num_threads()} threads; load average before: {load}",
-        f"Versions: Python {platform.python_version()}, {versions}",
-    ]
+def conditions_here() -> list[str]:
+    """Return the conditions of the measurement."""
+    return conditions("python -m benchmarks.full", "fedfrom", "flwr", "torch", "numpy")
 
 
 def in_memory(cases: list[Case], repeats: int, bounds: Bounds, mergekit: str | None, table: Table) -> None:
@@ -122,7 +112,7 @@ def in_memory(cases: list[Case], repeats: int, bounds: Bounds, mergekit: str | N
             row |= {"to copy": seconds / found[COPY], "to copy, warm": seconds / found[WARM]}
             row |= {"to FedAvg": seconds / found[FEDAVG], "replies MiB": bytes_of(model) * clients / 2**20}
             table.add(row | {"peak MiB": None if own is None else own / 2**20})
-        table.write(bounds.skipped)  # each case as it is done: the rest takes hours on a small machine
+        table.write(bounds.skipped)  # after each case: all cases take hours on a small machine
 
 
 def on_disk(cases: list[Case], repeats: int, spool: str, bounds: Bounds, table: Table) -> None:
@@ -144,14 +134,14 @@ def on_disk(cases: list[Case], repeats: int, spool: str, bounds: Bounds, table: 
 
 
 class Table:
-    """Rows that are printed as they come, and written to a folder where there is one."""
+    """Rows that are printed when they are added, and written to a folder where one is given."""
 
     def __init__(self, name: str, about: list[str], folder: Path | None) -> None:
         self.name, self.about, self.folder = name, list(about), folder
         self.rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row and print it."""
+        """Add a row and print it."""
         self.rows.append(row)
         print(" ".join(f"{key}={show(value)}" for key, value in row.items() if value is not None), flush=True)
 
@@ -160,23 +150,20 @@ class Table:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.folder / f"{self.name}.csv", table.getvalue())
+        table = pd.DataFrame(self.rows, columns=COLUMNS, dtype=object)
+        write_whole(self.folder / f"{self.name}.csv", table.to_csv(index=False, lineterminator="\n"))
         lines = ["# Full models: one round's merge", "", *(f"- {line}" for line in self.about)]
-        lines += [f"- Skipped: {line}" for line in skipped] + [""]
-        lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-        lines += [f"| {' | '.join(show(row.get(column)) for column in COLUMNS)} |" for row in self.rows]
+        lines += [f"- Skipped: {line}" for line in skipped] + ["", *markdown(table.map(show))]
         write_whole(self.folder / f"{self.name}.md", "\n".join(lines) + "\n")
 
 
 def show(value: Any) -> str:
-    """Return a cell's text."""
+    """Return a cell's text: three digits of a float, nothing for None and NaN."""
+    if pd.isna(value):
+        return ""
     if isinstance(value, float):
         return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return str(value)
 
 
 def main() -> None:
@@ -202,24 +189,24 @@ def main() -> None:
     named = [(model, int(n)) for model, n in (case.split(":") for case in options.cases)] if options.cases else None
     if options.only in (None, "memory"):
         bounds = Bounds(options.largest, options.spool, copies=1 if mergekit is None else 2)
-        table = Table("full-memory", environment(), folder)
+        table = Table("full-memory", conditions_here(), folder)
         in_memory(named or (QUICK if options.quick else IN_MEMORY), repeats, bounds, mergekit, table)
         finish(table, bounds)
     if options.only in (None, "spooled"):
         bounds = Bounds(options.largest, options.spool, copies=1)
-        table = Table("full-spooled", environment(), folder)
+        table = Table("full-spooled", conditions_here(), folder)
         on_disk(named or (QUICK if options.quick else SPOOLED), repeats, options.spool, bounds, table)
         finish(table, bounds)
     if options.only in (None, "growth"):
         bounds = Bounds(options.largest, options.spool, copies=1)
-        about = environment()
+        about = conditions_here()  # before the load of the measurement itself
         panels = growth.growth(repeats, options.quick, bounds.in_memory, options.spool)
         if folder is not None:
             growth.write(panels, folder, ". ".join([*about, *bounds.skipped, growth.ABOUT]))
 
 
 def finish(table: Table, bounds: Bounds) -> None:
-    """Write a table for the last time, and print what was skipped."""
+    """Write the finished table, and print the skipped cases."""
     table.write(bounds.skipped)
     for line in bounds.skipped:
         print("skipped:", line)

@@ -1,4 +1,4 @@
-"""What merges full models here: FedFroM's and FedAvg's `aggregate_train`, copies, and mergekit where there is one."""
+"""The contenders that merge full models: FedFroM's and FedAvg's `aggregate_train`, copies, and mergekit's linear."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.attacks.messages import Nodes
 from benchmarks.full.models import States, examples
+from benchmarks.messages import Nodes, outside_a_run
 from fedfrom import FedFroM
 from fedfrom.wire.records import to_record, to_state
 
@@ -29,7 +27,7 @@ class Replies:
     """The global model as a record, and the replies of clients 0 to n - 1."""
 
     def __init__(self, model: str) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+        outside_a_run()
         self.states = States(model)
         self.arrays = to_record(self.states.reference)
 
@@ -40,31 +38,31 @@ class Replies:
         return Message(content, reply_to=asked)
 
     def all(self, clients: int) -> list[Message]:
-        """Return everybody's reply."""
+        """Return the replies of all clients."""
         asked = FedFroM().configure_train(1, self.arrays, ConfigRecord(), Nodes(clients))
         return [self.one(message, i) for i, message in enumerate(asked)]
 
 
 def fedfrom(replies: Replies, messages: list[Message]) -> Callable[[], Any]:
-    """Return what merges by FedFroM with its defaults."""
+    """Return a function that merges by FedFroM with its defaults."""
     strategy = FedFroM()
     strategy.configure_train(1, replies.arrays, ConfigRecord(), Nodes(len(messages)))
     return lambda: strategy.aggregate_train(1, messages)
 
 
 def fedavg(replies: Replies, messages: list[Message]) -> Callable[[], Any]:
-    """Return what merges by Flower's FedAvg."""
+    """Return a function that merges by Flower's FedAvg."""
     return lambda: FedAvg().aggregate_train(1, messages)
 
 
 def copy(replies: Replies, messages: list[Message]) -> Callable[[], Any]:
-    """Return what copies the replies' bytes into fresh memory."""
+    """Return a function that copies the replies' bytes into fresh memory."""
     arrays = [np.frombuffer(array.data, np.uint8) for m in messages for array in m.content["arrays"].values()]
     return lambda: [array.copy() for array in arrays]
 
 
 def warm(replies: Replies, messages: list[Message]) -> Callable[[], Any]:
-    """Return what copies them into one client's bytes of memory at a time: all would not fit beside the replies."""
+    """Return a function that copies each reply into the same memory, as copies of all would not fit."""
     rows = [[np.frombuffer(a.data, np.uint8) for a in m.content["arrays"].values()] for m in messages]
     targets = [np.full_like(array, 1) for array in rows[0]]
     return lambda: [np.copyto(to, array) for row in rows for to, array in zip(targets, row, strict=True)]
@@ -74,7 +72,7 @@ CONTENDERS = {FEDFROM: fedfrom, FEDAVG: fedavg, COPY: copy, WARM: warm}
 
 
 class Linear:
-    """mergekit's linear in a process of another interpreter, which takes its turns when it is asked to."""
+    """mergekit's linear in a process of another interpreter, which merges when `turn` is called."""
 
     def __init__(self, python: str, model: str, clients: int) -> None:
         self._process = subprocess.Popen(
@@ -94,7 +92,7 @@ class Linear:
         return json.loads(line)
 
     def turn(self) -> tuple[float, float]:
-        """Return the seconds of one merge, and the sum of all numbers of its result."""
+        """Return the seconds of one merge, and the sum of all entries of its result."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -107,12 +105,12 @@ class Linear:
 
 
 def total(result: Any) -> float:
-    """Return the sum of all numbers of a strategy's result."""
+    """Return the sum of all entries of a strategy's result."""
     return sum(float(tensor.sum(dtype=torch.float64)) for tensor in to_state(result[0]).values())
 
 
 def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Return how long it took, and its result."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result

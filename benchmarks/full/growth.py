@@ -1,10 +1,12 @@
-"""How a round of full models grows with the clients, the parameters, and the tensors that hold as many parameters."""
+"""The growth of a full model's round with the clients, the parameters, and the layers at equal parameters."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+
+import pandas as pd
 
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
 from benchmarks.full.contenders import FEDAVG, FEDFROM
@@ -16,7 +18,7 @@ SPOOLED = "FedFroM, spooled"
 CLIENTS = (2, 4, 8, 16, 32)
 WIDTHS = (128, 256, 512, 1024)
 LAYERS = {2: 1024, 8: 512, 32: 256, 128: 128}
-"""Width by layers: 12 layers width^2 parameters, and as many biases as hardly count."""
+"""Width by layers: all have about the same 12 layers width^2 parameters, beside a few biases."""
 ABOUT = (
     "Slopes are of a line fitted on log-log scales. Extra memory is the peak beyond the replies in memory and the "
     "global model, of a process of its own; spooled, where replies come one by one and go to disk, beyond the global "
@@ -25,7 +27,7 @@ ABOUT = (
 
 
 def growth(repeats: int, quick: bool, fits: Callable[[str, int], bool], spool: str) -> list[Panel]:
-    """Measure all points, those that fit, and return the picture's columns: seconds and MiB of each contender."""
+    """Measure all points that fit, and return the picture's columns: seconds and MiB of each contender."""
     some = slice(0, 2) if quick else slice(None)
     by_clients = [(n, "22M", n) for n in CLIENTS[some]]
     by_width = [(numel(model), model, 4) for model in (f"{d}x6x30522" for d in WIDTHS[some])]
@@ -49,7 +51,7 @@ def growth(repeats: int, quick: bool, fits: Callable[[str, int], bool], spool: s
 
 
 def in_memory(points: list[tuple[int, str, int]], repeats: int) -> dict[str, Curve]:
-    """Return FedFroM's and FedAvg's curves, of replies in memory."""
+    """Return FedFroM's and FedAvg's curves for replies in memory."""
     curves: dict[str, list[tuple[int, float, float]]] = {FEDFROM: [], FEDAVG: []}
     for value, model, clients in points:
         seconds = in_process("timed", model, clients, repeats, list(curves))
@@ -60,7 +62,7 @@ def in_memory(points: list[tuple[int, str, int]], repeats: int) -> dict[str, Cur
 
 
 def on_disk(points: list[tuple[int, str, int]], repeats: int, spool: str) -> Curve:
-    """Return the curve of replies that all go to disk."""
+    """Return FedFroM's curve for replies that all go to disk."""
     curve = []
     for value, model, clients in points:
         runs = [in_process("spooled", model, clients, spool) for _ in range(repeats)]
@@ -78,5 +80,6 @@ def write(panels: list[Panel], folder: Path, about: str) -> None:
             rows += [[panel.title, name, value, f"{seconds:.4g}", f"{mib:.4g}"] for value, seconds, mib in curve]
             slopes = [f"{slope(panel.fitted(curve), i):.3g}" for i in (1, 2)]
             rows.append([panel.title, name, "slope", *slopes])
-    write_table(folder, "full-growth", ["sweep", "contender", "value", "median s", "extra MiB"], rows, about)
+    table = pd.DataFrame(rows, columns=["sweep", "contender", "value", "median s", "extra MiB"], dtype=object)
+    write_table(folder, "full-growth", table, about)
     draw(panels, folder / "full-growth.png")

@@ -1,9 +1,9 @@
-"""mergekit's linear, for whatever interpreter has mergekit: `python -m benchmarks.full.linear MODEL CLIENTS [peak]`.
+"""mergekit's linear, for an interpreter with mergekit: `python -m benchmarks.full.linear MODEL CLIENTS [peak]`.
 
-It needs torch and mergekit alone, as mergekit's pins and Flower's leave no environment with both. It makes the same
-states as the other contenders merge. Then, for each line on its input, it merges them once and answers with a line of
-JSON: the seconds, and the sum of all numbers of the result, which shows that the others merge the same. With "peak" it
-merges once and answers with the bytes taken beyond the states.
+The module needs torch and mergekit alone: no environment satisfies both mergekit's pins and Flower's. It makes the
+states that the other contenders merge. For each line on its input it merges them once, and answers with a line of JSON:
+the seconds, and the sum of all entries of the result, by which it is compared with the others' results. With "peak" it
+merges once, and answers with the peak's bytes beyond the states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 
 from benchmarks.full.models import States, examples
-from benchmarks.full.peaks import forget_peak, since
+from benchmarks.peaks import forget_peak, since
 
 
 def run(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -32,8 +32,8 @@ def main(model: str, clients: int, peak: bool) -> None:
     """Answer on the standard output."""
     if peak:
         small = States("22M")
-        run([small.of(i) for i in range(2)])  # loads what is loaded once
-    if not peak:  # who asked makes the same states meanwhile
+        run([small.of(i) for i in range(2)])  # a first run, which imports libraries
+    if not peak:  # the parent process makes the same states meanwhile
         print(json.dumps(f"mergekit {version('mergekit')}, torch {torch.__version__}"), flush=True)
     made = States(model)
     states = [made.of(i) for i in range(clients)]

@@ -1,4 +1,4 @@
-"""One case's times and peaks, in a process of its own: `in_process`, which runs this file."""
+"""One case's times and peaks, each in a process of its own: `in_process` runs this file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message
 
-from benchmarks.attacks.messages import Nodes
 from benchmarks.full.contenders import CONTENDERS, FEDAVG, LINEAR, ROOT, Linear, Replies, seconds_of, total
 from benchmarks.full.models import numel
-from benchmarks.full.peaks import forget_peak, since
+from benchmarks.messages import Nodes
+from benchmarks.peaks import forget_peak, since
 from fedfrom import FedFroM
 
 
 def timed(model: str, clients: int, repeats: int, names: Sequence[str], mergekit: str | None = None) -> dict[str, Any]:
-    """Return each contender's median seconds; they take turns. Of mergekit's linear also what it is."""
-    other = None if mergekit is None else Linear(mergekit, model, clients)  # its states are made meanwhile
+    """Return the median seconds of contenders that take turns; with mergekit's linear also its "versions"."""
+    other = None if mergekit is None else Linear(mergekit, model, clients)  # its process makes its states meanwhile
     replies = Replies(model)
     messages = replies.all(clients)
     found: dict[str, list[float]] = {name: [] for name in names}
     found |= {} if other is None else {LINEAR: []}
     totals: dict[str, float] = {}
     for turn in range(repeats + 1):
-        # nobody has always the same one's caches and threads before
+        # a random order: no contender always runs after the same other one
         for name in random.Random(turn).sample([*found], len(found)):
             if name == LINEAR and other is not None:
                 seconds, totals[name] = other.turn()
@@ -45,7 +45,7 @@ def timed(model: str, clients: int, repeats: int, names: Sequence[str], mergekit
                     totals[name] = total(result)
                 del result, run
             gc.collect()
-            if turn > 0:  # the first turn is everybody's warm-up
+            if turn > 0:  # the first turn is the warm-up
                 found[name].append(seconds)
     medians: dict[str, Any] = {name: statistics.median(values) for name, values in found.items()}
     if other is not None:
@@ -57,9 +57,9 @@ def timed(model: str, clients: int, repeats: int, names: Sequence[str], mergekit
 
 
 def peak(name: str, model: str, clients: int) -> int:
-    """Return the bytes that a contender takes beyond the replies and the global model, at its peak."""
+    """Return a contender's peak beyond the replies and the global model, in bytes."""
     replies = Replies("22M")
-    CONTENDERS[name](replies, replies.all(2))()  # loads what is loaded once
+    CONTENDERS[name](replies, replies.all(2))()  # a first run, which imports libraries
     replies = Replies(model)
     run = CONTENDERS[name](replies, replies.all(clients))
     before = forget_peak()
@@ -68,7 +68,7 @@ def peak(name: str, model: str, clients: int) -> int:
 
 
 def peak_of_linear(python: str, model: str, clients: int) -> int:
-    """Return the bytes that mergekit's linear takes beyond the states, at its peak."""
+    """Return the peak of mergekit's linear beyond the states, in bytes."""
     command = [python, "-m", "benchmarks.full.linear", model, str(clients), "peak"]
     return int(json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
@@ -91,7 +91,7 @@ def spooled(model: str, clients: int, folder: str) -> dict[str, float]:
 
 
 def files(model: str, clients: int, folder: str) -> float:
-    """Return the seconds that writing the same replies' bytes to files as they come, and reading them back, takes."""
+    """Return the seconds to write the same replies' bytes to files when they arrive, and to read them back."""
     replies = Replies(model)
     asked = FedFroM().configure_train(1, replies.arrays, ConfigRecord(), Nodes(clients))
     block, seconds = np.ones(1 << 24, np.uint8), 0.0
@@ -117,7 +117,7 @@ KINDS = {"timed": timed, "peak": peak, "spooled": spooled, "files": files}
 
 
 def in_process(kind: str, *arguments: Any) -> Any:
-    """Return what one of the functions above returns, called in a process of its own."""
+    """Return the result of one of the functions above, called in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.full.measure", json.dumps([kind, *arguments])]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

@@ -1,4 +1,4 @@
-"""The models that are merged: their tensors' shapes, and numbers to fill them with. Needs torch alone."""
+"""The merged models: their tensors' shapes, and random entries. This module needs torch alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODELS = {"22M": (384, 6, 30522), "110M": (768, 12, 30522), "350M": (1024, 24, 5
 """Width, layers and vocabulary of transformers of about these sizes."""
 
 BF16 = "-bf16"
-"""Ends the names of models whose numbers are bfloat16, not float32."""
+"""End of the names of models in bfloat16; all others are in float32."""
 
 
 def size_of(model: str) -> tuple[int, int, int]:
@@ -60,7 +60,7 @@ def examples(client: int) -> int:
 
 
 class States:
-    """The global model, and what clients have who moved each number a little; client i always has the same."""
+    """The global model, and clients' states with small changes in each entry; client i's state is always the same."""
 
     def __init__(self, model: str) -> None:
         self.dtype = dtype_of(model)
@@ -70,7 +70,7 @@ class States:
         }
 
     def _draw(self, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Return numbers that repeat after 4 million: drawing them all would take longer than what is measured."""
+        """Return random entries that repeat after 4 million: drawing all of them would take longer than the merges."""
         size = math.prod(shape)
         start = 7919 * seed % len(self.noise)
         found = torch.empty(size)

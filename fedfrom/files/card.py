@@ -1,4 +1,4 @@
-"""The model card that goes with a merged model: the README.md that the Hub shows."""
+"""The model card of a merged model: the README.md that the Hub shows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 def model_card(
     report: MergeReport, models: Sequence[Model], base: Model | None, examples: Sequence[float] | None, command: str
 ) -> str:
-    """Return the card: what was merged, how, with which weights, and the command that does it again."""
+    """Return the card: the inputs, the method, each input's weights, and the command that repeats the merge."""
     adapter = models[0].is_adapter
     name = models[0].config.get("base_model_name_or_path") if adapter else (None if base is None else base.name)
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
-    if isinstance(name, str) and _HUB_NAME.fullmatch(name):  # the Hub takes names alone, no folders
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name):  # the Hub accepts no folders
         front["base_model"] = name
     front["tags"] = ["fedfrom", "merge", *(["lora"] if adapter else [])]
-    # JSON is YAML, so that no name can break out of its field
+    # JSON is valid YAML, and its quotes keep every name inside its field
     head = "\n".join(f"{field}: {json.dumps(value)}" for field, value in front.items())
     what = "LoRA adapter" if adapter else "model"
     idle = () if report.method.get("solver") == "alternating" else ("iterations", "tolerance")
     own = report.method.get("weights")
-    # weights have a column, and full models no rank
+    # weights are in the table, and full models have no rank
     hidden = {"weights", *idle, *(() if report.has_adapters else RANK_OPTIONS)}
     shown = {field: value for field, value in report.method.items() if value is not None and field not in hidden}
     settings = ", ".join(f"{field} = {_number(value)}" for field, value in shown.items())
@@ -90,6 +90,6 @@ def _number(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text that can't leave its place in a table or a list."""
+    """Return text with Markdown's special characters escaped, on one line of at most 300 characters."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:300]

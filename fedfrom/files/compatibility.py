@@ -1,4 +1,4 @@
-"""Whether models can be merged with each other, said before a tensor is read, with what to do where they can't."""
+"""Checks that models can be merged with each other, before a tensor is read; errors name the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedfrom.files.folders import Model
 from fedfrom.files.tensors import Spec
 from fedfrom.merging.peft import layers as L
 
-# of an adapter's config, what a merged adapter can have only one of
+# fields of adapter_config.json that must be equal in all adapters
 _SAME = ("task_type", "fan_in_fan_out", "layers_to_transform", "layers_pattern")
 
 
@@ -22,7 +22,7 @@ def check_alike(models: Sequence[Model], base: Model | None, force_base: bool) -
     models : Sequence[Model]
         The inputs.
     base : Model | None
-        The pretrained model: what tensors that are no adapters are relative to.
+        The pretrained model, the reference of all tensors that are no LoRA factors.
     force_base : bool
         Accept adapters of base models of different names.
     """
@@ -64,7 +64,7 @@ def _check_configs(model: Model, first: Model, force_base: bool) -> None:
             )
     for field in ("base_model_name_or_path", "revision"):
         expected, found = first.config.get(field), model.config.get(field)
-        if expected and found and expected != found and not force_base:  # unknown may be the same
+        if expected and found and expected != found and not force_base:  # a missing name may be the same
             raise BadInput(
                 f"{model.name}: expected {field} {_text(expected)} as {first.name}, found {_text(found)}: if they are "
                 "the same model under two names pass --force-base"
@@ -72,8 +72,8 @@ def _check_configs(model: Model, first: Model, force_base: bool) -> None:
 
 
 def _check_tensors(model: Model, first: Model) -> None:
-    """Raise BadInput where the layers are others, or a shape or dtype (ranks of adapters apart)."""
-    # of layers the merge itself refuses what it doesn't know, by name
+    """Raise BadInput where layers, shapes or dtypes differ; adapters may have different ranks."""
+    # the merge itself refuses unknown kinds of layers by name
     found, expected = _layers(model), _layers(first)
     if found.keys() != expected.keys():
         adapted = any(layer.is_adapter for layer in (*found.values(), *expected.values()))
@@ -84,7 +84,7 @@ def _check_tensors(model: Model, first: Model) -> None:
     for name, layer in found.items():
         for part, key in layer.keys.items():
             if part not in expected[name].keys:
-                continue  # as above
+                continue  # the merge refuses it
             ours, theirs = model.tensors.spec(key), first.tensors.spec(expected[name].keys[part])
             free = L.RANK_DIMENSION.get(part)
             if _without(ours, free) != _without(theirs, free):
@@ -108,10 +108,11 @@ def _check_base(models: Sequence[Model], base: Model) -> None:
 
 
 def names_in_base(model: Model, base: Model) -> dict[str, str]:
-    """Return each layer of a model that the base has too, and its key there; adapters' modules are left out.
+    """Return the key in the base of each layer that both have; LoRA modules are left out.
 
-    PEFT puts base_model.model. before a base model's names, and transformers a prefix such as bert. before those of the
-    body of a model with a head. Of one such prefix more or less, the base has what fits the most layers.
+    PEFT adds base_model.model. to a base model's names. Transformers adds a prefix such as bert. to the names of the
+    body where a model has a head. Of all ways to add or remove one such prefix, the one that matches the most layers is
+    used.
     """
     outer = "base_model.model." if model.is_adapter else ""
     names = [name for name, layer in _layers(model).items() if not layer.is_adapter]
@@ -122,7 +123,7 @@ def names_in_base(model: Model, base: Model) -> dict[str, str]:
     for more, less in [("", ""), *((prefix, "") for prefix in added), *(("", prefix) for prefix in removed)]:
         keys = [more + name.removeprefix(less) for name in inner]
         found.append({name: key for name, key in zip(names, keys, strict=True) if key in base.tensors})
-    return max(found, key=len)  # the first of equals: names as they are
+    return max(found, key=len)  # the first of equals, which are the unchanged names
 
 
 def _layers(model: Model) -> dict[str, L.Layer]:
@@ -138,7 +139,7 @@ def _without(spec: Spec, dimension: int | None) -> Spec:
 
 def _other(model: Model, key: str, found: Spec, first: Model, expected: Spec) -> str:
     text = f"{model.name}, {key!r}: expected {expected} as in {first.name}, found {found}: "
-    if found.shape == expected.shape or (found.dtype != expected.dtype and "lora_" in key):  # whose ranks may differ
+    if found.shape == expected.shape or (found.dtype != expected.dtype and "lora_" in key):  # LoRA's ranks may differ
         return text + "pass --dtype to bring all to one"
     vocabulary = len(found.shape) == 2 and found.shape[1:] == expected.shape[1:]
     if vocabulary and any(word in key.lower() for word in ("emb", "head", "wte", "decoder", "words")):

@@ -17,7 +17,7 @@ _LONGEST = 28  # characters of an input's name
 
 
 def check_plot(path: Path) -> None:
-    """Raise BadInput where a picture can't be drawn or its place is not one for it."""
+    """Raise BadInput where matplotlib is missing, or the path is no place for a picture."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw norms, weights and interference by layer and the cosines of whole updates; replaces an earlier picture."""
+    """Draw norms, weights and interference by layer, and the cosines of whole updates; replace an earlier picture."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -93,7 +93,7 @@ def _draw_cosines(figure: Any, axes: Any, inspection: Inspection, names: list[st
 
 
 def _layer_names(names: list[str]) -> list[str]:
-    """Return the names without what all of them begin with."""
+    """Return the names without their common start."""
     common = os.path.commonprefix(names) if len(names) > 1 else ""
     cut = common.rfind(".") + 1
     return [name[cut:] for name in names]

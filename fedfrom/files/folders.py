@@ -18,12 +18,12 @@ from fedfrom.files.tensors import Tensors
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
-# what is fetched from the Hub: no pickles, nothing from subfolders (other formats, earlier checkpoints)
+# files downloaded from the Hub: no pickles, and nothing from subfolders (other formats, earlier checkpoints)
 _FETCHED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NOT_FETCHED = ["*/*", "consolidated*"]
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _LEGAL = ("LICENSE", "NOTICE")
-# what speaks of the training of one input
+# files on the training of one input, which the merged model does not get
 _OWN = re.compile(
     r"(trainer_state|all_results|train_results|eval_results|.*\.index)\.json|requirements\.txt", re.DOTALL
 )
@@ -37,15 +37,15 @@ class Model:
     Attributes
     ----------
     name : str
-        As the user gave it: what errors, tables and the model card call it.
+        The name that the user gave; errors, tables and the model card use it.
     folder : Path
-        Where it is.
+        The folder.
     tensors : Tensors
-        Its state, read when asked for.
+        The state. A tensor is read when it is accessed.
     config : dict[str, Any]
         adapter_config.json, or config.json of a checkpoint.
     is_adapter : bool
-        Which of the two.
+        Whether it is an adapter.
     """
 
     name: str
@@ -61,19 +61,20 @@ class Model:
 
 
 def open_model(name: str, device: str = "cpu") -> Model:
-    """Return the adapter or checkpoint of a folder, or of the Hub where there is no such folder; no tensor is read.
+    """Return the adapter or checkpoint of a folder, or of the Hub where the folder does not exist; no tensor is read.
 
     Parameters
     ----------
     name : str
-        A folder, or owner/name, or owner/name@revision, of which safetensors, JSON and tokenizer files are downloaded.
+        A folder, or owner/name or owner/name@revision on the Hub, whose safetensors, JSON and tokenizer files are
+        downloaded.
     device : str (default: "cpu")
-        Where tensors are read to.
+        Device of the tensors.
 
     Raises
     ------
     BadInput
-        There is nothing of this name, or it holds no weights that are safe to read, or they are damaged.
+        The name is unknown, or the folder has no weights that are safe to read, or they are damaged.
     """
     folder = Path(os.path.expanduser(name))
     try:
@@ -126,7 +127,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         raise BadInput(f"{path}: expected a weight_map, found none: download the checkpoint again")
     files: dict[Path, list[str]] = {}
     for key, file in index.items():
-        # a name alone: a path may lead anywhere
+        # a file name alone: a path could lead anywhere
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise BadInput(f"{path}, {key!r}: expected a safetensors file of the same folder, found {str(file)[:80]!r}")
         files.setdefault(folder / file, []).append(key)
@@ -166,7 +167,7 @@ def _download(name: str) -> Path:
         folder = snapshot_download(
             repository, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED
         )
-    except Exception as error:  # of a dozen kinds, from the name's form to the network
+    except Exception as error:  # the Hub's client raises a dozen types
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(
             f"{name}: no such folder, and the Hub gave none ({type(error).__name__}: {reason}): check the name, the "
@@ -176,12 +177,12 @@ def _download(name: str) -> Path:
 
 
 def carried_files(model: Model) -> list[Path]:
-    """Return the small files that go with the merged model: tokenizer, generation config, licence, code of its own.
+    """Return the small files that the merged model gets as well: tokenizer, generation config, licence, model code.
 
     Raises
     ------
     BadInput
-        One is a link that leads out of the folder: what it leads to is not the model's.
+        One of them is a link to a file outside the folder.
     """
     files = []
     for path in sorted(model.folder.iterdir()):
@@ -200,6 +201,6 @@ def carried_files(model: Model) -> list[Path]:
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copy files into a folder: their contents alone, not their rights."""
+    """Copy the contents of files into a folder, without their permissions."""
     for path in files:
         shutil.copyfile(path, folder / path.name)

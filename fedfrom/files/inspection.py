@@ -1,4 +1,4 @@
-"""What models on disk look like beside each other, before they are merged: the findings of `fedfrom inspect`."""
+"""The comparison of models on disk before they are merged: the findings of `fedfrom inspect`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from torch import Tensor
 
 from fedfrom.errors import BadInput
 from fedfrom.files.merge import Progress, open_inputs, prepare
-from fedfrom.merging.adapters import adapter_deltas
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.deltas import adapter_deltas, plain_tensors
+from fedfrom.merging.linalg import blocks, norms
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.frobenius import FroM
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.sources import Inputs
-from fedfrom.merging.tensors import plain_tensors
 
-# the power iteration of `stable_rank` for tensors that are no products
+# the power iteration of `stable_rank`, for tensors that are no LoRA products
 _BLOCK, _MOST_STEPS, _TOLERANCE = 8, 50, 1e-5
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The inputs beside each other, by layer.
+    """The comparison of the inputs, by layer.
 
     Attributes
     ----------
     report : MergeReport
-        Of the merge by FroM with this k: norms, weights, cosines, interference.
+        Report of a merge by FroM with the given k: norms, weights, cosines, interference.
     effective_ranks : dict[str, list[float]]
         Layer name -> the stable rank of each input's update, in the order of the inputs.
     """
@@ -42,7 +41,7 @@ class Inspection:
 
     @property
     def layers(self) -> list[LayerReport]:
-        """The layers that have an update, by name, layer 9 before layer 10."""
+        """The layers with an update, sorted by name, layer 9 before layer 10."""
 
         def place(layer: LayerReport) -> list[tuple[int, str]]:
             return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", layer.name)]
@@ -50,11 +49,11 @@ class Inspection:
         return sorted((layer for layer in self.report.layers if layer.is_update), key=place)
 
     def disagreeing(self, most: int) -> list[LayerReport]:
-        """Return the layers that a merge loses the largest share of the updates' energy in, largest first."""
+        """Return the layers in which a merge loses the largest share of the updates' energy, largest first."""
         return sorted(self.layers, key=lambda layer: -layer.interference)[:most]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON's types; infinity reads "infinity"."""
+        """Return the comparison as plain JSON types; infinity becomes "infinity"."""
         wanted = ("name", "kind", "norms", "weights", "ranks_in", "cosines", "interference", "lambda_max", "k")
         layers = []
         for layer in self.layers:
@@ -83,12 +82,12 @@ def inspect_folders(
     same_base: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Return how adapters or checkpoints compare: see `merge_folders` for the arguments; nothing is written.
+    """Compare adapters or checkpoints without writing a file: see `merge_folders` for the arguments.
 
     Parameters
     ----------
     k : float (default: 1.0)
-        Power of the norm in the weights that are predicted, >= 0.
+        Power of the norm in the predicted weights, >= 0.
 
     Raises
     ------
@@ -123,16 +122,16 @@ def _stable_ranks(inputs: Inputs, name: str) -> list[float]:
 
 
 def stable_rank(matrix: LowRank | Tensor) -> float:
-    """Return sum of squared singular values / the largest of them: 1 for one direction, r for r equally strong ones.
+    """Return the sum of squared singular values / the largest: 1 for one direction, r for r equally strong directions.
 
-    Of an adapter's product exactly, from the small core; of a tensor (flattened from dim 1) by block power iteration
-    until the largest value changes by less than 1e-5, so within about a thousandth, in time linear in its size. A zero
-    update has 0, a vector 1.
+    The value of an adapter's product is exact, from its small core. That of a tensor (flattened from dim 1) comes from
+    a block power iteration, which ends when the largest singular value changes by less than 1e-5: it is within about a
+    thousandth, and takes time linear in the tensor's size. A zero update has 0, a vector 1.
     """
     if isinstance(matrix, LowRank):
         S = torch.linalg.svdvals(matrix.core()[1])
         return _ratio(float(S[0]), float(torch.linalg.vector_norm(S)))
-    norm = blocks.delta_norm(matrix, None)
+    norm = norms.delta_norm(matrix, None)
     if matrix.ndim < 2 or norm == 0.0:
         return 1.0 if norm else 0.0
     rows = matrix.flatten(1) / norm

@@ -1,4 +1,4 @@
-"""Folders in, a folder out: the merge of `fedfrom merge`, one layer in memory at a time, the inputs' by blocks."""
+"""The merge of `fedfrom merge`, from folders to a folder: one layer at a time, with the inputs read in blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedfrom.files.folders import (
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
 from fedfrom.merging.clients import Round, clients_of
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import sums
 from fedfrom.merging.merge import LayerByLayer, layer_by_layer
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -52,9 +52,9 @@ def open_inputs(
     base : str | None (default: None)
         The pretrained checkpoint.
     dtype : torch.dtype | None (default: None)
-        Where given, floating-point tensors are read in the widest dtype of all of them and of this one.
+        Where given, floating-point tensors are read in the widest of their dtypes and this one.
     device : str (default: "cpu")
-        Where tensors are read to.
+        Device of the tensors.
     force_base : bool (default: False)
         Accept adapters whose base models go by different names.
 
@@ -71,7 +71,7 @@ def open_inputs(
     pretrained = None if base is None else open_model(base, device)
     if dtype is not None:
         everything = [*models, *([] if pretrained is None else [pretrained])]
-        # eight bits promote with nothing
+        # torch promotes no 8-bit floats
         floats = {spec.dtype for each in everything for spec in each.tensors.specs.values()}
         wide = [torch.float32 if d.itemsize == 1 else d for d in floats if d.is_floating_point]
         for each in everything:
@@ -91,7 +91,7 @@ def prepare(
     dora: bool = False,
     same_base: bool = False,
 ) -> LayerByLayer:
-    """Return the merge of opened models, to be run a layer at a time; see `fedfrom.merge` for the arguments."""
+    """Return the merge of opened models, which runs a layer at a time; see `fedfrom.merge` for the arguments."""
     if method.validate is not None:
         raise BadInput("k='auto' and greedy-soup need validation data: call fedfrom.merge(..., validate=) in Python")
     if method.needs:
@@ -100,7 +100,7 @@ def prepare(
             f"(fedfrom.client.{method.needs}), which no folder holds: call fedfrom.merge(..., statistics=) in Python"
         )
     checkpoints = not models[0].is_adapter
-    # without a reference a mean of updates is the mean of the values: all else needs the updates
+    # without a reference only a mean is defined, that of the values; all other merges need updates
     if checkpoints and base is None and (not method.is_mean or clip is not None or server_lr != 1.0):
         raise BadInput(
             "--base: expected the pretrained model, which full checkpoints' updates are relative to, found none: pass "
@@ -139,39 +139,39 @@ def merge_folders(
 ) -> MergeReport:
     """Merge adapters or checkpoints on disk into a new folder, which PEFT or transformers load.
 
-    A checkpoint is written a tensor at a time, in the first input's files: of all models one layer is in memory, and of
-    the inputs' large tensors blocks alone, but for RegMean and LoRM. An adapter, which is small, is written at the end,
-    when its ranks are known.
+    A checkpoint is written a tensor at a time, into files named like the first input's. One layer of all models is in
+    memory at a time; of the inputs' large tensors only blocks are, except for RegMean and LoRM. An adapter is small,
+    and is written at the end, when its ranks are known.
 
     Parameters
     ----------
     out : str
-        A new folder, which appears when it is complete.
+        A new folder. It appears when it is complete.
     inputs : Sequence[str]
         Folders or names on the Hub: adapters, or checkpoints.
     method : Method
         See `fedfrom.merging.methods.registry.make_method`.
     base : str | None (default: None)
-        The pretrained checkpoint that full checkpoints' updates (and adapters' saved modules) are relative to.
+        The pretrained checkpoint, the reference of full checkpoints' updates (and of adapters' saved modules).
     examples, weights, server_lr, clip, dora, same_base
         See `fedfrom.merge`.
     dtype : torch.dtype | None (default: None)
-        Of the result; None is the inputs', which must then have the same.
+        Dtype of the result. None is that of the inputs, which must then be the same for all.
     device : str (default: "cpu")
-        Where layers are merged.
+        Device on which layers are merged.
     force : bool (default: False)
         Replace an earlier result.
     force_base : bool (default: False)
         Accept adapters whose base models go by different names.
     command : str (default: "")
-        For the model card.
+        Command for the model card.
     progress : Callable[[int, int], None] | None (default: None)
-        Called after each layer with the bytes of input merged so far and in all.
+        Called after each layer with the merged bytes of input and with all bytes of input.
 
     Raises
     ------
     ValueError
-        Bad input, or OUT can't be written; then there is no OUT, or it is as it was.
+        Bad input, or OUT can't be written. An earlier OUT is then unchanged, and no new one is left.
     """
     models, pretrained = open_inputs(inputs, base, dtype, device, force_base)
     folders = [model.folder for model in (*models, *([] if pretrained is None else [pretrained]))]
@@ -193,7 +193,7 @@ def merge_folders(
 
 
 class _Reference(Mapping[str, Tensor]):
-    """The base model's tensors that the inputs have too, under the names that their layers have there."""
+    """The base model's tensors that the inputs have as well, under the inputs' names of their layers."""
 
     def __init__(self, tensors: Tensors, keys: Mapping[str, str]) -> None:
         self._tensors, self._keys = tensors, keys
@@ -209,7 +209,7 @@ class _Reference(Mapping[str, Tensor]):
 
 
 class _Watch:
-    """Counts the bytes that are merged."""
+    """Counts the merged bytes."""
 
     def __init__(self, models: Sequence[Model], layers: LayerByLayer, progress: Progress | None) -> None:
         self._progress, self._done = progress, 0
@@ -223,7 +223,7 @@ class _Watch:
         }
 
     def layers(self, layers: LayerByLayer, reports: list[LayerReport]) -> Iterator[dict[str, Tensor]]:
-        """Yield each merged layer's tensors by key, which are gone at the next; gathers the reports."""
+        """Yield each merged layer's tensors by key, and append its report; the dict is emptied before the next."""
         total = sum(self._sizes.values())
         if self._progress:
             self._progress(0, total)
@@ -282,7 +282,7 @@ def _write_checkpoint(
 
 
 class _writing:
-    """A Writer that is closed at the end, complete where nothing was raised."""
+    """A Writer that is closed at the end: complete, unless an exception was raised."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
         self._writer = Writer(path, specs)
@@ -295,17 +295,17 @@ class _writing:
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a floating-point tensor in the dtype asked for, or refuse what is out of its range."""
+    """Return a floating-point tensor in the given dtype; raise BadInput where a value is out of its range."""
     if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
-    if not blocks.is_finite(cast):
+    if not sums.is_finite(cast):
         raise BadInput(f"{key!r}: expected a result in {dtype}'s range, found infinity: use a wider --dtype")
     return cast
 
 
 def _write_config(path: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
-    """Write config.json; with --dtype it names the new one, which transformers loads the model in."""
+    """Write config.json; with --dtype it names the new dtype, in which transformers loads the model."""
     if dtype is not None:
         for field in ("dtype", "torch_dtype"):
             if field in config:

@@ -1,4 +1,4 @@
-"""The findings of `fedfrom inspect` as tables for a terminal."""
+"""The tables of `fedfrom inspect` for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_LAYERS = 10
 
 
 def tables(inspection: Inspection, every_layer: bool) -> Iterator[Table]:
-    """Yield a table of the inputs and one of the layers: the 10 that disagree most, or all by name."""
+    """Yield a table of the inputs and one of the layers: the 10 with the largest interference, or all by name."""
     names = inspection.report.clients
     yield _inputs(inspection)
     layers = inspection.layers if every_layer else inspection.disagreeing(MOST_LAYERS)

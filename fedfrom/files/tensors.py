@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read when asked for, written as they come."""
+"""Tensors in safetensors files: each is read when it is accessed, and written when it is given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedfrom.errors import BadInput
 from fedfrom.merging.linalg.blocks import Values
 from fedfrom.stored import StoredFile, StoredTensor, bytes_of
 
-# the names that safetensors gives dtypes; what is not here can't be merged
+# safetensors' names of dtypes; tensors of other dtypes can't be merged
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,7 +38,9 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24  # bytes written at once
-_LARGE = 1 << 20  # entries from which on memory costs more than reading twice, and a thousand places for a sample
+# entries of a tensor that is read in blocks: its memory costs more than reading it twice, and a sample of it has a
+# thousand places
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class _File(StoredFile):
         self._data = 8 + length
 
     def start(self, key: str) -> int:
-        """Return the place of a tensor's first byte."""
+        """Return the offset of a tensor's first byte."""
         try:
             return self._data + int(self._header[key]["data_offsets"][0])
         except (LookupError, TypeError):
@@ -87,17 +89,17 @@ class _File(StoredFile):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by key, read when asked for: whole, or a block at a time through `reader`.
+    """The tensors of safetensors files by key, read on access: whole, or a block at a time by `reader`.
 
-    Nothing is kept but the tensor read last; one that its reader still holds is handed out again, not read again.
-    Several threads may ask at once.
+    Only the last tensor stays in memory. A tensor that the caller still holds is returned again, not read again.
+    Several threads may read at once.
 
     Parameters
     ----------
     files : Mapping[Path, Sequence[str] | None]
-        Each file and the keys to take from it; None is all it has.
+        Each file with the keys to take from it; None takes all keys.
     device : str (default: "cpu")
-        Where tensors are read to.
+        Device of the tensors.
 
     Raises
     ------
@@ -110,8 +112,8 @@ class Tensors(Mapping[str, Tensor]):
         self.specs: dict[str, Spec] = {}
         self.file_of: dict[str, Path] = {}
         self.device = device
-        self.wide: torch.dtype | None = None  # what floating-point tensors are widened to when read
-        self._file: tuple[Path, Any] | None = None  # one at a time: a few large models have a thousand shards
+        self.wide: torch.dtype | None = None  # dtype to which floating-point tensors are widened when read
+        self._file: tuple[Path, Any] | None = None  # one open file at a time: large models have a thousand shards
         self._last: Tensor | None = None
         self._lock = threading.Lock()
         self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
@@ -121,7 +123,7 @@ class Tensors(Mapping[str, Tensor]):
             self._add(path, keys)
 
     def stored_dtype(self, key: str) -> torch.dtype:
-        """Return the dtype that a tensor has in its file, whatever it is widened to when it is read."""
+        """Return the dtype of a tensor in its file, before any widening."""
         return self.specs[key].dtype
 
     def _add(self, path: Path, keys: Sequence[str] | None) -> None:
@@ -147,29 +149,29 @@ class Tensors(Mapping[str, Tensor]):
 
     def _opened(self, path: Path) -> Any:
         if self._file is None or self._file[0] != path:
-            # reads each tensor into memory of its own: a mapped file would count as memory as a whole
+            # pread: each tensor has memory of its own; a mapped file would count as memory as a whole
             self._file = (path, safe_open(path, framework="pt", backend="pread"))
         return self._file[1]
 
     def spec(self, key: str) -> Spec:
-        """Return the dtype that a tensor is read in, and its shape; nothing is read."""
+        """Return the dtype in which a tensor is read, and its shape; nothing is read."""
         spec = self.specs[key]
         wider = self.wide is not None and spec.dtype.is_floating_point
         return Spec(self.wide, spec.shape) if wider and self.wide is not None else spec
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a tensor; raises SafetensorError or OSError where the file was changed meanwhile."""
+        """Return a tensor; raise SafetensorError or OSError where the file was changed meanwhile."""
         with self._lock:
             tensor = self._held.get(key)
             if tensor is None:
-                self._last = None  # before the next is read
+                self._last = None  # frees the last tensor before the next is read
                 tensor = self._opened(self.file_of[key]).get_tensor(key).to(self.device, self.spec(key).dtype)
                 self._held[key] = tensor
             self._last = tensor
             return tensor
 
     def reader(self, key: str) -> Values:
-        """Return what reads a large tensor a block at a time, and keeps nothing of it; a small one itself."""
+        """Return a `StoredTensor` that reads a large tensor a block at a time, or a small tensor itself."""
         path, spec = self.file_of[key], self.specs[key]
         if math.prod(spec.shape) < _LARGE:
             return self[key]

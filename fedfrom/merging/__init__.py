@@ -1,9 +1,12 @@
-"""Merging: pure functions over the layers of n clients. Imports torch alone.
+"""Merging: pure functions over the layers of n clients. Imports torch and numpy alone.
 
-Where the paper's equations (arXiv 2506.02478) are: Eq. 1, the weights, in weights.py; Eq. 5, their sum, in
-methods/frobenius.py's FroM and linalg/blocks.py's weighted_sum; Eq. 6, adapters solved back to a rank, in solve.py, and
-there Eq. 7, Eq. 8 and Algorithm 1 too. `merge` in merge.py walks the layers: adapters.py merges one LoRA module,
-tensors.py one tensor.
+Where the paper's equations (arXiv 2506.02478) are: Eq. 1, the weights, and Eq. 5, their sum, in
+methods/frobenius.py; Eq. 6, adapters solved back to a rank, in solve.py, with Eq. 7, Eq. 8 and Algorithm 1.
+
+The way of the data: `merge` (merge.py) checks what clients sent (clients.py, inputs.py, sources.py) and walks the
+layers in batches (batches.py). One layer's updates (updates.py, what a method sees of them; deltas.py, how they are
+formed) are an `AdapterUpdates` (adapters.py) or a `TensorUpdates` (tensors.py). `weigh` (stability.py) asks the method
+for its weights; `LayerUpdates.merge` (layer.py) asks it for theta*, writes T and reports.
 """
 
 from fedfrom.merging.linalg.lowrank import LowRank

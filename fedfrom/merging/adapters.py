@@ -1,306 +1,266 @@
-"""One LoRA module of n clients: the products stacked into T = W + alpha theta*, solved back to a rank (Eq. 6)."""
+"""The updates of one LoRA module as products, and T = W + alpha theta* solved back to a rank (Eq. 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.beside import merge_beside
 from fedfrom.merging.clients import Round
+from fedfrom.merging.clipping import clip_factors
+from fedfrom.merging.deltas import adapter_deltas
+from fedfrom.merging.layer import MOST_COSINES, LayerUpdates, Merged
+from fedfrom.merging.linalg import sums
+from fedfrom.merging.linalg.entries import Combine, Entries, Histogram, form
 from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
-from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines, random_normal
-from fedfrom.merging.linalg.rounding import is_rounding, rank_tolerance, rescaled
+from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines
+from fedfrom.merging.linalg.many import sketched
+from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.linalg.scale import power_of_two
 from fedfrom.merging.linalg.stack import Stack
-from fedfrom.merging.methods.base import Context, ProductMethod, Survey
 from fedfrom.merging.peft import layers as L
-from fedfrom.merging.report import LayerReport
-from fedfrom.merging.solve import Solution, energy_probes
-from fedfrom.merging.sources import Inputs, check_finite, check_norms, summing_order
+from fedfrom.merging.solve import Solution, Solver, energy_probes
+from fedfrom.merging.sources import Inputs, check_finite, check_norms, check_result, summing_order
+from fedfrom.merging.stability import Weighing
 from fedfrom.merging.unchanged import keep_unchanged
-from fedfrom.merging.weighing import MOST_COSINES, Updates, Weighing, clip_factors, once_each, weigh
-
-_SKETCH = 32  # rows and columns of an update's sketch
-
-
-def merge_adapter(
-    inputs: Inputs,
-    name: str,
-    methods: Sequence[ProductMethod],
-    shared: Round,
-    survey: Survey,
-) -> list[tuple[dict[str, Tensor], LayerReport]]:
-    """Merge one LoRA module by each method: the products stacked into T = W + alpha theta*, solved back to the rank.
-
-    What is the same for all methods (deltas, norms, Gram matrix, the QR of the stack) is computed once.
-    """
-    module = _Module.read(inputs, name, survey, shared.as_reference, shared.clip)
-    [weighings] = weigh([module.updates], methods, survey, inputs.examples, inputs.weights, shared.server_lr)
-    return once_each(weighings, module.merged)
+from fedfrom.merging.updates import Change, Cores, Destination
 
 
 @dataclass(frozen=True)
-class _Module:
-    """One LoRA module of n clients as products: W, and the theta_i in `updates.order` and `updates.unit`."""
+class _ProductChange(Change):
+    """theta* of a LoRA module.
 
-    inputs: Inputs
-    name: str
-    survey: Survey
-    as_reference: bool
-    clip: float | None
-    W: LowRank | None
+    Attributes
+    ----------
+    matrix : LowRank
+        theta*, in units.
+    coefficients : Tensor | None
+        (n,) c_i where theta* is sum_i c_i theta_i, 0 where theta_i is.
+    """
+
+    matrix: LowRank
+    coefficients: Tensor | None = None
+
+
+class AdapterUpdates(LayerUpdates):
+    """The updates of one LoRA module; what all methods need of them is computed once.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        What the clients sent and were sent.
+    name : str
+        The layer.
+    shared : Round
+        What the clients share.
+    norms : list[float] | None (default: None)
+        (n,) ||theta_i||_F where they are known.
+    """
+
+    kind = "adapter"
+    dtype = torch.float64
+    shape: tuple[int, int]
     products: list[LowRank]
-    thetas: list[LowRank]
-    updates: Updates
-    stack: Stack
-    size: float  # ||W||_F in units
 
-    @classmethod
-    def read(cls, inputs: Inputs, name: str, survey: Survey, as_reference: bool, clip: float | None) -> _Module:
-        W, products, deltas = adapter_deltas(inputs, name)
-        order = summing_order(inputs, name, [_size(delta) for delta in deltas])
-        sent = [*products, *([] if W is None else [W])]
-        narrow = all(term.B.dtype != torch.float64 for product in sent for term in product.terms)
-        stack = Stack([[] if W is None else W.terms, *(deltas[i].terms for i in order)], narrow)
-        few = len(order) <= MOST_COSINES  # pair by pair the time grows with the square of the clients
-        found, cosines = norms_and_cosines([deltas[i] for i in order], stack, pairs=few)
-        norms = check_norms([norm for _, norm in sorted(zip(order, found, strict=True))], inputs, name)
-        check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
-        factors = clip_factors(norms, clip)
-        clipped = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-        size = 0.0 if W is None else W.norm()
-        unit = power_of_two([*clipped, size])
+    def __init__(self, inputs: Inputs, name: str, shared: Round, norms: list[float] | None = None) -> None:
+        self.inputs, self.name, self._shared = inputs, name, shared
+        self._W, self._sent, deltas = adapter_deltas(inputs, name)
+        self.has_reference, self.shape = self._W is not None, deltas[0].shape
+        self.order = summing_order(inputs, name, [_ordering_number(delta) for delta in deltas])
+        self._deltas = [deltas[i] for i in self.order]
+        if norms is None:
+            found = sorted(zip(self.order, self._measured[0], strict=True))
+            norms = check_norms([norm for _, norm in found], inputs, name)
+            check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
+        self.norms = norms
+        self.clip_factors = clip_factors(norms, shared.clip)
+        self.clipped_norms = [norm * factor for norm, factor in zip(norms, self.clip_factors, strict=True)]
+        own = 0.0 if self._W is None else self._W.norm()
+        self.unit = self.entry_unit = power_of_two([*self.clipped_norms, own])
+        self._W_size = own / self.unit
         # an update within rounding of zero is zero: it must not vote with its rounding
-        thetas = [deltas[i] * (factors[i] / unit if norms[i] > 0 else 0.0) for i in order]
-        sizes = torch.tensor([clipped[i] / unit for i in order], dtype=torch.float64)
-        inner = None if cosines is None else sizes[:, None] * cosines * sizes
-        updates = Updates(norms, factors, order, unit, sizes.tolist(), inner)
-        module = cls(inputs, name, survey, as_reference, clip, W, products, thetas, updates, stack, size / unit)
-        return module if few else replace(module, updates=replace(updates, sketch=module.sketch()))
+        self.products = [
+            delta * (self.clip_factors[i] / self.unit if norms[i] > 0 else 0.0)
+            for i, delta in zip(self.order, self._deltas, strict=True)
+        ]
+        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
 
-    def sketch(self) -> Tensor:
-        """Return (n, at most 2^10) float64: P theta_i Q, P and Q of 32 random rows and columns.
+    @property
+    def ranks(self) -> list[int]:
+        return [product.rank for product in self._sent]
 
-        Inner products of sketches are about 2^10 times those of the updates, to within some percent of their norms.
-        """
-        (d_out, d_in), device = self.thetas[0].shape, self.thetas[0].terms[0].B.device
-        left = random_normal(min(_SKETCH, d_out), d_out, "sketch of rows").to(device)
-        right = random_normal(d_in, min(_SKETCH, d_in), "sketch of columns").to(device)
-        return self.stack.sketch([self.stack.mixture(theta.terms) for theta in self.thetas], left, right).cpu()
+    @cached_property
+    def _stack(self) -> Stack:
+        """W's factors and the updates', side by side."""
+        W = [] if self._W is None else self._W.terms
+        sent = [*self._sent, *([] if self._W is None else [self._W])]
+        narrow = all(term.B.dtype != torch.float64 for product in sent for term in product.terms)
+        return Stack([W, *(delta.terms for delta in self._deltas)], narrow)
 
-    def merged(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
-        """Return the module's tensors and its report."""
-        updates, method, alpha, w = self.updates, weighing.method, weighing.server_lr, weighing.weights
-        assert isinstance(method, ProductMethod)
-        own = self.W.rank if self.W is not None else max(self.products[i].rank for i in self.inputs.with_weight)
-        rank = _rank(method.rank, own, self.products, self.thetas[0].shape, self.name, caps=self.as_reference)
-        sizes = torch.tensor(updates.sizes, dtype=torch.float64)
-        squares = float(w @ sizes.square())  # sum_i w_i ||theta_i||^2
-        coefficients = weighing.coefficients
-        if method.linear:
-            coefficients = coefficients * (sizes > 0)  # a zero delta adds nothing but rounding
-        change = method.combine_products(self.thetas, coefficients, self._context(method, rank, alpha))
-        target = change * alpha if self.W is None else LowRank.sum([self.W, change], [1 / updates.unit, alpha])
-        solution = keep_unchanged(self.W, self.products, target, change, alpha, rank, updates.unit, self._scaling_out())
-        if solution is None:
-            rows = own if self.as_reference else None
-            parts = self.size**2 + alpha**2 * float((coefficients * sizes).square().sum())
-            solution = method.solve(target, rank, self.name, alpha**2 * squares, rows, self.stack, parts)
-            if self.inputs.template(self.name).layers[self.name].is_embedding:
-                # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
-                root = target.shape[1] ** 0.5
-                solution = replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
-        inner, size = self._sizes(weighing, coefficients, change, solution)
-        spread = max(0.0, squares - 2 * inner + size)  # sum_i w_i ||theta_i - theta*||^2
-        report = LayerReport(
-            name=self.name,
-            kind="adapter",
-            has_reference=self.W is not None,
-            ranks_in=[product.rank for product in self.products],
-            rank_out=solution.rank,
-            energy_dropped=solution.residual / solution.energy if solution.energy else 0.0,
-            objective=(solution.residual + alpha**2 * spread) * updates.unit * updates.unit,
-            excess=max(0.0, solution.residual - solution.optimum) / squares if squares else 0.0,
-            iterations=solution.iterations,
-            **updates.report(weighing, squares, spread),
-        )
-        return self._write(solution, weighing), report
+    @cached_property
+    def _measured(self) -> tuple[list[float], Tensor | None]:
+        """Norms and cosines of the updates as sent; pair by pair the time grows with the square of the clients."""
+        return norms_and_cosines(self._deltas, self._stack, pairs=len(self) <= MOST_COSINES)
 
-    def _context(self, method: ProductMethod, rank: int | float, server_lr: float) -> Context:
-        order, thresholds = self.updates.order, self.survey.thresholds
-        shape = method.statistics_shape(self.thetas[0].shape)
-        return Context(
-            self.name,
-            statistics=self.inputs.statistics_of(self.name, order, shape) if method.needs else None,
-            thresholds=None if thresholds is None else [thresholds[i] / self.updates.unit for i in order],
-            rank=rank if isinstance(rank, int) else None,
-            base=None if self.W is None else self.W * (1 / self.updates.unit),
-            server_lr=server_lr,
-            tolerance=max(
-                rank_tolerance(sent.state.stored_dtype(key))
-                for sent in self.inputs.sent
-                for part, key in sent.layers[self.name].keys.items()
-                if part in L.RANK_DIMENSION
-            ),
+    @cached_property
+    def gram(self) -> Tensor | None:
+        cosines, sizes = self._measured[1], torch.tensor(self.sizes, dtype=torch.float64)
+        return None if cosines is None else sizes[:, None] * cosines * sizes
+
+    @cached_property
+    def sketch(self) -> Tensor | None:
+        if self.gram is not None:
+            return None
+        return sketched(self._stack, [self._stack.mixture(theta.terms) for theta in self.products])
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        """Looked up by the methods that cut directions: files have to be asked for their dtype."""
+        return max(
+            rank_tolerance(sent.state.stored_dtype(key))
+            for sent in self.inputs.sent
+            for part, key in sent.layers[self.name].keys.items()
+            if part in L.RANK_DIMENSION
         )
 
-    def _sizes(
-        self, weighing: Weighing, coefficients: Tensor, change: LowRank, solution: Solution
-    ) -> tuple[float, float]:
+    @cached_property
+    def entries(self) -> Entries:
+        n = len(self)
+        return Entries([theta.dense() for theta in self.products], [None] * n, [1.0] * n, torch.float64)
+
+    def counts(self, i: int, histogram: Histogram, dtype: torch.dtype) -> Sequence[Tensor]:
+        # one client's matrix alone is formed
+        return Entries([self.products[i].dense()], [None], [self.unit], torch.float64).counts(0, histogram, dtype)
+
+    def statistics(self, kind: str) -> list[Tensor] | None:
+        return self.inputs.statistics(self.name, self.order, (self.shape[1],) * 2 if kind == "gram" else self.shape)
+
+    def sum(self, coefficients: Tensor) -> Change:
+        # a zero update adds nothing but rounding
+        c = coefficients * (torch.tensor(self.sizes, dtype=torch.float64) > 0)
+        return _ProductChange(LowRank.sum(self.products, c.tolist()), c)
+
+    def entrywise(self, combine: Combine) -> Change:
+        return _ProductChange(LowRank.from_dense(form(self.entries, combine).reshape(self.shape)))
+
+    def formed(self, matrix: Tensor | LowRank) -> Change:
+        return _ProductChange(matrix if isinstance(matrix, LowRank) else LowRank.from_dense(matrix))
+
+    def cores(self) -> Cores:
+        cores = [self._stack.core(theta.terms) for theta in self.products]
+        left, right = cores[0].left, cores[0].right
+
+        def change(M: Tensor) -> Change:
+            identity = torch.eye(M.shape[1], dtype=M.dtype, device=M.device)
+            return _ProductChange(LowRank(left.lift(M), right.lift(identity).T))
+
+        return Cores([core.C for core in cores], change)
+
+    def destination(self, weighing: Weighing) -> Destination:
+        rank = self._rank(weighing)
+        base = None if self._W is None else self._W * (1 / self.unit)
+        return Destination(base, weighing.server_lr, rank if isinstance(rank, int) else None)
+
+    def _rank(self, weighing: Weighing) -> int | float:
+        if not isinstance(weighing.method, Solver):  # methods on factors see no adapters
+            name = type(weighing.method).__name__
+            raise ValueError(
+                f"{name}: expected a ProductMethod for LoRA modules, which solves back to a rank, found none"
+            )
+        caps = self._shared.as_reference
+        return _checked_rank(weighing.method.rank, self._own_rank, self._sent, self.shape, self.name, caps)
+
+    @property
+    def _own_rank(self) -> int:
+        """W's rank, else the largest client's."""
+        return self._W.rank if self._W is not None else max(self._sent[i].rank for i in self.inputs.with_weight)
+
+    def finish(self, change: Change, weighing: Weighing) -> Merged:
+        assert isinstance(change, _ProductChange)
+        solution = self._solve(change, weighing)
+        inner, square = self._inner_and_square(change, weighing, solution)
+        tensors = self._write(solution, weighing)
+        for key, tensor in tensors.items():
+            check_result(key, tensor, not tensor.is_floating_point() or sums.is_finite(tensor))
+        return Merged(
+            tensors,
+            inner,
+            square,
+            solution.rank,
+            solution.residual,
+            solution.optimum,
+            solution.energy,
+            solution.iterations,
+        )
+
+    def _solve(self, change: _ProductChange, weighing: Weighing) -> Solution:
+        """Return the factors of T that Eq. 6 asks for, in units."""
+        method, alpha, W = weighing.method, weighing.server_lr, self._W
+        assert isinstance(method, Solver)
+        rank, theta = self._rank(weighing), change.matrix
+        target = theta * alpha if W is None else LowRank.sum([W, theta], [1 / self.unit, alpha])
+        kept = keep_unchanged(W, self._sent, target, theta, alpha, rank, self.unit, self._scaling_out)
+        if kept is not None:
+            return kept
+        c = weighing.coefficients if change.coefficients is None else change.coefficients
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        parts = self._W_size**2 + alpha**2 * float((c * sizes).square().sum())
+        scale = alpha**2 * self.weighted_energy(weighing.weights)
+        rows = self._own_rank if self._shared.as_reference else None
+        solution = method.solve(target, rank, self.name, scale, rows, self._stack, parts)
+        if not self.inputs.template(self.name).layers[self.name].is_embedding:
+            return solution
+        # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
+        root = target.shape[1] ** 0.5
+        return replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
+
+    def _inner_and_square(self, change: _ProductChange, weighing: Weighing, solution: Solution) -> tuple[float, float]:
         """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
-        if not weighing.method.linear:
-            return LowRank.sum(self.thetas, weighing.weights.tolist()).inner(change), change.norm() ** 2
-        if self.updates.gram is not None:
-            inner = self.updates.gram @ coefficients
-            return float(weighing.weights @ inner), max(0.0, float(coefficients @ inner))
-        if self.W is None and weighing.server_lr:  # T is alpha theta*
-            size = solution.energy / weighing.server_lr**2
+        w, c, theta = weighing.weights, change.coefficients, change.matrix
+        if c is None:
+            return LowRank.sum(self.products, w.tolist()).inner(theta), theta.norm() ** 2
+        if self.gram is not None:
+            inner = self.gram @ c
+            return float(w @ inner), max(0.0, float(c @ inner))
+        if self._W is None and weighing.server_lr:  # T is alpha theta*
+            square = solution.energy / weighing.server_lr**2
         else:
-            size = self._energy(change, solution.rank)
-        factor = float(weighing.coefficients.sum())  # theta* is so many times the weighted mean
-        return size / factor if factor else 0.0, size
+            square = self._square_of(theta, solution.rank)
+        multiple = self.multiple(c, w)
+        if multiple is None:
+            return LowRank.sum(self.products, w.tolist()).inner(theta), square
+        return square / multiple if multiple else 0.0, square
 
-    def _energy(self, change: LowRank, rank: int) -> float:
+    def _square_of(self, change: LowRank, rank: int) -> float:
         """Return ||theta*||^2, by the way that costs least; among very many clients an estimate."""
-        if self.stack.holds(change.terms):
-            operator = self.stack.operator(change.terms, columns_of(rank))
+        if self._stack.holds(change.terms):
+            operator = self._stack.operator(change.terms, columns_of(rank))
             if operator is not None:
-                return energy_of(operator, energy_probes(change.shape[1]).to(self.stack.left.device))
-        return float(torch.linalg.matrix_norm(change.core(self.stack).C)) ** 2
+                return energy_of(operator, energy_probes(change.shape[1]).to(self._stack.left.device))
+        return float(torch.linalg.matrix_norm(change.core(self._stack).C)) ** 2
 
+    @property
     def _scaling_out(self) -> float:
-        """Return s of the config that goes with the result."""
-        return self.inputs.template(self.name).scaling(self.name) if self.as_reference else 1.0
+        """s of the config that goes with the result."""
+        return self.inputs.template(self.name).scaling(self.name) if self._shared.as_reference else 1.0
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
-        layer, scaling = template.layers[self.name], self._scaling_out()
-        part = L.write_adapter(layer, solution.matrix * self.updates.unit, template.state, scaling)
+        layer, scaling = template.layers[self.name], self._scaling_out
+        part = L.write_adapter(layer, solution.matrix * self.unit, template.state, scaling)
         for extra in {"bias", "magnitude"} & layer.keys.keys():
             part[layer.keys[extra]] = merge_beside(
-                self.inputs, self.name, extra, weighing, self.updates.order, self.clip, scaling
+                self.inputs, self.name, extra, weighing, self.order, self._shared.clip, scaling
             )
         return part
 
 
-def adapter_deltas(inputs: Inputs, name: str) -> tuple[LowRank | None, list[LowRank], list[LowRank]]:
-    """Return (W, the W_i, the theta_i = W_i - ref_i) of one LoRA module as products; W None is zero."""
-    source = inputs.reference_of(name)
-    W = None if source is None else source.adapter(name)
-    products = [sent.adapter(name) for sent in inputs.sent]
-    for sent, product in zip(inputs.sent, products, strict=True):
-        first = products[0] if W is None else W
-        if product.shape != first.shape:
-            raise ValueError(f"{sent.who}, {name!r}: expected a product of shape {first.shape}, found {product.shape}")
-        for part in sent.layers[name].keys:
-            dimension = L.RANK_DIMENSION.get(part)
-            expected = inputs.template(name).tensor(name, part)
-            L.check_same(sent.tensor(name, part), expected, sent.who, sent.layers[name].keys[part], dimension)
-    read: dict[int, LowRank] = {}  # what several clients were sent is one pair of tensors in the stack
-    received: list[LowRank | None] = []
-    for cut in inputs.received_of(name):
-        if cut is None or cut is source:
-            received.append(W)
-        else:
-            assert source is not None
-            for part, key in cut.layers[name].keys.items():
-                L.check_same(
-                    cut.tensor(name, part), source.tensor(name, part), cut.who, key, L.RANK_DIMENSION.get(part)
-                )
-            received.append(read.setdefault(id(cut), _part_of(W, cut.adapter(name))))
-    for sent, product, ref in zip(inputs.sent, products, received, strict=True):
-        rank = products[0].rank if ref is None else ref.rank
-        if sent.config is None and product.rank != rank:
-            why = "as the others" if ref is None else "as it was sent"
-            raise ValueError(
-                f"{sent.who}, {name!r}: expected rank {rank} {why}, found {product.rank}: unequal ranks have unequal "
-                "scalings; give each client's adapter config (configs=)"
-            )
-    deltas = []
-    loaded: dict[tuple[int, float], LowRank] = {}  # clients of one scaling share what they started from
-    for product, ref in zip(products, received, strict=True):
-        if ref is None:
-            deltas.append(product)
-            continue
-        scaling = product.terms[0].coefficient
-        is_rescaled = scaling != ref.terms[0].coefficient and product.rank >= ref.rank
-        if is_rescaled:
-            place = id(ref), scaling
-            if place not in loaded:
-                loaded[place] = _loaded(ref, scaling)
-            ref = loaded[place]
-        zero = is_rescaled and _is_rescaling(product, ref)
-        deltas.append(ref * 0.0 if zero else _delta(product, ref))
-    return W, products, deltas
-
-
-def _part_of(W: LowRank | None, received: LowRank) -> LowRank:
-    """Return what a client was sent; where that is the leading part of W, in W's memory."""
-    assert W is not None
-    (_, B, A), (s, B_i, A_i) = W.terms[0], received.terms[0]
-    B, A = B[:, : received.rank], A[: received.rank]
-    return LowRank(B, A, s) if torch.equal(B, B_i) and torch.equal(A, A_i) else received
-
-
-def _loaded(received: LowRank, scaling: float) -> LowRank:
-    """Return what a client of this scaling made of what it received: B in its own scaling, rounded to B's dtype."""
-    given, B, A = received.terms[0]
-    return LowRank(rescaled(B, given / scaling), A, scaling)
-
-
-def _is_rescaling(sent: LowRank, received: LowRank) -> bool:
-    """Return whether a client sent back what it received, multiplied by numbers of its own for A and for B.
-
-    A client that loads its adapter without `fedfrom.client.load` may rescale A, B or both, and by other operations.
-    Then its factors are those that it received but for rounding, and it has trained nothing.
-
-    Parameters
-    ----------
-    sent : LowRank
-        One product, with at least the columns that were received.
-    received : LowRank
-        One product in the client's scaling.
-    """
-    (_, B_i, A_i), (_, B, A) = sent.terms[0], received.terms[0]
-    common = received.rank
-    start = A.to(torch.float64)
-    size = float(torch.linalg.vector_norm(start)) ** 2
-    if size == 0.0 or bool(B_i[:, common:].any()):
-        return False
-    share = float((A_i[:common].to(torch.float64) * start).sum()) / size  # how many times A the client's A is
-    if share == 0.0:
-        return False
-    return is_rounding(A_i[:common], start * share) and is_rounding(B_i[:, :common], B.to(torch.float64) / share)
-
-
-def _delta(sent: LowRank, received: LowRank) -> LowRank:
-    """Return theta_i = W_i - ref_i, where it can be by way of what changed in the factors.
-
-    With B_i = B + dB_i, A_i = A + dA_i and one scaling it is s (dB_i A + dB_i dA_i + B dA_i): no digits cancel, and all
-    clients' factors, B, dB_1, ..., dB_n, are far from dependent, which B, B_1, ..., B_n are where updates are small. A
-    client of a larger rank than it was sent adds the product of its factors beyond.
-    """
-    (s, B_i, A_i), (given, B, A) = sent.terms[0], received.terms[0]
-    common = len(A)
-    if s != given or len(A_i) < common:
-        return sent - received
-    dB = B_i[:, :common].to(torch.float64) - B.to(torch.float64)
-    dA = A_i[:common].to(torch.float64) - A.to(torch.float64)
-    parts = [(dB, A), (dB, dA), (B, dA)]
-    moved = {id(dB): bool(dB.any()), id(dA): bool(dA.any())}
-    terms = [
-        LowRank(left, right, s) for left, right in parts if moved.get(id(left), True) and moved.get(id(right), True)
-    ]
-    if len(A_i) > common and bool(B_i[:, common:].any()):
-        terms.append(LowRank(B_i[:, common:], A_i[common:], s))
-    return LowRank.sum(terms) if terms else received * 0.0
-
-
-def _size(delta: LowRank) -> float:
+def _ordering_number(delta: LowRank) -> float:
     """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
     first, last = delta.terms[0], delta.terms[-1]
     if first.coefficient == 0.0:
@@ -309,7 +269,7 @@ def _size(delta: LowRank) -> float:
     return 1.0 + float(torch.linalg.vector_norm(first.B[0]) * torch.linalg.vector_norm(last.A[0]))
 
 
-def _rank(
+def _checked_rank(
     asked: int | float | None, own: int, products: list[LowRank], shape: tuple[int, int], name: str, caps: bool
 ) -> int | float:
     """Return the rank to solve for, a number of columns or a fraction of the energy, or refuse what is asked."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.clipping import clip_factors
+from fedfrom.merging.linalg import sums
+from fedfrom.merging.linalg.norms import delta_norms
 from fedfrom.merging.linalg.rounding import is_rounding, rescaled
 from fedfrom.merging.sources import Inputs, Source, check_finite
-from fedfrom.merging.weighing import Weighing, clip_factors
+from fedfrom.merging.stability import Weighing
 
 
 def merge_beside(
-    inputs: Inputs, name: str, part: str, weighing: Weighing, order: list[int], clip: float | None, scaling: float
+    inputs: Inputs, name: str, part: str, weighing: Weighing, order: Sequence[int], clip: float | None, scaling: float
 ) -> Tensor:
     """Return what goes with a LoRA module, merged by the module's weights and clipped to its own median norm.
 
@@ -24,7 +28,7 @@ def merge_beside(
         The module, and "bias" (lora_B.bias, which acts as s * bias) or "magnitude" (DoRA's).
     weighing : Weighing
         The module's weights, in the order of sums, and its server learning rate.
-    order : list[int]
+    order : Sequence[int]
         Clients in that order.
     clip : float | None
         See `weighing.clip_factors`.
@@ -52,10 +56,10 @@ def merge_beside(
             found = reference
         values.append(acting(found, own))
         references.append(None if reference is None else acting(reference, own))
-    norms = blocks.delta_norms(list(zip(values, references, strict=True)))
+    norms = delta_norms(list(zip(values, references, strict=True)))
     # without a reference a magnitude is no update, and has nothing to be clipped
     factors = clip_factors(norms, None if W is None else clip)
-    total, _, _ = blocks.weighted_sum(
+    total, _, _ = sums.weighted_sum(
         [values[i] for i in order],
         [references[i] for i in order],
         [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],

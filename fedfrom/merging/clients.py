@@ -35,7 +35,7 @@ class Client:
     statistics : Mapping[str, Tensor] | None (default: None)
         What it sent beside its state: Gram matrices by module name, or Fisher diagonals by key.
     norms : Mapping[str, float]
-        What is known of ||W_i - ref_i||_F, by the name of a plain tensor, as `blocks.delta_norm` gives it: taken as
+        What is known of ||W_i - ref_i||_F, by the name of a plain tensor, as `norms.delta_norm` gives it: taken as
         true, so that a state that is read from disk is read once.
     deltas : Collection[str]
         The plain tensors, by name, in whose place the state has W_i - ref_i; any floating-point dtype.

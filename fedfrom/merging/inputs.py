@@ -15,7 +15,8 @@ from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import Inputs, Readable, Source
-from fedfrom.merging.weighing import SAFE
+from fedfrom.merging.stability import SAFE
+from fedfrom.numeric import is_number
 
 
 def check_inputs(clients: Sequence[Client], shared: Round, needs: str | None, pair: bool) -> Inputs:
@@ -122,7 +123,7 @@ def _check_examples(clients: Sequence[Client]) -> list[float] | None:
     for client in clients:
         count = client.examples
         # compared, not converted: an int may be beyond any float
-        if not isinstance(count, int | float) or not 0 < count <= sys.float_info.max:
+        if not is_number(count) or not 0 < count <= sys.float_info.max:
             raise ValueError(f"{client.name}: expected a finite number of examples > 0, found {count!r}")
     return [float(client.examples) for client in clients if client.examples is not None]
 
@@ -171,8 +172,7 @@ def _check_reference(base: Source, first: Source) -> None:
 
 def check_server_lr(server_lr: float | str) -> None:
     """Raise ValueError where alpha is neither "safe" nor a finite number >= 0, whose square is in range."""
-    is_number = isinstance(server_lr, int | float) and not isinstance(server_lr, bool)
-    if server_lr != SAFE and (not is_number or not 0 <= server_lr < 1e100):  # type: ignore[operator]
+    if server_lr != SAFE and (not is_number(server_lr) or not 0 <= server_lr < 1e100):
         raise ValueError(f"server_lr: expected a finite number >= 0 or 'safe', found {server_lr!r}")
 
 
@@ -186,7 +186,7 @@ def check_safe(server_lr: float | str, candidates: Sequence[Method]) -> None:
 
 def check_clip(clip: float | None) -> None:
     """Raise ValueError where the bound on norms is neither None nor a positive number."""
-    if clip is not None and (not isinstance(clip, int | float) or not 0 < clip <= sys.float_info.max):
+    if clip is not None and (not is_number(clip) or not 0 < clip <= sys.float_info.max):
         raise ValueError(f"clip: expected a positive number or None, found {clip!r}")
 
 

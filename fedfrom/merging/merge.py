@@ -5,29 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedfrom.merging.adapters import merge_adapter
+from fedfrom.merging.batches import Layers, Results, batches, merge_batch
 from fedfrom.merging.clients import Client, Round, clients_of
 from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, check_safe, check_server_lr
-from fedfrom.merging.linalg import blocks
-from fedfrom.merging.linalg.threads import begin, one_thread_each
-from fedfrom.merging.methods.base import Method, ProductMethod, Survey
+from fedfrom.merging.linalg.threads import one_thread_each
+from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import check_method, make_method
 from fedfrom.merging.peft.configs import output_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
-from fedfrom.merging.sources import Inputs, check_result
-from fedfrom.merging.survey import survey
-from fedfrom.merging.tensors import keep, merge_tensors
-
-# entries of what is held of the tensors that are merged before the first of them is handed on, in float32: their
-# results, of small ones all clients' updates in float64, and the cosines of their pairs
-_BATCH = 1 << 23
+from fedfrom.merging.sources import Inputs
 
 
 def merge(
@@ -175,43 +167,16 @@ class LayerByLayer:
     candidates: Sequence[Method]
     shared: Round
 
-    def __iter__(self) -> Iterator[list[tuple[dict[str, Tensor], LayerReport]]]:
+    def __iter__(self) -> Iterator[Results]:
         """Yield each layer's merge by each candidate: new tensors by key, and what was done. Nothing is kept."""
         with one_thread_each():
-            whole = survey(self.inputs, self.candidates[0], self.shared.clip)
-        for batch in self._batches():
+            known = self.candidates[0].survey(Layers(self.inputs, self.shared))
+            methods = [method.knowing(known) for method in self.candidates]
+        for batch in batches(self.inputs):
             with one_thread_each():  # not across the yield: it is the caller's thread
-                found = _merge_batch(self, batch, whole)
+                found = merge_batch(batch, self.inputs, methods, self.shared)
             for part in batch:
-                yield found.pop(part.name)  # whoever has it is the only one that does
-
-    def _batches(self) -> Iterator[list[_Part]]:
-        """Yield the layers: plain tensors as many at once as are small, all else one by one."""
-        inputs, clients = self.inputs, len(self.inputs.sent)
-        lazy = any(source.state.is_lazy for source in inputs.sent)
-        is_read = any(source.state.is_read for source in inputs.sent)
-        others = [source for source in (inputs.reference, *inputs.received) if source is not None]
-        in_memory = not any(source.state.is_lazy or source.state.is_read for source in others)
-        batch: list[_Part] = []
-        taken = 0
-        for name, layer in inputs.sent[0].layers.items():
-            part, own = _Part(name), _BATCH
-            if not layer.is_adapter:
-                values = inputs.sent[0].values(name)
-                size = values.numel()
-                # what is read when it is asked for is held for one layer alone
-                held = inputs.sent[0].state.is_read and isinstance(values, Tensor)
-                part = _Part(name, values.dtype.is_floating_point, in_memory and not held, size if is_read else 0)
-                if not lazy:
-                    rows = 2 * clients * size if blocks.is_small(values) and part.is_light else 0
-                    own = size + rows + (2 * clients**2 if part.is_light else 0)
-            if batch and taken + own > _BATCH:
-                yield batch
-                batch, taken = [], 0
-            batch.append(part)
-            taken += own
-        if batch:
-            yield batch
+                yield found.pop(part.name)  # popped, so that the caller holds the only reference
 
     def report(
         self, layers: list[LayerReport], candidate: int = 0, validation: Sequence[tuple[float, float]] = ()
@@ -241,43 +206,6 @@ def layer_by_layer(clients: Sequence[Client], shared: Round, method: Method) -> 
     candidates = method.candidates()
     check_safe(shared.server_lr, candidates)
     return LayerByLayer(inputs, candidates, shared)
-
-
-class _Part(NamedTuple):
-    """A layer of a batch; plain tensors are floating or kept, and light where no client's values are held for them."""
-
-    name: str
-    is_floating: bool = False
-    is_light: bool = False
-    entries_to_read: int = 0
-
-
-def _merge_batch(
-    asked: LayerByLayer, batch: list[_Part], whole: Survey
-) -> dict[str, list[tuple[dict[str, Tensor], LayerReport]]]:
-    """Return each of these layers merged by each method, by key, and what was done."""
-    inputs, methods, shared = asked.inputs, asked.candidates, asked.shared
-
-    def merged(parts: list[_Part]) -> list[list[tuple[dict[str, Tensor], LayerReport]]]:
-        names, sizes = [part.name for part in parts], [part.entries_to_read for part in parts]
-        return merge_tensors(inputs, names, methods, shared, whole, sizes)
-
-    light = [part for part in batch if part.is_floating and part.is_light]
-    apart = [part for part in batch if part.is_floating and not part.is_light]
-    waiting = [begin(part.entries_to_read, partial(merged, [part])) for part in apart]
-    found = dict(zip([part.name for part in light], merged(light), strict=True))
-    found |= {part.name: wait()[0] for part, wait in zip(apart, waiting, strict=True)}
-    for name in [part.name for part in batch if not part.is_floating]:
-        if inputs.sent[0].layers[name].is_adapter:
-            # methods on factors see no adapters
-            products = [method for method in methods if isinstance(method, ProductMethod)]
-            found[name] = merge_adapter(inputs, name, products, shared, whole)
-            for part, _ in found[name]:
-                for key, tensor in part.items():
-                    check_result(key, tensor, not tensor.is_floating_point() or blocks.is_finite(tensor))
-        else:
-            found[name] = [keep(inputs, name)] * len(methods)
-    return found
 
 
 def _config(inputs: Inputs, reports: list[LayerReport], keep: bool) -> dict[str, Any] | None:

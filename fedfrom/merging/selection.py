@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedfrom.merging.adapters import adapter_deltas
+from fedfrom.merging.batches import updated
 from fedfrom.merging.clients import Client, Round
+from fedfrom.merging.deltas import adapter_deltas, plain_tensors
 from fedfrom.merging.inputs import check_inputs
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import samples
 from fedfrom.merging.linalg.lowrank import norms_and_cosines
 from fedfrom.merging.sources import check_norms
-from fedfrom.merging.survey import updated
-from fedfrom.merging.tensors import plain_tensors
 
 
 def multikrum(inner: Tensor, attackers: int) -> list[int]:
@@ -67,5 +66,5 @@ def gram_of_updates(clients: Sequence[Client], shared: Round) -> Tensor:
             total += sizes[:, None] * cosines * sizes
         else:
             _, values, references = plain_tensors(inputs, name)
-            total += blocks.gram(values, references)
+            total += samples.gram(values, references)
     return total

@@ -7,22 +7,22 @@ Algorithm 1, which alternates Eq. 7 and Eq. 8, is subspace iteration towards it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.krylov import Leading, krylov_svd
+from fedfrom.merging.linalg.krylov import Triplets, krylov_svd
 from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.linalg.lowrank import LowRank, gauge, random_normal
 from fedfrom.merging.linalg.stack import Stack
+from fedfrom.numeric import is_number, is_whole
 
 SOLVERS = ("svd", "alternating")
 # a Solver's options that concern adapters alone; the seed is also that of methods that draw
 RANK_OPTIONS = ("rank", "solver", "iterations", "tolerance")
 # Float32 is not taken for a sum with less than this share of its parts' energy, nor for updates with less than this
-# share of W's.
+# share of W's energy.
 _CANCELLED, _DWARFED = 1e-2, 1e-1
 
 
@@ -80,16 +80,15 @@ class Solver:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-            if not (whole and self.rank >= 1 or isinstance(self.rank, float) and 0 < self.rank < 1):
-                raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
+        is_fraction = isinstance(self.rank, float) and 0 < self.rank < 1
+        if self.rank is not None and not is_fraction and not (is_whole(self.rank) and self.rank >= 1):
+            raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, found {self.solver!r}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations: expected at least 1, found {self.iterations}")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance}")
+        if not is_whole(self.iterations) or self.iterations < 1:
+            raise ValueError(f"iterations: expected a whole number >= 1, found {self.iterations!r}")
+        if not is_number(self.tolerance) or not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected a number >= 0, found {self.tolerance!r}")
 
     def solve(
         self,
@@ -99,7 +98,7 @@ class Solver:
         scale: float = 1.0,
         rows: int | None = None,
         stack: Stack | None = None,
-        parts: float = 0.0,
+        energy_apart: float = 0.0,
     ) -> Solution:
         """Solve Eq. 6 for one layer.
 
@@ -117,12 +116,12 @@ class Solver:
             Rows of the A that comes out, at least r: the gauge fills those beyond r. None is r.
         stack : Stack | None (default: None)
             See `LowRank.core`.
-        parts : float (default: 0.0)
-            What ||T||_F^2 would be if T's parts, W and the clients' shares, were orthogonal: where it is far less, they
-            cancel.
+        energy_apart : float (default: 0.0)
+            What ||T||_F^2 would be if T's parts, W and the clients' shares, were orthogonal. Where it is far less, the
+            parts cancel.
         """
         if self.solver == "svd" and isinstance(rank, int) and takes_few(target.shape, rank):
-            found = _by_products(target, rank, scale, stack, parts)
+            found = _by_products(target, rank, scale, stack, energy_apart)
             if found is not None:
                 matrix = gauge(found.U, found.S, found.Vh, rank=rows or rank, name=name)
                 beyond = max(0.0, found.energy - float(found.S.square().sum()))
@@ -142,17 +141,10 @@ class Solver:
         iterations = 0
         if self.solver == "alternating" and energy > 0:
             A_0 = random_normal(rank, target.shape[1], f"{self.seed}:{name}").to(C.device)
-            best = None
-            for Q, A, value in algorithm_1(C, right.project(A_0.T).T):
-                iterations += 1
-                gain = float("inf") if best is None else residual - value
-                if gain > 0:  # the best iterate is kept, not the worse one after it
-                    best, residual = (Q, A), value
-                if gain <= self.tolerance * scale or iterations == self.iterations:
-                    break
-            assert best is not None
-            small, S, Vh = torch.linalg.svd(best[1], full_matrices=False)
-            U = best[0] @ small
+            least = self.tolerance * scale
+            B, A, residual, iterations = algorithm_1(C, right.project(A_0.T).T, least, self.iterations)
+            small, S, Vh = torch.linalg.svd(A, full_matrices=False)
+            U = B @ small
         U, Vh = left.lift(U[:, :rank]), right.lift(Vh[:rank].T).T
         matrix = gauge(U, S[:rank], Vh, rank=rows or rank, name=name)
         return Solution(matrix, rank, residual, optimum, energy, iterations)
@@ -164,28 +156,28 @@ class Solver:
         if self.solver != "svd" or isinstance(rank, float) or not takes_few(C.shape, rank):
             return None
         # a tenth and less of what factors in float32 or less, or in float64, can tell apart
-        lost, turned = (1e-10, 1e-7) if narrow else (1e-14, 1e-12)
+        most_lost, most_turned = (1e-10, 1e-7) if narrow else (1e-14, 1e-12)
         start = random_normal(C.shape[1], columns_of(rank), "leading").to(C.device)
-        return leading_svd(C, rank, lost * scale + 1e-16 * energy, turned, start)
+        return leading_svd(C, rank, most_lost * scale + 1e-16 * energy, most_turned, start)
 
 
-def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, parts: float) -> Leading | None:
+def _by_products(target: LowRank, rank: int, scale: float, stack: Stack | None, energy_apart: float) -> Triplets | None:
     """Return T's leading triplets by products with it, where there are so many factors that this costs less."""
     columns, width = columns_of(rank), target.shape[1]
     if stack is None or not stack.holds(target.terms):
         stack = Stack([target.terms])
-    narrow = stack.is_narrow and scale >= _DWARFED * parts
+    narrow = stack.is_narrow and scale >= _DWARFED * energy_apart
     for dtype in (torch.float32, torch.float64)[0 if narrow else 1 :]:
         T = stack.operator(target.terms, columns, dtype)
         if T is None:
             return None
         single = dtype == torch.float32
         # a third and less of what factors in float32 may be off, what is found being bounded, and see `Solver._few`
-        lost, turned = (3e-10, 1e-6) if single else (1e-14, 1e-12)
+        most_lost, most_turned = (3e-10, 1e-6) if single else (1e-14, 1e-12)
         start = random_normal(width, columns, "leading").to(stack.left.device)
-        found = krylov_svd(T, rank, lost * scale, turned, start, energy_probes(width).to(start.device))
-        # where the parts cancel, float32's rounding of them is no longer small beside what they leave
-        if found is None or not single or found.energy >= _CANCELLED * parts:
+        found = krylov_svd(T, rank, most_lost * scale, most_turned, start, energy_probes(width).to(start.device))
+        # where T's parts cancel, float32's rounding of them is no longer small beside what they leave
+        if found is None or not single or found.energy >= _CANCELLED * energy_apart:
             return found
     return None
 
@@ -195,12 +187,11 @@ def energy_probes(width: int) -> Tensor:
     return random_normal(width, 64, "energy")
 
 
-def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Yield Algorithm 1's iterates (B, A, ||BA - T||_F^2), without end: B by Eq. 7, then A by Eq. 8.
+def algorithm_1(T: Tensor, A_0: Tensor, least: float, iterations: int) -> tuple[Tensor, Tensor, float, int]:
+    """Return Algorithm 1's (B, A, ||BA - T||_F^2, iterations): B by Eq. 7, then A by Eq. 8, until nothing is gained.
 
-    Eq. 7 is B = T A^T (A A^T)^-1 and Eq. 8 is A = (B^T B)^-1 B^T T. Only the spans of A's rows and B's columns enter
-    the product BA, so each half-step takes an orthonormal basis of that span by QR, in place of the normal equations,
-    which square its condition number: BA is the same, B comes out with orthonormal columns.
+    The paper's stopping rule: an iteration that lowers the objective by no more than a tolerance is the last. The best
+    iterate is returned, not a worse one after it.
 
     Parameters
     ----------
@@ -208,12 +199,32 @@ def algorithm_1(T: Tensor, A_0: Tensor) -> Iterator[tuple[Tensor, Tensor, float]
         (p, q), the target or its core Q_B^T T Q_A (every iterate lies in T's row and column spaces).
     A_0 : Tensor
         (r, q), the start, or its core A_0 Q_A.
+    least : float
+        The tolerance: what an iteration has to gain, in the unit of ||T||_F^2.
+    iterations : int
+        At most that many, at least 1.
     """
-    A = A_0
-    while True:
-        B = torch.linalg.qr(T @ _orthonormal_rows(A).T).Q
-        A = B.T @ T
-        yield B, A, float(torch.linalg.matrix_norm(B @ A - T)) ** 2
+    B, A, objective = half_steps(T, A_0)
+    for done in range(2, iterations + 1):
+        after = half_steps(T, A)
+        gain = objective - after[2]
+        if gain > 0:
+            B, A, objective = after
+        if gain <= least:
+            return B, A, objective, done
+    return B, A, objective, iterations
+
+
+def half_steps(T: Tensor, A: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return (B, A, ||BA - T||_F^2) after one iteration of Algorithm 1 from A: Eq. 7, then Eq. 8.
+
+    Eq. 7 is B = T A^T (A A^T)^-1 and Eq. 8 is A = (B^T B)^-1 B^T T. Only the spans of A's rows and B's columns enter
+    the product BA, so each half-step takes an orthonormal basis of that span by QR, in place of the normal equations,
+    which square its condition number: BA is the same, B comes out with orthonormal columns.
+    """
+    B = torch.linalg.qr(T @ _orthonormal_rows(A).T).Q  # Eq. 7
+    A = B.T @ T  # Eq. 8
+    return B, A, float(torch.linalg.matrix_norm(B @ A - T)) ** 2
 
 
 def _orthonormal_rows(A: Tensor) -> Tensor:

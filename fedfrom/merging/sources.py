@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, sums
 from fedfrom.merging.linalg.blocks import Values
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.peft import layers as L
@@ -154,7 +154,7 @@ class Inputs:
         """Return the source whose keys, dtypes and dimensions a merged layer has."""
         return self.reference_of(name) or self.sent[0]
 
-    def statistics_of(self, name: str, order: list[int], shape: tuple[int, ...]) -> list[Tensor] | None:
+    def statistics(self, name: str, order: Sequence[int], shape: tuple[int, ...]) -> list[Tensor] | None:
         """Return what the clients sent beside a layer, in that order; None where none of them did.
 
         Raises
@@ -198,7 +198,7 @@ def check_finite(sources: Sequence[Source | None], name: str, parts: list[str]) 
     for source in sources:
         for part in parts if source is not None else []:
             assert source is not None
-            if not blocks.is_finite(source.tensor(name, part)):
+            if not sums.is_finite(source.tensor(name, part)):
                 key = source.layers[name].keys[part]
                 raise ValueError(f"{source.who}, {key!r}: expected finite numbers, found NaN or infinity")
 

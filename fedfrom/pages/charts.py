@@ -1,35 +1,35 @@
-"""What each picture shows, as plain JSON: drawn by fedfrom.pages.figures, embedded in the page as it is.
+"""The data of each picture as plain JSON: fedfrom.pages.figures draws it, and the page's data block holds it.
 
-A chart has a "name" (of its file), a "kind", a "title", "x-label", "y-label" and a "unit" of its values (see
-`look.shown`), and
-- kind "lines" and "columns": "series" of "label", "x", "y" and perhaps "half-width" and "place" (of its colour, the
-  same in all pictures); perhaps "levels" of "label", "y";
-- kind "heat": "rows" and "columns" (labels), "values" (rows × columns, None where there is none), "low" and "high";
-- kind "stack": "rows" (labels) and "parts" of "label" and "values" by row.
+Every chart has a "name" (of its file), a "kind", a "title", "x-label", "y-label", and the "unit" of its values (see
+`look.shown`). Further keys by kind:
+- "lines" and "columns": "series", each with "label", "x", "y", and optionally "half-width" and "place" (index of its
+  colour, the same in all pictures); optionally "levels", each with "label" and "y".
+- "heat": "rows" and "columns" (labels), "values" (rows × columns, None where unknown), "low" and "high".
+- "stack": "rows" (labels) and "parts", each with "label" and "values" by row.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedfrom.pages.groups import Group, Line
-from fedfrom.pages.look import shown
+from fedfrom.pages.look import percent, shown
 
 Chart = dict[str, Any]
-MOST_LINES = 8  # in one picture; more go into one picture a group
-MOST_GROUPS = 6  # drawn; the tables have all
-MOST_FIRST_RUNS = 3  # whose strategies get pictures of their own
-MOST_STRATEGIES = 6  # of one group, where each has a picture of its own
+MOST_LINES = 8  # in one picture; with more lines each group has a picture
+MOST_GROUPS = 6  # with pictures; the tables have all groups
+MOST_FIRST_RUNS = 3  # groups whose strategies have pictures of their own
+MOST_STRATEGIES = 6  # of a group with pictures of their own
 CORRELATIONS = ("matthews", "pearson", "spearman", "correlation")
 
 
 def unit_of(run: dict[str, Any]) -> str:
-    """Return the unit of a run's scores: shares are shown in per cent, correlations are not."""
+    """Return the unit of a run's scores: "percent" for shares, "number" for correlations."""
     said = " ".join([run["metric"], *(task["metric"] for task in run["tasks"])]).lower()
     return "number" if any(name in said for name in CORRELATIONS) else "percent"
 
 
 def scores(lines: Sequence[Line]) -> list[Chart]:
-    """Return the score by round, a line a strategy; runs with different metrics never share a picture."""
+    """Return the score by round with a line for each strategy; runs with different metrics have different pictures."""
     alike = len({(line.group.runs[0]["metric"], unit_of(line.group.runs[0])) for line in lines}) == 1
     charts = []
     for suffix, label, members in _panels(lines, alike):
@@ -51,7 +51,7 @@ def scores(lines: Sequence[Line]) -> list[Chart]:
 
 
 def by_round(lines: Sequence[Line], name: str, title: str, table: str, quantity: str, **more: Any) -> list[Chart]:
-    """Return a quantity by round, a line a strategy that has it; nothing where none has."""
+    """Return a quantity by round with a line for each strategy that has it; an empty list where no strategy has it."""
     charts = [
         _by_round(f"{name}{suffix}", f"{title}{label}", members, table, quantity)
         for suffix, label, members in _panels(lines, True)
@@ -60,7 +60,7 @@ def by_round(lines: Sequence[Line], name: str, title: str, table: str, quantity:
 
 
 def _by_round(name: str, title: str, lines: Sequence[Line], table: str, quantity: str) -> Chart | None:
-    alone = len({id(line.group) for line in lines}) == 1  # the title says which group it is
+    alone = len({id(line.group) for line in lines}) == 1  # the title names the group
     series = [
         {"label": line.strategy if alone else line.name, "place": i, **line.curve(table, quantity)}
         for i, line in enumerate(lines)
@@ -72,7 +72,7 @@ def _by_round(name: str, title: str, lines: Sequence[Line], table: str, quantity
 
 
 def _panels(lines: Sequence[Line], alike: bool) -> Iterator[tuple[str, str, Sequence[Line]]]:
-    """Yield which lines share a picture, with what ends its file name and its title."""
+    """Yield the lines that share a picture, with the ends of the picture's file name and title."""
     if alike and len(lines) <= MOST_LINES:
         yield "", "", lines
         return
@@ -85,7 +85,7 @@ def _panels(lines: Sequence[Line], alike: bool) -> Iterator[tuple[str, str, Sequ
 
 
 def traffic(lines: Sequence[Line]) -> list[Chart]:
-    """Return the bytes that all clients of a round sent and were sent."""
+    """Return the bytes that all clients of a round sent, and the bytes that were sent to them."""
     charts = []
     for way, words in (("up", "Bytes sent by all clients"), ("down", "Bytes sent to all clients")):
         for chart in by_round(lines, f"bytes-{way}", f"{words}, by round", "by-round", f"bytes-{way}", unit="bytes"):
@@ -97,7 +97,7 @@ def traffic(lines: Sequence[Line]) -> list[Chart]:
 
 
 def seconds(lines: Sequence[Line]) -> list[Chart]:
-    """Return what each strategy's wall time went into, mean over its runs."""
+    """Return the parts of each strategy's wall time, mean over its runs."""
     parts = {
         "training": "training-seconds",
         "evaluation": "evaluation-seconds",
@@ -122,9 +122,9 @@ def seconds(lines: Sequence[Line]) -> list[Chart]:
 
 
 def chosen(groups: Sequence[Group]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Yield the strategies that get pictures of their own, of each group's first run.
+    """Yield the strategies that have pictures of their own, from each group's first run.
 
-    With each: what ends its file names, what ends its titles, and the run.
+    Each is (end of its file names, end of its titles, run, strategy).
     """
     for position, group in enumerate(groups[:MOST_FIRST_RUNS], 1):
         run = group.runs[0]
@@ -153,9 +153,7 @@ def weights(groups: Sequence[Group]) -> list[Chart]:
                 "y-label": "client (its share of the examples)" if total else "client",
                 "unit": "percent",
                 "rows": [
-                    f"{client} ({examples[client] / total:.0%})".replace("%", " %")
-                    if total and client in examples
-                    else client
+                    f"{client} ({percent(examples[client] / total)})" if total and client in examples else client
                     for client in found["clients"]
                 ],
                 "columns": list(map(str, found["rounds"])),
@@ -214,14 +212,14 @@ def spectra(groups: Sequence[Group]) -> list[Chart]:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Return names of modules without the parts that all of them begin with."""
+    """Return names of modules without their common first parts."""
     parts = [name.split(".") for name in names]
     shared = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
     return [".".join(part[shared:]) for part in parts]
 
 
 def alternative(chart: Chart) -> str:
-    """Return what a picture shows, in words, for who can't see it."""
+    """Return a picture's content in words: the alternative text of the image."""
     unit = chart["unit"]
     if chart["kind"] == "heat":
         known = [value for row in chart["values"] for value in row if value is not None]

@@ -1,4 +1,4 @@
-"""The command `report`: a page from results folders. Loads nothing heavy until it runs."""
+"""The command `report`: a page from results folders. Heavy libraries are imported when the command runs."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def report(
     Runs that differ in their seed alone are shown together, with 95 % intervals.
     """
     from fedfrom.errors import BadInput
-    from fedfrom.pages.report import PAGE, write_report
+    from fedfrom.pages.page_of_runs import PAGE, write_report
     from fedfrom.pages.runs import FILE
 
     if out is None:

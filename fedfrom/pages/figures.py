@@ -1,34 +1,32 @@
-"""Draws charts: see fedfrom.pages.charts for what they are."""
+"""Draws the charts of fedfrom.pages.charts."""
 
 import io
 import textwrap
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from fedfrom.pages.look import COLOURS, MARKERS, STYLE, clean, shown
+from fedfrom.pages.canvas import write_values
+from fedfrom.pages.look import COLOURS, MARKERS, STYLE, clean, percent, shown
 
-# Ink and grid: colours of which no other part is, so that the dark picture is the light one with these replaced.
+# Colours of text and grid. No other part has them: replacing them in the light picture gives the dark one.
 INK, GRID = "#1b1f24", "#e2e5e9"
 DARK = {INK: "#e6e9ed", GRID: "#3a4048", "#0072b2": "#4aa8e8", "#000000": "#f4f4f4"}
 LINE_STYLES = ("-", "--", ":", "-.")
 MOST_IN_LEGEND = 8
-MOST_CELLS = 144  # with a number in each
+MOST_CELLS = 144  # of a heat map with a number in each cell
 MOST_COLUMNS = 48
 LONGEST_TICK = 32
-LONGEST_ENTRY = 64  # of a legend
-WIDTH = 5.2  # inches: small, so that the letters are still read where a telephone shrinks it
+LONGEST_ENTRY = 64  # characters of a legend's entry
+WIDTH = 5.2  # inches: small, so that text stays readable on a telephone
 
 
 def draw(chart: dict[str, Any]) -> tuple[bytes, str, str]:
-    """Return a chart as PNG on white with its title, and as SVG without either for light and for dark pages."""
+    """Return a chart as PNG with title and white background, and as SVG without both, for light and for dark pages."""
     kinds = {"lines": _lines, "columns": _columns, "heat": _heat, "stack": _stack}
     style = {
         **STYLE,
@@ -44,7 +42,7 @@ def draw(chart: dict[str, Any]) -> tuple[bytes, str, str]:
             kinds[chart["kind"]](figure, axes, chart)
             png, svg = io.BytesIO(), io.StringIO()
             figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            # The page has the title as text. What was laid out stays so: the search for it is half of the time.
+            # The page has the title as text. The layout is kept: computing it takes half of the time.
             figure.set_layout_engine("none")
             axes.set_title("\n".join(textwrap.wrap(clean(chart["title"], 160), 66)), fontsize=11, pad=10)
             figure.savefig(png, format="png", bbox_inches="tight", metadata={"Software": None})
@@ -61,7 +59,7 @@ def _lines(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     for position, line in enumerate(chart["series"]):
         place = line.get("place", position)
         colour: Any = COLOURS[place % len(COLOURS)]
-        if many:  # told apart by their order alone
+        if many:  # colours show the order of the lines alone
             colour = plt.get_cmap("viridis")(0.3 + 0.6 * position / max(len(chart["series"]) - 1, 1))
         axes.plot(
             line["x"],
@@ -83,7 +81,7 @@ def _lines(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
         axes.axhline(level["y"], color=INK, linestyle=(0, (4, 3)), linewidth=1, label=_label(level["label"]))
     if chart.get("log") and any(value > 0 for line in chart["series"] for value in line["y"]):
         axes.set_yscale("log", nonpositive="mask")
-        # LogFormatter writes the mathematics that labels must not be read as
+        # LogFormatter writes mathematics, which is switched off for all labels
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -129,11 +127,10 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     diverging = chart["low"] < 0
     figure.set_size_inches(WIDTH, min(4.6, max(3.0, 1.4 + 0.36 * rows)))
     values = np.array([[np.nan if value is None else value for value in row] for row in chart["values"]], dtype=float)
-    colours = plt.get_cmap("RdBu" if diverging else "viridis")
     image = axes.imshow(
         np.ma.masked_invalid(values),
         aspect="equal" if diverging else "auto",
-        cmap=colours,
+        cmap="RdBu" if diverging else "viridis",
         vmin=chart["low"],
         vmax=max(chart["high"], chart["low"] + 1e-12),
         interpolation="nearest",
@@ -141,13 +138,7 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     if values.size <= MOST_CELLS:
-        for (i, j), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                red, green, blue, _ = colours(image.norm(value))
-                bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-                text = f"{value:.0%}".replace("%", " %") if chart["unit"] == "percent" else f"{value:.2f}"
-                # not black itself, which the dark picture turns
-                axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color="#010101" if bright else "#ffffff")
+        write_values(axes, image, percent if chart["unit"] == "percent" else "{:.2f}".format)
     form = PercentFormatter(1.0) if chart["unit"] == "percent" else None
     figure.colorbar(image, ax=axes, format=form, shrink=0.9).outline.set_visible(False)
     for ticks, labels, most in ((axes.set_yticks, chart["rows"], 24), (axes.set_xticks, chart["columns"], 14)):
@@ -158,7 +149,7 @@ def _heat(figure: Figure, axes: Axes, chart: dict[str, Any]) -> None:
 
 
 def _label(text: str) -> str:
-    """Return a legend's label: matplotlib leaves out those that start with an underscore."""
+    """Return a legend's label with a zero-width space before an underscore: matplotlib drops labels that start so."""
     return f"\u200b{text}" if text.startswith("_") else text
 
 

@@ -1,4 +1,4 @@
-"""Runs that are seeds of the same settings, and what can be said of them together."""
+"""Groups of runs that differ in their seed alone, and their common figures."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from fedfrom.pages.look import MISSING, clean
 from fedfrom.pages.runs import Run, entries, mapping, number
 from fedfrom.pages.strategies import strategy
 
-# What a run's scores do not depend on, and the seed; which strategies ran beside each other is no setting of any.
+# The seed, and options that no score depends on. A strategy does not depend on the other strategies of its run.
 NO_SETTING = ("seed", "out", "verbose", "processes", "gpus_per_client", "glue_dir", "strategies")
 UNSHOWN = ("out", "verbose", "processes", "gpus_per_client")
 LONGEST_LABEL = 48
 
 
 def run_data(run: Run) -> dict[str, Any]:
-    """Return everything a page shows of one run, as plain JSON."""
+    """Return all data of one run on a page, as plain JSON."""
     found = run.found
     options = mapping(found.get("options"))
     return {
@@ -64,7 +64,7 @@ def _setting(value: Any) -> str:
 
 
 def differing(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return the settings that are not the same in all runs, with each run's value."""
+    """Return the settings that differ between the runs, with each run's value."""
     names = dict.fromkeys(name for run in runs for name in run["settings"])
     values = {name: [run["settings"].get(name, MISSING) for run in runs] for name in names}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
@@ -72,14 +72,14 @@ def differing(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same settings, a seed each.
+    """Runs of the same settings, each with another seed.
 
     Attributes
     ----------
     label : str
-        What tells it from the other groups, empty where there is no other.
+        The settings or names that differ from the other groups'; empty where there is one group.
     runs : list[dict[str, Any]]
-        As of `run_data`, in the order given.
+        From `run_data`, in the order given.
     """
 
     label: str
@@ -90,14 +90,14 @@ class Group:
         return list(dict.fromkeys(entry["label"] for run in self.runs for entry in run["strategies"]))
 
     def of(self, label: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return a strategy of that label in each run that has it, with the run."""
+        """Return (run, strategy) for each run that has a strategy of this label."""
         return [(run, entry) for run in self.runs for entry in run["strategies"] if entry["label"] == label]
 
 
 def group(runs: Sequence[Run], data: Sequence[dict[str, Any]]) -> list[Group]:
-    """Return the runs in groups that differ in the seed alone; a seed that comes again opens a group of its own.
+    """Return the runs in groups whose members differ in the seed alone. A repeated seed opens a further group.
 
-    A second run of a seed is no independent value: an interval over both would be too narrow.
+    Two runs of one seed are not independent: an interval over both would be too narrow.
     """
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     seen: dict[tuple[str, float | None], int] = {}
@@ -140,11 +140,11 @@ class Line:
         return [entry for _, entry in self.group.of(self.label)]
 
     def values(self, pick: Callable[[dict[str, Any]], float | None]) -> list[float]:
-        """Return a quantity of each run that has it."""
+        """Return the values of a quantity in the runs that have it."""
         return [value for entry in self.entries if (value := pick(entry)) is not None]
 
     def mean(self, pick: Callable[[dict[str, Any]], float | None]) -> intervals.Interval | None:
-        """Return a quantity's mean over the runs that have it, with its interval; None where none has."""
+        """Return a quantity's mean over the runs that have it, with its interval; None where no run has it."""
         values = self.values(pick)
         return intervals.mean(values) if values else None
 
@@ -154,7 +154,7 @@ class Line:
         return found.mean if found else None
 
     def curve(self, table: str, quantity: str) -> dict[str, list[Any]]:
-        """Return a quantity by round: "x" the rounds that all runs have, "y" the means, "half-width" their intervals'.
+        """Return a quantity by round: "x" the rounds that all runs have, "y" the means, "half-width" of the intervals.
 
         Parameters
         ----------
@@ -163,7 +163,7 @@ class Line:
 
         Notes
         -----
-        None stands for what has no half-width: a single run.
+        The half-width of a single run is None.
         """
         each = [
             {
@@ -188,7 +188,7 @@ def _rounds(entry: Mapping[str, Any], table: str) -> list[int]:
 
 
 def lines(groups: Sequence[Group]) -> Iterator[Line]:
-    """Return every strategy of every group, under names that are all different."""
+    """Yield every strategy of every group, under a name that no other has."""
     taken: dict[str, int] = {}
     for found in groups:
         for label in found.labels():
@@ -199,7 +199,7 @@ def lines(groups: Sequence[Group]) -> Iterator[Line]:
 
 
 def against(line: Line, other: Line) -> intervals.Interval | None:
-    """Return how far a line's final scores are above another's of its group, paired by run; None without a pair."""
+    """Return a line's final scores less another's of its group, paired by run; None without a pair."""
     finals = {run["name"]: entry["final"] for run, entry in other.group.of(other.label)}
     pairs = [
         (entry["final"], finals[run["name"]])

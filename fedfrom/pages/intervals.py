@@ -1,6 +1,6 @@
-"""Means over seeds with their 95 % intervals, paired where the seeds are the same.
+"""Means over seeds with their 95 % intervals, and differences paired by seed.
 
-scipy is imported where it is called: what only names colours or folders of pages need not wait for it.
+scipy is imported by the functions that call it: importing fedfrom.pages does not wait for it.
 """
 
 import math
@@ -22,6 +22,16 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f}" if self.count < 2 else f"{self.mean:.3f} ± {self.half_width:.3f}"
 
+    @property
+    def signed(self) -> str:
+        """The same text with the mean's sign, for a difference."""
+        return f"{self.mean:+.3f}" if self.count < 2 else f"{self.mean:+.3f} ± {self.half_width:.3f}"
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is an interval that leaves 0 out."""
+        return self.count > 1 and abs(self.mean) > self.half_width
+
 
 def mean(values: Sequence[float]) -> Interval:
     """Return the mean of independent values with Student's interval.
@@ -29,7 +39,7 @@ def mean(values: Sequence[float]) -> Interval:
     Parameters
     ----------
     values : Sequence[float]
-        At least one, a value a seed.
+        One value for each seed, at least one.
     """
     from scipy import stats
 

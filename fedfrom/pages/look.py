@@ -1,5 +1,6 @@
-"""How numbers, names and lines look, in pages, pictures and on the console alike."""
+"""Colours, markers, and the text of numbers and names, for pages, pictures and the console."""
 
+import re
 from typing import Any
 
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; yellow, too faint, left out.
@@ -18,14 +19,24 @@ STYLE = {
     "legend.frameon": False,
 }
 MISSING = "–"
-LONGEST = 200  # characters of any text that comes from a file
+LONGEST = 200  # characters of a text from a file
 
 
 def display_name(label: str) -> str:
-    """Return a strategy's label as people write it."""
+    """Return a strategy's name for readers."""
     name, *settings = label.split(":")
     proper = {"from": "FedFroM", "fedavg": "FedAvg"}.get(name, f"FedMerge {name}")
     return f"{proper} ({', '.join(settings)})" if settings else proper
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share of 1 in per cent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def module_name(name: str) -> str:
+    """Return a layer's name without the prefixes and the suffix that all layers of a model have."""
+    return re.sub(r"^(base_model\.model\.)?((encoder|bert|roberta)\.)*", "", name).removesuffix(".weight")
 
 
 def size(count: float) -> str:
@@ -38,10 +49,10 @@ def size(count: float) -> str:
 
 
 def clean(value: Any, longest: int = LONGEST) -> str:
-    """Return a value as one line that any picture, page or console can show.
+    """Return a value as one line of printable text.
 
-    What can't be printed (control characters, halves of surrogate pairs, marks that turn the direction of writing)
-    reads "�"; what is too long ends in "…".
+    Control characters, halves of surrogate pairs, and marks that turn the direction of writing become "�". A longer
+    text is cut and ends in "…".
     """
     line = "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in str(value)[: 4 * longest])
     line = " ".join(line.split())
@@ -53,7 +64,7 @@ def shown(value: float | None, unit: str = "number") -> str:
     if value is None:
         return MISSING
     if unit == "percent":
-        return f"{100 * value:.1f} %"
+        return percent(value, 1)
     if unit == "bytes":
         return size(value)
     if unit == "seconds":

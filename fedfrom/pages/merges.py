@@ -1,4 +1,4 @@
-"""The sections on what the merges did: weights, agreement of the updates, ranks and spectra."""
+"""The sections on the merges: weights, agreement of the updates, ranks and spectra."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from fedfrom.pages.spectra import rank_holding, stable_rank
 
 
 def weights(groups: Sequence[Group]) -> Section:
-    """Show who weighed what by round."""
+    """Return the section on each client's weight by round."""
     drawn = charts.weights(groups)
     if not drawn:
         return Section(
@@ -37,7 +37,7 @@ def _first_runs(groups: Sequence[Group]) -> list[str]:
 
 
 def agreement(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Show how far updates agree, and what share of their energy merging loses."""
+    """Return the section on the cosines of the updates, and the share of their energy that merging loses."""
     interference = charts.by_round(
         lines,
         "interference",
@@ -74,7 +74,7 @@ def agreement(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
 
 
 def truncation(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Show ranks, what truncation drops, and the spectra of the final adapters."""
+    """Return the section on ranks, the energy that truncation drops, and the spectra of the final adapters."""
     dropped = charts.by_round(
         lines,
         "energy-dropped",

@@ -1,4 +1,4 @@
-"""The HTML of a page: one file that loads nothing, runs no script, and escapes whatever comes from a results file."""
+"""The HTML of a page: one file without scripts and without links to other files; all texts are escaped."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,13 +25,13 @@ def render(
     title, summary : str
         Plain text.
     sections : Sequence[Section]
-        Whose charts all have a picture.
+        The page's sections. Each of their charts has a picture.
     pictures : Mapping[str, tuple[str, str]]
         Name of a chart -> its SVG for light and for dark pages.
     data : Mapping[str, Any]
-        What the data block holds, as plain JSON.
+        Content of the data block, as plain JSON.
     made_by : str
-        What made the page, for its end.
+        Name of the program, for the end of the page.
     """
     from jinja2 import Environment, StrictUndefined
 

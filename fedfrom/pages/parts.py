@@ -1,4 +1,4 @@
-"""What a page is made of: sections with sentences, charts and tables, and how their numbers read."""
+"""The parts of a page: sections with sentences, charts and tables, and the text of a mean with its interval."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ OLD = "was not recorded by the version that wrote these results"
 class Table:
     """A table: its caption, the columns' names, and rows of texts, whose first cell names the row.
 
-    `folded` tables show when asked for.
+    A `folded` table is hidden until the reader opens it.
     """
 
     caption: str
@@ -24,7 +24,7 @@ class Table:
 
     @property
     def numeric(self) -> bool:
-        """Whether all cells but the rows' names are numbers, which stand to the right."""
+        """Whether all cells but the rows' names are numbers. Such a table is aligned to the right."""
         return all(cell[:1] in "0123456789+-−–" or cell == "never" for row in self.rows for cell in row[1:])
 
 
@@ -40,7 +40,7 @@ class Section:
 
 
 def with_interval(found: Interval | None, unit: str, sign: bool = False) -> str:
-    """Return a mean in its unit, with the half-width of its interval where it has one."""
+    """Return a mean in its unit, with the half-width of its interval where there is one."""
     if found is None:
         return MISSING
     plus = "+" if sign and found.mean >= 0 else ""
@@ -53,6 +53,6 @@ def with_interval(found: Interval | None, unit: str, sign: bool = False) -> str:
 
 
 def reference(group: Group) -> str:
-    """Return the label that a group's strategies are compared with: FedAvg, or what stands first."""
+    """Return the label of the strategy that the others are compared with: FedAvg, or the group's first strategy."""
     labels = group.labels()
     return "fedavg" if "fedavg" in labels else labels[0]

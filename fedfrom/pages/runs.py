@@ -1,4 +1,4 @@
-"""Results folders: what `python -m simulations` wrote, read back and distrusted."""
+"""Reading of the results folders of `python -m simulations`; nothing in their files is trusted."""
 
 import json
 import re
@@ -22,11 +22,11 @@ class Run:
     Attributes
     ----------
     name : str
-        What the page calls it: as much of the end of its path as tells it from the others.
+        The run's name on the page: the shortest end of its path that no other run shares.
     folder : Path
-        Where it lies.
+        The folder.
     found : dict[str, Any]
-        What results.json holds: nothing but the format and "strategies" is sure to be there.
+        Content of results.json, of which only the format and "strategies" were checked.
     """
 
     name: str
@@ -75,7 +75,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of distinct paths that tell all of them apart."""
+    """Return the shortest ends of distinct paths that all differ."""
     for length in range(1, max(len(path.parts) for path in paths)):
         names = [clean("/".join(path.parts[-length:])) for path in paths]
         if len(set(names)) == len(names):
@@ -89,8 +89,8 @@ def folder_name(label: str) -> str:
 
 
 def adapter_folder(run: Run, label: str) -> Path | None:
-    """Return where a strategy's final weights are; None for a label that no strategy has, such as ".."."""
-    name = folder_name(label)  # not what the file says, which may lead anywhere
+    """Return the folder of a strategy's final weights; None for a label that is no folder name, such as ".."."""
+    name = folder_name(label)  # a path in the file could lead anywhere
     return run.folder / name if name.strip(".") else None
 
 
@@ -105,7 +105,7 @@ def entries(value: Any) -> list[Any]:
 
 
 def number(value: Any) -> float | None:
-    """Return the value where it is a finite number, else None: JSON has no NaN, results.json writes "nan"."""
+    """Return the value where it is a finite number, else None; results.json has the text "nan" for NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= sys.float_info.max else None  # compared: an int may be beyond any float
+    return value if abs(value) <= sys.float_info.max else None  # math.isfinite fails for ints beyond any float

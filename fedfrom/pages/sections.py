@@ -1,4 +1,4 @@
-"""The parts of a page, in order: what stands in each, as sentences, charts and tables."""
+"""The sections of a page, in order, with their sentences, charts and tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from fedfrom.pages.parts import OLD, Section, Table, reference, with_interval
 
 
 def sections(runs: Sequence[dict[str, Any]], groups: Sequence[Group], lines: Sequence[Line]) -> list[Section]:
-    """Return all parts of the page on these runs."""
+    """Return all sections of the page on these runs."""
     found = [
         comparison(groups, lines),
         scores(groups, lines),
@@ -31,7 +31,7 @@ def _empty(section: Section) -> Section:
 
 
 def comparison(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Compare all strategies of all runs in one table."""
+    """Return the section that compares all strategies of all runs in one table."""
     rows = []
     for line in lines:
         unit = charts.unit_of(line.group.runs[0])
@@ -77,7 +77,7 @@ def _mean(line: Line, name: str, unit: str) -> str:
 
 
 def scores(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
-    """Show the score by round."""
+    """Return the section on the score by round."""
     drawn = charts.scores(lines)
     notes = []
     several = [group for group in groups if len(group.runs) > 1]
@@ -93,14 +93,14 @@ def scores(groups: Sequence[Group], lines: Sequence[Line]) -> Section:
 
 
 def traffic(lines: Sequence[Line]) -> Section:
-    """Show the bytes of each round."""
+    """Return the section on the bytes of each round."""
     note = "Arrays with their headers, of all clients together, as the server's grid counted them."
     drawn = charts.traffic(lines)
     return Section("traffic", "Bytes", [note] if drawn else [], drawn)
 
 
 def seconds(lines: Sequence[Line]) -> Section:
-    """Show what the wall time went into."""
+    """Return the section on the parts of the wall time."""
     drawn = charts.seconds(lines)
     notes = ["Training is that of the client process that trained longest; the rest is starting, sending and waiting."]
     left = [line.name for line in lines if not drawn or line.name not in drawn[0]["rows"]]
@@ -115,7 +115,7 @@ def seconds(lines: Sequence[Line]) -> Section:
 
 
 def replies(runs: Sequence[dict[str, Any]]) -> Section:
-    """List the replies that were not merged, with the reasons."""
+    """Return the section on the replies that were not merged, with the reasons."""
     rows, merged, silent, capped = [], 0, [], 0
     for run in runs:
         for entry in run["strategies"]:
@@ -154,7 +154,7 @@ def _lost(run: dict[str, Any], entry: dict[str, Any], reply: dict[str, Any]) -> 
 
 
 def settings(runs: Sequence[dict[str, Any]]) -> Section:
-    """Show in which settings the runs differ, and all settings."""
+    """Return the section on the settings: those that differ between the runs, and all."""
     names = [run["name"] for run in runs]
     every = {name: [run["settings"].get(name, MISSING) for run in runs] for run in runs for name in run["settings"]}
     tables = []

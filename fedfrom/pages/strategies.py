@@ -1,4 +1,4 @@
-"""What results.json says of one strategy, as plain JSON: the numbers that a page's tables and pictures are made of."""
+"""The data of one strategy in results.json, as plain JSON for a page's tables and pictures."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -12,10 +12,11 @@ OF_ROUNDS = ("bytes-up", "bytes-down", "seconds", "server-seconds", "evaluation-
 
 
 def strategy(run: Run, label: str) -> dict[str, Any]:
-    """Return everything a page shows of one strategy of a run.
+    """Return all data of one strategy of a run on a page.
 
-    Texts are cleaned; what the file lacks, or has in another type, is None or empty. Keys are named as in
-    results.json. Lists under "by-round" go with "rounds", those under "merges" with its own "rounds".
+    Texts are cleaned. Values that the file lacks, or has in another type, are None or empty. Keys have the names of
+    results.json. Lists under "by-round" have an entry for each of "rounds"; lists under "merges" for each of "rounds"
+    there.
     """
     found = mapping(mapping(run.found["strategies"]).get(label))
     rounds = [entry for entry in map(mapping, entries(found.get("rounds"))) if isinstance(entry.get("number"), int)]
@@ -63,7 +64,7 @@ def _whole(key: str) -> bool:
 
 
 def _clients_of_nodes(reports: Any) -> dict[str, str]:
-    """Return the client of each node that was merged in any round: rejected and failed ones go by their node alone."""
+    """Return the client of each node that was merged in any round; of other nodes the client is not known."""
     return {
         str(node): f"client {clean(client)}"
         for report in reports
@@ -73,7 +74,7 @@ def _clients_of_nodes(reports: Any) -> dict[str, str]:
 
 
 def _weights(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return each client's weight, mean over layers, by round: None where it was not merged."""
+    """Return each client's weight by round, mean over layers; None in rounds without the client."""
     weighed = [entry for entry in rounds if mapping(entry.get("weights"))]
     clients = sorted({key for entry in weighed for key in entry["weights"]}, key=_order)
     return {
@@ -115,14 +116,14 @@ def _layers(merge: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _last(merges: Mapping[int, Mapping[str, Any]], reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the last merge of all: clients in their order, their cosines, the layers."""
+    """Return the last merge: its clients in order, their cosines, and the layers."""
     if not merges:
         return None
     last = max(merges)
     report, merge = reports[last], merges[last]
     clients = entries(report.get("clients")) or entries(merge.get("clients"))
     cosines = _matrix(merge.get("cosines"))
-    if len(cosines) != len(clients):  # whose they are is not known
+    if len(cosines) != len(clients):  # their clients are not known
         cosines = []
     order = sorted(range(len(clients)), key=lambda i: _order(str(clients[i])))
     cosines = [[cosines[i][j] for j in order] for i in order] if cosines else []
@@ -158,12 +159,12 @@ def _replies(server_round: int, report: Mapping[str, Any], names: Mapping[str, s
 
 
 def _seconds(found: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return what the wall time went into; "rest" is what of it no part accounts for, None where a part is unknown."""
+    """Return the parts of the wall time; "rest" is the time in no part, None where a part is unknown."""
     names = ("training-seconds", "evaluation-seconds", "server-seconds", "wall-seconds")
     parts = {name: number(found.get(name)) for name in names}
     *busy, wall = parts.values()
     known = [seconds for seconds in busy if seconds is not None]
-    # clocks of two processes: a few milliseconds below 0 would be no time
+    # the parts come from the clocks of two processes: their sum may exceed the wall time by milliseconds
     rest = max(0.0, wall - sum(known)) if wall is not None and len(known) == len(busy) else None
     return {**parts, "rest-seconds": rest, "overhead": number(found.get("overhead"))}
 

@@ -1,4 +1,4 @@
-"""One sentence that says what happened, and what the numbers can't tell."""
+"""The sentence at the top of a page: final scores, differences that the seeds settle, and lost replies."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from fedfrom.pages.parts import reference, with_interval
 def summary(groups: Sequence[Group], lines: Sequence[Line]) -> str:
     """Return the sentence at the top of the page.
 
-    Differences are called so only where a paired 95 % interval over seeds excludes 0; one seed never shows one.
+    It names a difference only where the paired 95 % interval over seeds excludes 0; with one seed there is none.
     """
     if len(groups) > 1:
         return _several(groups, lines)
@@ -60,7 +60,7 @@ def _verdicts(group: Group, scored: Sequence[tuple[Line, Interval]]) -> str:
         found = None if line is other else against(line, other)
         if found is None:
             continue
-        if found.count > 1 and abs(found.mean) > found.half_width:
+        if found.settled:
             way = "ahead of" if found.mean > 0 else "behind"
             apart.append(f"{line.name} is {with_interval(found, unit, sign=True).lstrip('+-')} {way} {other.name}")
         else:
@@ -73,7 +73,7 @@ def _verdicts(group: Group, scored: Sequence[tuple[Line, Interval]]) -> str:
 
 
 def _by_examples(line: Line) -> str:
-    """Return how wide the interval is that the number of held-out examples alone leaves a share of right answers."""
+    """Return the clause on the half-width of Wilson's interval, which the number of held-out examples determines."""
     run = line.group.runs[0]
     final = line.entries[0]["final"]
     if len(run["tasks"]) != 1 or run["tasks"][0]["metric"] != "accuracy" or final is None or not 0 <= final <= 1:

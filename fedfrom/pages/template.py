@@ -1,6 +1,6 @@
 """The page's HTML, as a Jinja template; it is a module because a Flower app's bundle takes no file that ends in .html.
 
-Whatever is put in is escaped by Jinja; `line` is `look.clean`, which cuts a text and takes out what can't be printed.
+Jinja escapes all inserted texts. The filter `line` is `look.clean`: it cuts a text and replaces unprintable characters.
 """
 
 STYLE = """
@@ -63,7 +63,7 @@ TEMPLATE = """
 <html lang="en">
 <head>
 <meta charset="utf-8">
-{# Even if something were to slip through the escaping, the browser would neither run nor fetch it. #}
+{# A second barrier: the browser neither runs nor fetches anything that the escaping might miss. #}
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">

@@ -1,4 +1,4 @@
-"""Digests of arrays' numbers, by key: whether a run that goes on was given what it started from."""
+"""Digests of arrays' numbers, by key, which tell whether a resumed run was given its own initial arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord
 
 from fedfrom.wire.records import to_state
 
-_BYTES = 8  # a slip is told apart, not an attack
+_BYTES = 8  # enough against mistakes, not against attacks
 
 
 def digests(record: ArrayRecord) -> dict[str, str]:
@@ -19,14 +19,14 @@ def digests(record: ArrayRecord) -> dict[str, str]:
 
 
 def differing(saved: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """Return the keys, in the order of `here`, whose digests are not the same."""
+    """Return the keys whose digests differ, in the order of `here`."""
     return [key for key, digest in here.items() if saved.get(key) != digest]
 
 
 def _numbers(array: Array) -> memoryview | bytes:
-    """Return the bytes of an array's numbers in C order: the same for arrays that are stored in other orders."""
+    """Return the bytes of an array's numbers in C order, whatever the order in which the array stores them."""
     try:
         (tensor,) = to_state(ArrayRecord({"": array})).values()
-    except ValueError:  # whoever merges it says what is wrong
+    except ValueError:  # an unreadable array is an error of the merge, not of its digest
         return array.data
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

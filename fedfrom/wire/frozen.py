@@ -1,4 +1,4 @@
-"""Tensors that no client trains: which they are, and how clients are told not to send them back."""
+"""Frozen tensors, which no client trains: their keys, and the record that tells clients not to send them back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from fedfrom.merging.peft import layers as L
 
 FROZEN_KEY = "fedfrom.frozen"
-"""Name of the ConfigRecord that tells clients, in train messages, the keys that they need not send back."""
+"""Name of the ConfigRecord in train messages with the keys that clients need not send back."""
 
 
 def check_frozen(frozen: str | Collection[str]) -> tuple[str, ...]:
-    """Return key names and patterns in an order free of chance; raise ValueError where they are none."""
+    """Return the keys and patterns, sorted and each once; raise ValueError where one is not a string."""
     patterns = [frozen] if isinstance(frozen, str) else frozen
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"frozen: expected a collection of key names or patterns of them, found {frozen!r}")
@@ -24,16 +24,16 @@ def check_frozen(frozen: str | Collection[str]) -> tuple[str, ...]:
 
 
 def frozen_keys(patterns: Iterable[str], keys: Collection[str], layers: Mapping[str, L.Layer]) -> frozenset[str]:
-    """Return the keys that are frozen, spelled out.
+    """Return the keys of the frozen tensors.
 
     Parameters
     ----------
     patterns : Iterable[str]
-        Keys, or patterns as a shell has them for file names (`fnmatch`): `*embeddings*`.
+        Keys, or `fnmatch` patterns of keys, such as `*embeddings*`.
     keys : Collection[str]
-        Of the global arrays.
+        The keys of the global arrays.
     layers : Mapping[str, Layer]
-        Their layers, LoRA's factors paired.
+        The layers of the global arrays, with LoRA's factors paired.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def frozen_keys(patterns: Iterable[str], keys: Collection[str], layers: Mapping[
 
 
 def frozen_record(keys: Iterable[str]) -> ConfigRecord:
-    """Return what tells a client the keys."""
+    """Return the record that tells clients the keys of frozen tensors."""
     return ConfigRecord({"keys": sorted(keys)})
 
 
@@ -79,11 +79,11 @@ def leave_out(state: Mapping[str, Tensor], frozen: Collection[str], sent: Mappin
     Parameters
     ----------
     state : Mapping[str, Tensor]
-        What the client has after its training.
+        The client's state after training.
     frozen : Collection[str]
-        The keys of the frozen ones.
+        The keys of the frozen tensors.
     sent : Mapping[str, Tensor]
-        What it was sent: a plain tensor must still be that, in the client's dtype.
+        The global state that the client was sent. Its frozen plain tensors must be unchanged, in the client's dtype.
 
     Raises
     ------
@@ -101,12 +101,12 @@ def leave_out(state: Mapping[str, Tensor], frozen: Collection[str], sent: Mappin
 
 
 def _are_same(found: Tensor, sent: Tensor) -> bool:
-    """Return whether two tensors have the same shape and numbers, NaN being the same as NaN."""
+    """Return whether two tensors have the same shape and numbers; NaN equals NaN."""
     same = found.shape == sent.shape and (found == sent) | ((found != found) & (sent != sent))
     return bool(torch.as_tensor(same).all())
 
 
-def statistics_of(frozen: Collection[str]) -> set[str]:
-    """Return the names that statistics of frozen layers go by: those of modules (Gram) and keys (Fisher)."""
+def statistics_names(frozen: Collection[str]) -> set[str]:
+    """Return the names that frozen layers have in statistics: module names (Gram) and keys (Fisher)."""
     layers = L.find_layers(frozen, "this model")
     return {*frozen, *layers, *(name.removesuffix(".weight") for name in layers)}

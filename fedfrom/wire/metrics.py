@@ -1,4 +1,4 @@
-"""The metrics that come with replies: which can be averaged, what examples count for, and their averages."""
+"""Metrics in replies: which of them can be averaged, what each num-examples counts for, and the averages."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 
-from fedfrom.wire.records import (
-    metric_record,
-    records_of,
-)
+from fedfrom.wire.contents import metric_record, records_of
 from fedfrom.wire.reply import RejectedReply, Reply, rejecting
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord | None]
-"""Contents with one MetricRecord each, and the name of the metric that weighs them -> their average."""
+"""Takes contents with one MetricRecord each and the name of the weighting metric; returns their average."""
 
 
 def count_examples(who: str, said: list[tuple[int, float]], cap: float | None, weighted_by: str) -> list[float]:
-    """Return what the nodes' numbers of examples count for, and log where it is less than they said.
+    """Return what each node's number of examples counts for, and log where it counts for less.
 
     Parameters
     ----------
     who : str
-        Starts the line in the log.
+        Start of the log line.
     said : list[tuple[int, float]]
         Node id and number of examples.
     cap : float | None
-        How many times the median a number counts for at most; None is no bound.
+        Largest multiple of the median that a number counts for; None is no bound.
     weighted_by : str
         Name of the metric.
     """
@@ -55,7 +52,7 @@ def count_examples(who: str, said: list[tuple[int, float]], cap: float | None, w
 def average_train_metrics(
     replies: Sequence[Reply], examples: Sequence[float], weighted_by: str, aggregate: Aggregate
 ) -> MetricRecord:
-    """Average the metrics of the merged replies, but for those that have NaN or infinity among them."""
+    """Average the metrics of the merged replies; replies with NaN or infinity in their metrics are left out."""
     contents = []
     for reply, count in zip(replies, examples, strict=True):
         try:
@@ -67,8 +64,41 @@ def average_train_metrics(
     return MetricRecord() if found is None else found
 
 
+def average_evaluate_metrics(
+    messages: Iterable[Message], weighted_by: str, cap: float | None, aggregate: Aggregate
+) -> MetricRecord | None:
+    """Average the metrics of the evaluate replies that can be averaged; None where no reply can.
+
+    Parameters
+    ----------
+    messages : Iterable[Message]
+        Evaluate replies with content.
+    weighted_by : str
+        Name of the metric with the number of examples.
+    cap : float | None
+        See `count_examples`.
+    aggregate : Aggregate
+        The strategy's `evaluate_metrics_aggr_fn`.
+    """
+    valid = []
+    for message in messages:
+        node_id = message.metadata.src_node_id
+        try:
+            metrics = check_metrics(message.content, weighted_by)
+            examples: Any = metrics[weighted_by]
+            valid.append((repr(sorted(metrics.items())), message.content, (node_id, float(examples))))
+        except RejectedReply as error:
+            log.warning("aggregate_evaluate: rejected node %d: %s", node_id, error)
+    valid.sort(key=lambda reply: reply[0])  # by content: the order of arrival is chance
+    counts = count_examples("aggregate_evaluate", [said for _, _, said in valid], cap, weighted_by)
+    contents = [
+        with_examples(content, weighted_by, count) for (_, content, _), count in zip(valid, counts, strict=True)
+    ]
+    return average_metrics(contents, weighted_by, aggregate) if contents else None
+
+
 def average_metrics(contents: Sequence[RecordDict], weighted_by: str, aggregate: Aggregate) -> MetricRecord | None:
-    """Average the metrics that most contents have, and log what is left out of it."""
+    """Average the metrics that most contents have, and log what is left out."""
     kept, dropped, left_out = comparable_metrics(contents)
     if dropped:
         log.warning("metrics %s: not in most replies, or of other lengths: left out of the averages", dropped)
@@ -78,7 +108,7 @@ def average_metrics(contents: Sequence[RecordDict], weighted_by: str, aggregate:
 
 
 def check_metrics(content: RecordDict, weighted_by: str) -> MetricRecord:
-    """Return a reply's only MetricRecord, or raise RejectedReply where an average of it would not be a number."""
+    """Return a reply's only MetricRecord, or raise RejectedReply where its metrics can't be averaged."""
     with rejecting("examples"):
         metrics = metric_record(content, weighted_by)
     for key, value in metrics.items():
@@ -89,7 +119,7 @@ def check_metrics(content: RecordDict, weighted_by: str) -> MetricRecord:
 
 
 def cap_examples(counts: Sequence[float], cap: float | None) -> list[float]:
-    """Return the numbers of examples, none of them above `cap` times their median; None: as they are."""
+    """Return the numbers of examples, bounded by `cap` times their median; None is no bound."""
     if cap is None or not counts:
         return list(counts)
     most = cap * statistics.median(counts)
@@ -97,7 +127,7 @@ def cap_examples(counts: Sequence[float], cap: float | None) -> list[float]:
 
 
 def with_examples(content: RecordDict, weighted_by: str, count: float) -> RecordDict:
-    """Return a content whose only MetricRecord has this number of examples; it is not changed."""
+    """Return a content whose only MetricRecord has this number of examples; the given content is not changed."""
     name, metrics = next(iter(records_of(content, MetricRecord).items()))
     if metrics[weighted_by] == count:
         return content
@@ -105,10 +135,10 @@ def with_examples(content: RecordDict, weighted_by: str, count: float) -> Record
 
 
 def comparable_metrics(contents: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str], int]:
-    """Return contents whose MetricRecords all have the same keys, the keys dropped for it, and how many left out.
+    """Return contents whose MetricRecords share all keys, the dropped keys, and the number of contents left out.
 
-    What more than half of them have stays, and who lacks any of it is left out: one client with other metrics takes
-    nobody else's away.
+    Keys that more than half of the contents have are kept, and contents that lack any of these are left out. So one
+    client with other metrics removes nobody else's.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Sending messages and taking in the replies one by one, as they come: no more than one is in memory here."""
+"""Sending messages and pulling the replies one by one as they arrive: at most one is in memory here."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
+from fedfrom.wire.contents import array_bytes
 from fedfrom.wire.failures import failure
-from fedfrom.wire.records import array_bytes
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 SHORTEST, LONGEST = 0.02, 1.0
-"""Seconds between two looks for replies: Flower's own loop waits 3."""
+"""Shortest and longest pause between two polls for replies, in seconds; Flower's own loop pauses for 3."""
 
 _UNREADABLE = (DecodeError, ValueError, TypeError, KeyError, AttributeError)
-"""What a grid raises where a reply is no message, which then counts as missing. What fails in between is raised."""
+"""Errors of a grid whose reply can't be decoded: that reply counts as missing. Other errors are raised."""
 
 _SHARE = 0.05
-"""Of the time without a reply, which the next pause is: a round of seconds is not held up, a long one not polled."""
+"""Next pause as a share of the time since the last reply: short in a round of seconds, long in a round of hours."""
 
 
 def send_and_receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
-    """Send messages at once, and return an iterator over their replies, in the order that they come.
+    """Send messages at once, and return an iterator over their replies, in order of arrival.
 
-    Each reply is pulled by itself, when it is asked for: a pull of many would bring all that are ready into memory.
-    Nodes that have not replied by the end have no reply in it.
+    Each reply is pulled by itself when the iterator is advanced: a pull of several would bring all that are ready into
+    memory. The iterator ends without the replies of nodes that have not replied in time.
 
     Parameters
     ----------
     grid : Grid
-        What sends messages to the nodes. One of a time of its own has a `clock`, with `monotonic` and `sleep`.
+        Sends messages to the nodes. A grid with a simulated time has a `clock` with `monotonic` and `sleep`.
     messages : Iterable[Message]
-        One a node.
+        One message a node.
     timeout : float | None
-        Seconds to wait for replies from now on, those not counted in which replies are worked on; None is for ever.
+        Seconds to wait for replies from now on; time in which the caller works on replies is not counted. None waits
+        for ever.
     """
     # a message that could not be sent has no id
     waiting = [message_id for message_id in grid.push_messages(messages) if message_id]
@@ -54,7 +55,7 @@ def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -
             try:
                 replies = list(grid.pull_messages([message_id]))
             except _UNREADABLE as error:
-                waiting.remove(message_id)  # pulled again it would be no better
+                waiting.remove(message_id)  # a second pull would return the same bytes
                 log.error("the reply to message %s can't be read: %s: %.200r", message_id, type(error).__name__, error)
                 continue
             if not replies:
@@ -62,22 +63,22 @@ def _pulled(grid: Grid, waiting: list[str], timeout: float | None, clock: Any) -
             waiting.remove(message_id)
             asked = clock.monotonic()
             while replies:
-                yield replies.pop()  # whoever has it is the only one that does
+                yield replies.pop()  # popped, so that the caller holds the only reference
             heard = clock.monotonic()
             start += heard - asked
         now = clock.monotonic()
         left -= now - start
         if last or left <= 0 or not waiting:
             break
-        # where looking takes long itself, of many nodes, it is done half of the time at most
+        # at most half of the time goes into polling, which takes long with many nodes
         pause = min(max(SHORTEST, _SHARE * (now - heard), now - start), LONGEST)
-        last = pause >= left  # a last look is at the very end
+        last = pause >= left  # the last poll is at the very end
         clock.sleep(min(pause, left))
         left -= clock.monotonic() - now
 
 
 class Arriving:
-    """The replies that have content, one by one as they come; errors are kept aside."""
+    """Iterates over the replies that have content, as they arrive; replies that are errors are kept in `failures`."""
 
     def __init__(self, replies: Iterable[Message]) -> None:
         self._replies, self._worked, self._since = iter(replies), 0.0, time.perf_counter()
@@ -99,11 +100,11 @@ class Arriving:
         return message
 
     def seconds(self) -> float:
-        """Return how long the replies were worked on so far, not waited for."""
+        """Return the seconds spent working on replies so far; waiting for them is not counted."""
         return self._worked + time.perf_counter() - self._since
 
     def log(self, who: str) -> None:
-        """Log how many came, and the errors, in Flower's own words."""
+        """Log the number of results and failures, and each failure, in Flower's own words."""
         log.info("%s: Received %s results and %s failures", who, self.results, len(self.failures))
         for message in self.failures:
             log.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, failure(message))

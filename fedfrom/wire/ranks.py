@@ -1,7 +1,7 @@
-"""The ranks that nodes said they have, and the part of the global adapter that each is sent for it.
+"""The ranks that nodes have said they have, and the part of the global adapter that each node is sent.
 
-A client of rank r loads the leading r rows and columns of the global factors (`fedfrom.client.load`): once it has said
-its rank, it is sent no others.
+A client of rank r loads the leading r rows of A and columns of B (`fedfrom.client.load`). Once it has said its rank, it
+is sent only these.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ Ranks = Mapping[str, int]
 """Rank by module, of the modules where it is below the global adapter's."""
 
 MOST_NODES = 10_000
-"""How many nodes' ranks are remembered: beyond, those not heard from for longest are sent everything again."""
+"""Number of nodes whose ranks are remembered; the nodes not heard from for longest are sent whole factors again."""
 
 
 class NodeRanks:
-    """The ranks that nodes had in their last reply. A node that is not here is sent the global factors whole."""
+    """The ranks that nodes had in their last reply. A node that is not among them is sent whole factors."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Ranks] = {}  # who was heard from last comes last
+        self._known: dict[int, Ranks] = {}  # in the order in which nodes were last heard from
 
     def known(self) -> dict[int, Ranks]:
-        """Return what is known, by node."""
+        """Return the known ranks, by node."""
         return dict(self._known)
 
     def hear(self, asked: Iterable[int], replies: Iterable[Reply], sent: Sent) -> None:
-        """Take over the ranks of a round's valid replies, and forget those of the other nodes that were asked.
+        """Remember the ranks in a round's valid replies, and forget those of the other nodes that were asked.
 
-        What a node said may be why it can no longer reply: it is sent everything the next time.
+        A wrong rank may be the reason why a node no longer replies: it is sent whole factors the next time.
 
         Parameters
         ----------
         asked : Iterable[int]
-            The nodes that were sent messages.
+            Ids of the nodes that were sent messages.
         replies : Iterable[Reply]
-            Those of their replies that passed every check.
+            The valid replies.
         sent : Sent
-            What they reply to.
+            The arrays that they reply to.
         """
         waiting = set(asked)
         for node_id in waiting:
@@ -56,7 +56,7 @@ class NodeRanks:
             return
         adapters = _adapters(sent.arrays)
         own = L.ranks(adapters, to_state(sent.arrays))
-        read: dict[str, Ranks] = {}  # most clients have one of few configs
+        read: dict[str, Ranks] = {}  # by config: most rounds have few different ones
         for reply in replies:
             if reply.config is None or reply.node_id not in waiting:
                 continue
@@ -70,9 +70,10 @@ class NodeRanks:
             del self._known[next(iter(self._known))]
 
     def cut(self, arrays: ArrayRecord, node_ids: Collection[int]) -> dict[int, ArrayRecord]:
-        """Return the global arrays that each node is sent: of factors the leading ranks, where it has fewer.
+        """Return the arrays that each node is sent: where its ranks are smaller, the leading ranks of the factors.
 
-        Nodes of the same ranks share a record, and all share arrays: those that are not cut, and those cut to one rank.
+        Nodes of the same ranks share a record. All records share the arrays that are not cut, and those cut to the same
+        rank.
         """
         if self._known.keys().isdisjoint(node_ids):
             return dict.fromkeys(node_ids, arrays)
@@ -85,18 +86,18 @@ class NodeRanks:
             key = tuple(ranks.items())
             if key not in made:
                 made[key] = record = ArrayRecord(dict(arrays))
-                for cut in ranks.items():  # each module at each rank once, whatever patterns nodes make up
+                for cut in ranks.items():  # each module is cut to each rank once, however many configs nodes send
                     if cut not in cuts:
                         layer = adapters[cut[0]]
                         factors = {k: state[k] for k in layer.keys.values()}
-                        leading = L.leading(factors, {cut[0]: layer}, dict([cut]))
+                        leading = L.cut_to_ranks(factors, {cut[0]: layer}, dict([cut]))
                         cuts[cut] = to_record({k: tensor for k, tensor in leading.items() if tensor is not state[k]})
                     record.update(cuts[cut])
             found[node_id] = made[key]
         return found
 
     def state(self) -> dict[str, Any]:
-        """Return what is known as JSON has it, each set of ranks once."""
+        """Return the known ranks as plain data for JSON, each different set of ranks once."""
         objects = {id(ranks): ranks for ranks in self._known.values()}  # nodes share them
         unique: list[Ranks] = []
         number: dict[int, int] = {}
@@ -108,7 +109,7 @@ class NodeRanks:
         return {"ranks": [dict(ranks) for ranks in unique], "nodes": nodes}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Take over the ranks that `state` returned."""
         self._known = {node_id: state["ranks"][number] for node_id, number in state["nodes"]}
 
 

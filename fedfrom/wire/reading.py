@@ -1,4 +1,4 @@
-"""The checks that one reply passes as it is read: keys, dtypes, shapes, ranks, statistics and examples."""
+"""Reading one reply, with its checks: keys, dtypes, shapes, ranks, statistics and examples."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from torch import Tensor
 
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import check_config, rank_and_scaling
-from fedfrom.wire.records import (
-    ADAPTER_KEY,
-    STATISTICS_KEY,
-    deltas_in,
-    metric_record,
-    model_record,
-    record_to_config,
-    records_of,
-    to_state,
-)
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, record_to_config
+from fedfrom.wire.contents import STATISTICS_KEY, metric_record, model_record, records_of
+from fedfrom.wire.records import deltas_in, to_state
 from fedfrom.wire.reply import Reply, rejecting
 from fedfrom.wire.reply_statistics import read_statistics
 from fedfrom.wire.sent import Sent
 
 _DIGESTED = 1 << 11
-"""Bytes of each array that a reply is ordered by."""
+"""Bytes at the end of each array that enter a reply's digest."""
 
 _OTHER_RANKS = "another rank needs the strategy's lora_config and clients that use fedfrom.client's load and reply"
 
@@ -37,18 +30,18 @@ def read_reply(
     weighted_by: str,
     needs: str | None = None,
 ) -> Reply:
-    """Return a train reply as a state, or raise RejectedReply, a ValueError, with the reason to reject it.
+    """Return a train reply that passed its checks, or raise RejectedReply with the reason to reject it.
 
-    In this order: readable; keys, dtypes and shapes as sent (ranks may differ where `sent` allows it); statistics where
-    they are needed; num-examples a finite number > 0. Whether its entries are finite, and no larger than can be merged,
-    is looked at with its norms, which it has not yet.
+    The checks, in this order: keys as sent; arrays readable; the adapter config; dtypes and shapes as sent (ranks may
+    differ where `sent` allows it); statistics where the method needs them; num-examples a finite number > 0. Whether
+    entries are finite and small enough to be merged is checked later, together with the norms.
 
     Parameters
     ----------
     message : Message
         A reply with content.
     sent : Sent
-        What it replies to. With a lora_config, a client that says its own config may have other ranks.
+        The arrays that it replies to. With a lora_config, a client that sends its own config may have other ranks.
     arrayrecord_key, weighted_by : str
         Names of the model's record and of the metric with the number of examples.
     needs : str | None (default: None)
@@ -57,7 +50,7 @@ def read_reply(
     Raises
     ------
     RejectedReply
-        Names the key, what was expected and what was found. Nothing else is raised, whatever the reply holds.
+        Names the key, what was expected and what was found. No other error is raised, whatever the reply holds.
     """
     content = message.content
     with rejecting("keys"):
@@ -71,7 +64,7 @@ def read_reply(
     if ADAPTER_KEY in configs:
         with rejecting("config"):
             config = check_config(record_to_config(configs[ADAPTER_KEY]), "reply")
-            for field in ("rank_pattern", "alpha_pattern"):  # each is tried on each layer
+            for field in ("rank_pattern", "alpha_pattern"):  # matching costs patterns x layers
                 if len(config[field]) > (most := len(sent.layers) + len(sent.frozen)):
                     sizes = f"expected at most {most} modules, found {len(config[field])}"
                     raise ValueError(f"{ADAPTER_KEY}, {field}: {sizes}")
@@ -92,7 +85,7 @@ def read_reply(
 
 
 def _digest(record: ArrayRecord, statistics: ArrayRecord | None) -> bytes:
-    """Return a digest of arrays and statistics: of the end of each, since they may be large."""
+    """Return a digest of the last bytes of each array and statistic, which may be large."""
     digest = hashlib.blake2b()
     for array in [*record.values(), *(() if statistics is None else statistics.values())]:
         digest.update(memoryview(array.data)[-_DIGESTED:])
@@ -100,7 +93,7 @@ def _digest(record: ArrayRecord, statistics: ArrayRecord | None) -> bytes:
 
 
 def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] | None, deltas: set[str]) -> None:
-    """Raise ValueError where a reply's tensors are not of the shapes, dtypes and ranks that were sent."""
+    """Raise ValueError where shapes, dtypes or ranks of a reply's tensors differ from what was sent."""
     free = sent.lora_config is not None and config is not None
     for layer in sent.layers.values():
         for part, key in layer.keys.items():

@@ -1,4 +1,4 @@
-"""What the log says of rejected replies: a line for each kind, with how many there are and one of them."""
+"""Log lines for rejected replies: one for each kind of rejection, with the number of replies and an example."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fedfrom.wire.reply import Rejection
+from fedfrom.wire.wording import num_replies
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -17,11 +18,11 @@ class Kind(NamedTuple):
     Attributes
     ----------
     times : int
-        How many replies were rejected for it.
+        Number of rejected replies of this kind.
     node_id : int
-        Who sent one of them.
+        Id of a node that sent one of them: the example.
     reason : str
-        Why that one was rejected: the key, what was expected and what was found.
+        Why the example was rejected: the key, what was expected and what was found.
     """
 
     times: int
@@ -30,7 +31,7 @@ class Kind(NamedTuple):
 
 
 def by_kind(rejected: Mapping[int, Rejection]) -> dict[str, Kind]:
-    """Return the rejections of a round by their kind, the most frequent first; the example is the first of its kind."""
+    """Return a round's rejections by kind, the most frequent kind first; the example is the first of its kind."""
     kinds: dict[str, Kind] = {}
     for node_id, (kind, reason) in rejected.items():
         known = kinds.get(kind, Kind(0, node_id, reason))
@@ -39,14 +40,9 @@ def by_kind(rejected: Mapping[int, Rejection]) -> dict[str, Kind]:
 
 
 def log_rejected(who: str, rejected: Mapping[int, Rejection]) -> None:
-    """Log a warning for each kind of rejection, and the reason of each node at the level of debugging."""
+    """Log a warning for each kind of rejection, and each node's own reason at level DEBUG."""
     for kind, (times, node_id, reason) in by_kind(rejected).items():
         example = "node" if times == 1 else "such as node"
         log.warning("%s: rejected %s (%s), %s %d's: %s", who, num_replies(times), kind, example, node_id, reason)
     for node_id, (_, reason) in rejected.items():
         log.debug("%s: rejected the reply of node %d: %s", who, node_id, reason)
-
-
-def num_replies(count: int, adjective: str = "") -> str:
-    """Return "1 reply", "2 replies" and the like, with an adjective before the noun."""
-    return f"{count} {adjective}{'reply' if count == 1 else 'replies'}"

@@ -1,4 +1,4 @@
-"""A reply that can be merged, and why another one can't."""
+"""A reply that can be merged, and the reason why another reply can't."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ from typing import Any, NamedTuple
 from flwr.app import RecordDict
 from torch import Tensor
 
-from fedfrom.wire.records import (
-    one_line,
-)
+from fedfrom.wire.wording import one_line
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that passed its checks, without its arrays but for the state; its entries are checked with its norms.
+    """A reply that passed the checks of `read_reply`; `check_sizes` checks its entries once it has its norms.
 
     Attributes
     ----------
     node_id : int
-        Who sent it.
+        Id of the node that sent it.
     content : RecordDict
-        All that it carries but arrays.
+        The message's content without its ArrayRecords.
     state : Mapping[str, Tensor]
-        The model or adapter: views of the bytes that came, or a `SpooledState`.
+        The model or adapter: views of the received bytes, or a `SpooledState`.
     examples : float
-        num-examples.
+        The client's num-examples.
     config : dict[str, Any] | None
         The client's adapter config, where it sent one.
     statistics : dict[str, Tensor] | None (default: None)
         Gram matrices by layer or Fisher diagonals by key, where the method needs them.
     norms : dict[str, float]
-        Norm of the change of each plain tensor, by layer; empty until they are taken.
+        ||theta_i||_F of each plain tensor, by layer; empty until `with_norms` has computed them.
     digest : bytes
-        Of its arrays and statistics.
+        Digest of the arrays and statistics, by which replies are ordered.
     deltas : frozenset[str]
-        Plain tensors, by layer, of which it sent the change.
+        Names of the plain tensors in whose place `state` has the delta.
     """
 
     node_id: int
@@ -53,7 +51,7 @@ class Reply:
 
     @property
     def who(self) -> str:
-        """What errors and reports call the client."""
+        """The client's name in errors and reports."""
         return f"node {self.node_id}"
 
 
@@ -64,7 +62,8 @@ class Rejection(NamedTuple):
     ----------
     kind : str
         One of "unreadable", "keys", "shapes" (dtypes and ranks too), "config", "not-finite", "too-large",
-        "statistics", "examples", "spool", "metrics" and "unselected": what metrics count.
+        "statistics", "examples", "spool" and "unselected", which the round's metrics count. "metrics" is of evaluate
+        replies, and is logged alone.
     reason : str
         Names the key, what was expected and what was found.
     """
@@ -81,13 +80,13 @@ class RejectedReply(ValueError):
         self.kind = kind
 
     def rejection(self) -> Rejection:
-        """Return what is kept of it."""
+        """Return the rejection, its reason on one line."""
         return Rejection(self.kind, one_line(str(self)))
 
 
 @contextlib.contextmanager
 def rejecting(kind: str) -> Iterator[None]:
-    """Give the ValueErrors of the checks inside a kind, where they have none."""
+    """Turn ValueErrors inside a `with` block into RejectedReply of this kind; a RejectedReply keeps its own kind."""
     try:
         yield
     except RejectedReply:

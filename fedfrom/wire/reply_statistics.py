@@ -1,4 +1,4 @@
-"""The Gram matrices or Fisher diagonals beside a reply's arrays."""
+"""Reading and checking the Gram matrices or Fisher diagonals that a reply carries beside its model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedfrom.wire.frozen import statistics_of
-from fedfrom.wire.records import (
-    STATISTICS_KEY,
-    records_of,
-    to_state,
-)
+from fedfrom.wire.contents import STATISTICS_KEY, records_of
+from fedfrom.wire.frozen import statistics_names
+from fedfrom.wire.records import to_state
 from fedfrom.wire.sent import Sent
 from fedfrom.wire.sizes import check_size
 
 
 def read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Tensor]:
-    """Return a reply's Gram matrices by layer or Fisher diagonals by key, or raise ValueError with what is wrong."""
+    """Return a reply's Gram matrices by layer or Fisher diagonals by key, or raise ValueError where one is invalid."""
     record = records_of(content, ArrayRecord).get(STATISTICS_KEY)
     if not record:
         raise ValueError(
@@ -27,7 +24,7 @@ def read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Te
             f"computes them with fedfrom.client.{needs} and sends them with fedfrom.client.reply(statistics=)"
         )
     shapes: Mapping[str, tuple[int, ...]] = _gram_shapes(sent) if needs == "gram" else _fisher_shapes(sent)
-    unread = statistics_of(sent.frozen) - shapes.keys()
+    unread = statistics_names(sent.frozen) - shapes.keys()
     statistics = to_state(ArrayRecord({n: array for n, array in record.items() if n not in unread}), "statistics")
     for name, tensor in statistics.items():
         if name not in shapes:
@@ -50,7 +47,7 @@ def read_statistics(content: RecordDict, sent: Sent, needs: str) -> dict[str, Te
 
 
 def _may_be_gram(matrix: Tensor) -> bool:
-    """Return whether a matrix is symmetric with |G_ij|^2 <= G_ii G_jj, to rounding of the narrower dtypes."""
+    """Return whether a matrix is symmetric with |G_ij|^2 <= G_ii G_jj, up to the rounding of half precision."""
     roots = matrix.diagonal().to(torch.float64).sqrt()
     slack = 1e-2 * roots[:, None] * roots
     wide = matrix.to(torch.float64)
@@ -58,12 +55,12 @@ def _may_be_gram(matrix: Tensor) -> bool:
 
 
 def _fisher_shapes(sent: Sent) -> dict[str, tuple[int, ...]]:
-    """Return the shape of the Fisher diagonal of each tensor: its own."""
+    """Return the shape of each tensor's Fisher diagonal, which is the tensor's own, by key."""
     return {name: tuple(sent.state[key].shape) for name, layer in sent.layers.items() for key in layer.keys.values()}
 
 
 def _gram_shapes(sent: Sent) -> dict[str, tuple[int, int]]:
-    """Return the shape (d_in, d_in) of the Gram matrix of each layer that may have one: LoRA modules and weights."""
+    """Return the shape (d_in, d_in) of each layer's Gram matrix, for LoRA modules and 2-D weights, by layer name."""
     shapes = {}
     for name, layer in sent.layers.items():
         if layer.is_adapter and not layer.is_embedding:

@@ -1,16 +1,17 @@
-"""Where the states of a round's replies are kept until they are merged: in memory, or beyond a budget on disk."""
+"""Where the states of a round's replies are kept until they are merged: in memory up to a budget, then on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedfrom.wire.records import (
-    one_line,
-)
+from flwr.app import Message
+
 from fedfrom.wire.reply import Rejection, Reply, rejecting
 from fedfrom.wire.spool import SpooledState, SpoolError
+from fedfrom.wire.wording import one_line
 
 
 @dataclass
@@ -20,21 +21,21 @@ class Room:
     Attributes
     ----------
     memory : float
-        Bytes of states that are kept in memory, from now on; those beyond go to disk.
+        Bytes of states that are still to be kept in memory; further states are kept on disk.
     folder : Path
-        Where on disk; made where it is missing.
+        Folder for the states on disk; made where it is missing.
     """
 
     memory: float
     folder: Path
 
     def keep(self, reply: Reply) -> Reply:
-        """Return a reply whose state is in memory or on disk.
+        """Return the reply with its state in memory or on disk.
 
         Raises
         ------
         RejectedReply
-            The disk does not take it.
+            The state can't be written to disk.
         """
         size = sum(tensor.nbytes for tensor in reply.state.values())
         if size <= self.memory:
@@ -51,8 +52,25 @@ class Room:
             return replace(reply, state=SpooledState(reply.state, self.folder, reply.who))
 
 
+def room_for(replies: Iterable[Message], budget: float | None, spool: str | Path | None) -> Room | None:
+    """Return where the states of these replies are kept; None is in memory, where a list of replies already is.
+
+    Parameters
+    ----------
+    replies : Iterable[Message]
+        The round's replies, of which none has been read.
+    budget : float | None
+        Bytes of states to keep in memory; None keeps all of them there.
+    spool : str | Path | None
+        Folder for the other states; None is the folder for temporary files.
+    """
+    if budget is None or isinstance(replies, Sequence):
+        return None
+    return Room(budget, Path(tempfile.gettempdir() if spool is None else spool))
+
+
 def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
-    """Return by node why replies that were kept on disk can no longer be read."""
+    """Return node id -> why a reply on disk can no longer be read, for those replies."""
     states = {reply.node_id: reply.state for reply in replies}
     return {
         node_id: Rejection("spool", one_line(state.damage))
@@ -62,7 +80,7 @@ def damaged(replies: Iterable[Reply]) -> dict[int, Rejection]:
 
 
 def discard(replies: Iterable[Reply]) -> None:
-    """Give the disk back what the replies' states took of it."""
+    """Close the replies' spool files, which frees their room on the disk."""
     for reply in replies:
         if isinstance(reply.state, SpooledState):
             reply.state.close()

@@ -1,4 +1,4 @@
-"""What the clients of a round were sent, which their replies are compared with."""
+"""The global arrays that a round's clients were sent, which their replies are compared with."""
 
 from __future__ import annotations
 
@@ -10,41 +10,38 @@ from typing import Any
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import norms
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.merging.peft.layers import Layer
 from fedfrom.wire.frozen import frozen_keys
-from fedfrom.wire.records import (
-    to_state,
-    to_state_dict,
-)
+from fedfrom.wire.records import to_state, to_state_dict
 from fedfrom.wire.reply import Reply
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What the clients of a round were sent, which their replies are compared with.
+    """The global arrays that a round's clients were sent, which their replies are compared with.
 
     Attributes
     ----------
     state : dict[str, Tensor]
-        The global state, without what is frozen: what replies hold, and what is merged.
+        The global state without its frozen tensors: replies have the same keys, and these are merged.
     layers : dict[str, Layer]
-        Its layers.
+        The layers of `state`.
     lora_config : dict[str, Any] | None
-        The global adapter's config. With it clients may have ranks and scalings of their own; without it, or where
-        factors are merged one by one, all must have one.
+        The global adapter's config. With it clients may have their own ranks and scalings; without it, or where the
+        method merges A and B apart, all clients must have the same.
     largest : Mapping[str, float]
-        Largest magnitude of each floating-point tensor, where it is known.
+        Largest magnitude in each floating-point tensor, by key, where it is known.
     arrays : ArrayRecord
-        The global arrays, frozen ones too.
+        The global arrays, frozen tensors included.
     frozen : frozenset[str]
-        The keys of those that clients don't train: what replies hold of them is not looked at.
+        Keys of the frozen tensors, which clients don't train; replies' values for them are ignored.
     cuts : Mapping[int, Mapping[str, int]]
-        By node, the modules of which it was sent the leading ranks alone, and how many.
+        Node id -> module -> rank, for modules whose leading ranks alone were sent to the node.
     """
 
     state: dict[str, Tensor]
@@ -74,11 +71,11 @@ class Sent:
         lora_config : dict[str, Any] | None
             The global adapter's config, checked.
         method : Method
-            What will merge the replies.
+            The method that will merge the replies.
         dora : bool
             Whether DoRA is accepted.
         frozen : Iterable[str] (default: ())
-            Keys, and patterns of them, that clients don't train.
+            Keys, or patterns of keys, of tensors that clients don't train.
         cuts : Mapping[int, Mapping[str, int]] | None (default: None)
             See the attribute.
         """
@@ -88,7 +85,7 @@ class Sent:
         untrained = frozen_keys(frozen, whole, layers)
         state = {key: value for key, value in whole.items() if key not in untrained}
         with one_thread_each():
-            largest = {key: blocks.largest(value) for key, value in state.items() if value.is_floating_point()}
+            largest = {key: norms.largest_magnitude(value) for key, value in state.items() if value.is_floating_point()}
         for name, layer in layers.items():
             L.check_dora(layer, who, dora)
             for key in layer.keys.values():
@@ -114,9 +111,10 @@ class Sent:
         return {name: layer for name, layer in self.layers.items() if layer.is_adapter}
 
     def received_by(self, replies: Sequence[Reply]) -> list[dict[str, Tensor] | None]:
-        """Return what each client started from: the leading ranks where it has fewer or was sent fewer, else None.
+        """Return the state that each client started from; None where it started from the whole global state.
 
-        Clients that started from the same ranks share one state, so that its factors enter a merge once.
+        A client of smaller ranks, or one that was sent fewer, started from the leading ranks. Clients that started from
+        the same ranks share one state, so that its factors enter a merge once.
         """
         own = L.ranks(self.adapters, self.state)
         cuts: dict[tuple[int, ...], dict[str, Tensor]] = {}
@@ -127,23 +125,23 @@ class Sent:
             if all(ranks[name] >= own[name] for name in own):
                 received.append(None)
             else:
-                received.append(cuts.setdefault(tuple(ranks.values()), L.leading(self.state, self.layers, ranks)))
+                received.append(cuts.setdefault(tuple(ranks.values()), L.cut_to_ranks(self.state, self.layers, ranks)))
         return received
 
     def trained(self, record: ArrayRecord) -> ArrayRecord:
-        """Return a reply's arrays without the frozen ones, which are not looked at."""
+        """Return a reply's arrays without the frozen ones."""
         if self.frozen.isdisjoint(record):
             return record
         return ArrayRecord({key: array for key, array in record.items() if key not in self.frozen})
 
     def whole(self, merged: ArrayRecord) -> ArrayRecord:
-        """Return merged arrays with the frozen ones, which stay what they were, in the order of the global arrays."""
+        """Return the merged arrays together with the frozen ones, unchanged, in the order of the global arrays."""
         if not self.frozen:
             return merged
         return ArrayRecord({key: array if key in self.frozen else merged[key] for key, array in self.arrays.items()})
 
     def scoring(self, method: Method) -> Method:
-        """Return a method whose `validate`, where it has one, is given the frozen tensors too."""
+        """Return the method; its `validate`, where it has one, is called with whole states, frozen tensors included."""
         validate = method.validate
         if not self.frozen or validate is None:
             return method

@@ -1,4 +1,4 @@
-"""How large a reply's entries, changes and products are, and which are too large to be merged."""
+"""The sizes of a reply's entries, deltas and products, and the limits beyond which it can't be merged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg.norms import delta_norms, largest_magnitude
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.merging.peft.layers import Layer
@@ -17,18 +17,18 @@ from fedfrom.wire.reply import RejectedReply, Reply, rejecting
 from fedfrom.wire.sent import Sent
 
 _LARGEST = {torch.float32: torch.finfo(torch.float32).max / 4, torch.float64: 1e70}
-"""Largest entry of a reply by dtype: differences stay in range, and so do products of two Gram matrices of factors."""
+"""Largest entry of a reply, by dtype: differences stay in range, as do products of two Gram matrices of factors."""
 
 
 def with_norms(replies: Sequence[Reply], sent: Sent) -> list[Reply]:
-    """Return replies with the norm of each plain tensor's change; what was sent is read once for all of them."""
+    """Return the replies with the norms of their plain tensors' deltas; the sent tensors are read once for all."""
     plain = [
         (layer.name, key)
         for layer in sent.layers.values()
         if (key := layer.keys.get("tensor")) and sent.state[key].is_floating_point()
     ]
     norms = iter(
-        blocks.delta_norms(
+        delta_norms(
             [
                 (reply.state[key], None if name in reply.deltas else sent.state[key])
                 for reply in replies
@@ -40,14 +40,14 @@ def with_norms(replies: Sequence[Reply], sent: Sent) -> list[Reply]:
 
 
 def check_sizes(reply: Reply, sent: Sent) -> None:
-    """Raise RejectedReply where an entry of a reply is not finite or too large; it has its norms."""
+    """Raise RejectedReply where an entry of a reply, which has its norms, is not finite or too large."""
     state = reply.state
     with rejecting("shapes"):
         for layer in sent.layers.values():
             for key in layer.keys.values():
-                # no entry is further from what was sent: a pass over memory less for all but strange replies
+                # |entry| <= largest sent + norm of the delta: spares all but strange replies a pass over memory
                 limit = _limit(state[key])
-                if layer.name in reply.deltas:  # what it is added to may be of a narrower dtype
+                if layer.name in reply.deltas:  # the tensor that it is added to may have a narrower dtype
                     limit = min(limit, torch.finfo(sent.state[key].dtype).max / 4)
                 if not sent.largest.get(key, math.inf) + reply.norms.get(layer.name, math.inf) < limit:
                     check_size(state[key], key, limit=limit)
@@ -57,10 +57,10 @@ def check_sizes(reply: Reply, sent: Sent) -> None:
 
 
 def check_size(tensor: Tensor, key: str, who: str = "reply", limit: float = math.inf) -> None:
-    """Raise ValueError where an entry is not finite, or so large that differences or squares overflow."""
+    """Raise RejectedReply where an entry is not finite, or so large that differences or squares overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    largest, limit = blocks.largest(tensor), min(limit, _limit(tensor))
+    largest, limit = largest_magnitude(tensor), min(limit, _limit(tensor))
     if not math.isfinite(largest):
         raise RejectedReply("not-finite", f"{who}, {key!r}: expected finite numbers, found NaN or infinity")
     if largest > limit:
@@ -72,14 +72,14 @@ def _limit(tensor: Tensor) -> float:
 
 
 def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) -> None:
-    """Raise ValueError where an adapter's product is too large for the dtype of the factors it is sent in."""
+    """Raise RejectedReply where an adapter's product BA is too large for the dtype of its factors."""
     factors = [state[key] for part, key in layer.keys.items() if part in L.RANK_DIMENSION]
     limit = min(torch.finfo(factor.dtype).max for factor in factors) / 4
     limit = min(limit, _LARGEST[torch.float64] ** 2)  # a scaling may be as large as any number
     if layer.is_embedding:
-        limit /= state[layer.keys["embedding_B"]].shape[0] ** 0.5  # the scale of B, which goes into A
+        limit /= state[layer.keys["embedding_B"]].shape[0] ** 0.5  # the merge moves the scale of B into A
     bound = scaling * math.prod(float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in factors)
-    # the bound is cheap, and holds for all adapters but those that are looked at closely
+    # the bound is cheap; the norm itself is computed only for adapters beyond it
     if not bound <= limit and not (norm := L.read_adapter(layer, state, scaling, "reply").norm()) <= limit:
         why = f"reply, {layer.name!r}: expected a product of norm up to {limit:g}, found {norm:g}"
         raise RejectedReply("too-large", why)

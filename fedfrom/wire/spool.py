@@ -1,7 +1,7 @@
 """Replies on disk: states that are merged from files, a block at a time, while memory holds one of them at most.
 
-A file holds one reply's tensors one after the other, in C order, large ones followed by the entries that are sampled
-of them. It has no name: whatever becomes of this process, its room is free again when it ends.
+A file holds one reply's tensors one after the other, in C order. After a large tensor the sampled entries are written
+once more, in one piece. The file has no name: its room is free again when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.blocks import sampled
+from fedfrom.merging.linalg.samples import sampled
 from fedfrom.stored import StoredFile, StoredTensor, bytes_of
 
 

@@ -1,4 +1,4 @@
-"""The tidy frame on disk: a line of JSON a cell, and the settings that all of them share."""
+"""The tidy frame on disk: a line of JSON for each cell, and the settings that all cells share."""
 
 import json
 import os
@@ -16,19 +16,19 @@ COLUMNS = ("study", "part", "kind", "seed", "method", "setting", "task", "split"
 
 
 class Frame:
-    """What is known of a study, in a folder.
+    """The finished cells of a study, in a folder.
 
     Parameters
     ----------
     folder : str | Path
-        Made where it is missing. Results of other settings in it are refused.
+        Made where it is missing. Cells of other settings in it are refused.
     study : Study
-        Whose cells are kept.
+        The study of the cells.
 
     Raises
     ------
     BadInput
-        The folder can't be used, or holds results of other settings.
+        The folder can't be used, or holds cells of other settings.
     """
 
     def __init__(self, folder: str | Path, study: Study) -> None:
@@ -58,7 +58,7 @@ class Frame:
         path = self.folder / CELLS
         whole = path.read_bytes() if path.is_file() else b""
         end = whole.rfind(b"\n") + 1
-        if end < len(whole):  # a line that was not finished is a cell that was not
+        if end < len(whole):  # an unfinished line: the run was stopped while it wrote a cell
             os.truncate(path, end)
         for line in whole[:end].decode("utf-8").splitlines():
             found = json.loads(line)
@@ -68,11 +68,11 @@ class Frame:
         return (cell if isinstance(cell, str) else cell.name) in self._kept
 
     def missing(self) -> list[Cell]:
-        """Return the cells that are left, in order."""
+        """Return the cells that are not finished, in order."""
         return [cell for cell in self.study.cells if cell not in self]
 
     def add(self, done: Done) -> None:
-        """Keep a cell: all of its rows, or where they can't be written none."""
+        """Append a finished cell to the file, with all of its rows."""
         same = {"part": done.cell.part, "kind": done.cell.kind, "seed": done.cell.seed, "method": done.cell.method}
         rows: list[Row] = [{"study": self.study.name, **same, "seconds": done.seconds, **row} for row in done.rows]
         kept = {
@@ -88,13 +88,13 @@ class Frame:
         self._kept[done.cell.name] = json.loads(line)
 
     def rows(self) -> pd.DataFrame:
-        """Return the rows of all cells of the study that are there, in the study's order."""
+        """Return the rows of all finished cells, in the study's order."""
         found = [row for cell in self.study.cells if cell in self for row in self._kept[cell.name]["rows"]]
         more = dict.fromkeys(name for row in found for name in row)
         return pd.DataFrame(found, columns=list(dict.fromkeys([*COLUMNS, *more])))
 
     def beside(self, cell: Cell | str) -> dict[str, Any]:
-        """Return what lies beside a cell's rows."""
+        """Return a cell's findings that are no rows: see `Done.beside`."""
         return self._kept[cell if isinstance(cell, str) else cell.name]["beside"]
 
     def took(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Computes the cells that are missing: in this process, or several groups of cells at a time in others."""
+"""Computes the missing cells of a study: in this process, or several groups of cells at a time in others."""
 
 import itertools
 import time
@@ -17,16 +17,16 @@ Say = Callable[[str], None]
 
 
 def run(frame: Frame, processes: int = 1, say: Say = print) -> None:
-    """Compute what is missing, each group of cells as soon as what it needs is there.
+    """Compute the missing cells, each group of cells as soon as the cells that it needs are finished.
 
     Parameters
     ----------
     frame : Frame
-        Of the study; keeps the results.
+        The study's frame, to which finished cells are added.
     processes : int
-        At a time, where the study's cells can be computed beside each other.
+        Number of processes at a time.
     say : Callable[[str], None]
-        Takes a line on progress.
+        Called with a line of progress for each cell.
     """
     missing = frame.missing()
     groups = [list(cells) for _, cells in itertools.groupby(missing, key=lambda cell: cell.group or cell.name)]
@@ -36,7 +36,7 @@ def run(frame: Frame, processes: int = 1, say: Say = print) -> None:
             for done in _timed(compute, group, frame.rows()):
                 progress.add(done)
         return
-    # a fork of a process whose torch has threads may hang
+    # spawn: a fork of a process with torch's threads may hang
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=environment.quiet) as pool:
         running: set[Future[list[Done]]] = set()
         while groups or running:
@@ -51,7 +51,7 @@ def run(frame: Frame, processes: int = 1, say: Say = print) -> None:
 
 
 def ready(groups: Sequence[list[Cell]], frame: Frame) -> list[list[Cell]]:
-    """Return the groups whose needs are there."""
+    """Return the groups whose needed cells are finished."""
     return [group for group in groups if all(need in frame for cell in group for need in cell.needs)]
 
 
@@ -68,7 +68,7 @@ def _timed(compute: Run, cells: Sequence[Cell], rows: pd.DataFrame) -> Iterator[
 
 
 class _Progress:
-    """Keeps what is done, and says how much is left: by the cells' costs, at the speed since the start."""
+    """Adds finished cells to the frame, and estimates the time left from the cells' costs and the speed so far."""
 
     def __init__(self, frame: Frame, missing: Sequence[Cell], say: Say) -> None:
         self._frame, self._say = frame, say

@@ -1,4 +1,4 @@
-"""What a study is: a declaration of its cells, and the function that computes them."""
+"""A study: the declaration of its cells, and the function that computes them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of work, whose columns its rows share.
+    """One piece of work. Its rows have its part, kind, seed and method in common.
 
     Attributes
     ----------
     part : str
-        Of the study, such as "search" or "comparison".
+        Part of the study, such as "search" or "comparison".
     kind : str
-        What is merged ("lora", "full"), or which clients are ("dirichlet", "equal").
+        Kind of the merged states ("lora", "full"), or of the clients ("dirichlet", "equal").
     seed : int
-        Of training, partition and batches.
+        Seed of training, partition and batches.
     method : str
         Row of the tables.
     needs : tuple[str, ...]
-        Names of cells that have to be there before.
+        Names of cells that must be finished before.
     cost : float
-        How long it takes, relative to the study's other cells.
+        Computing time relative to the study's other cells.
     group : str
         Cells of one group are computed by one call; empty: the cell alone.
     """
@@ -39,13 +39,25 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What the frame and the progress call it."""
+        """The cell's name in the frame and in the progress."""
         return f"{self.part}/{self.kind}/{self.seed}/{self.method}"
 
 
 @dataclass(frozen=True)
 class Done:
-    """A cell's rows, what lies beside them (plain JSON that is no score, such as layers' norms), and what it took."""
+    """A finished cell.
+
+    Attributes
+    ----------
+    cell : Cell
+        The cell.
+    rows : list[Row]
+        Its scores.
+    beside : dict[str, Any]
+        Findings that are no scores, such as the layers' norms, as plain JSON types.
+    seconds, cpu_seconds : float
+        Computing time.
+    """
 
     cell: Cell
     rows: list[Row]
@@ -54,26 +66,26 @@ class Done:
     cpu_seconds: float = 0.0
 
 
-# Takes cells of one group, and the frame's rows so far.
+# Computes the cells of one group, given them and the frame's rows so far.
 Run = Callable[[Sequence[Cell], Any], Iterable[Done]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that is measured.
+    """The declaration of a study.
 
     Attributes
     ----------
     name : str
-        In the frame's first column.
+        Name in the frame's first column.
     seeds, kinds, methods, tasks : tuple
-        What is measured, in the tables' order.
+        The measured seeds, kinds, methods and tasks, in the tables' order.
     budget : dict[str, Any]
-        Whatever else the results depend on, as plain JSON types: steps, sizes, numbers of examples.
+        All further settings that results depend on, as plain JSON types: steps, sizes, numbers of examples.
     cells : tuple[Cell, ...]
         The work, in order.
     run : Run
-        Computes cells. It can be pickled where cells are computed in several processes.
+        Computes cells. It must be picklable where several processes compute.
     """
 
     name: str
@@ -86,5 +98,5 @@ class Study:
     run: Run
 
     def settings(self) -> dict[str, Any]:
-        """Return what results in one folder have in common."""
+        """Return the settings that all cells in one folder share."""
         return {"study": self.name, "kinds": list(self.kinds), "seeds": list(self.seeds), **self.budget}

@@ -1,18 +1,16 @@
 """Views that studies share: scores by seed, their means with intervals, and differences paired by seed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from fedfrom.pages import intervals
-from simulations.tables import write_table
 
 MEAN = "mean"
 
 
 def by_seed(rows: pd.DataFrame, index: str, tasks: Sequence[str]) -> pd.DataFrame:
-    """Return the scores by (index, seed), a column a task and their mean; labels in the order in which they come.
+    """Return the scores by (index, seed) with a column for each task and their mean; labels keep their order.
 
     Raises
     ------
@@ -25,7 +23,7 @@ def by_seed(rows: pd.DataFrame, index: str, tasks: Sequence[str]) -> pd.DataFram
 
 
 def interval(scores: pd.DataFrame, label: object, column: str = MEAN) -> intervals.Interval:
-    """Return the mean over seeds of one label's scores with its interval."""
+    """Return the mean of one label's scores over seeds with its interval."""
     return intervals.mean(scores.loc[label, column].tolist())
 
 
@@ -37,10 +35,5 @@ def gain(scores: pd.DataFrame, label: object, against: object, column: str = MEA
 
 
 def means(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a label, a text a column: the mean over seeds ± half of its 95 % interval."""
+    """Return a row for each label, whose texts are the means over seeds ± half of their 95 % intervals."""
     return scores.groupby(level=0, sort=False).agg(lambda values: str(intervals.mean(values.tolist())))
-
-
-def write(folder: Path, name: str, table: pd.DataFrame, about: str) -> None:
-    """Write a frame of texts and numbers as `name`.csv and `name`.md."""
-    write_table(folder, name, list(map(str, table.columns)), table.astype(object).to_numpy().tolist(), about)

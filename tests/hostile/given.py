@@ -11,7 +11,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import event
 
 from fedfrom import FedMerge, merge
-from fedfrom.wire.records import ADAPTER_KEY, STATISTICS_KEY
+from fedfrom.wire.adapter_configs import ADAPTER_KEY
+from fedfrom.wire.contents import STATISTICS_KEY
 from tests.hostile.oracle import assert_is_the_merge, scaling_of
 from tests.hostile.values import CONFIG, fishers, grams, mixed_state, moved
 from tests.hostile.watch import soon

@@ -7,7 +7,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import strategies as st
 
-from fedfrom.wire.records import ADAPTER_KEY, STATISTICS_KEY
+from fedfrom.wire.adapter_configs import ADAPTER_KEY
+from fedfrom.wire.contents import STATISTICS_KEY
 from tests.hostile.values import (
     CONFIG,
     DTYPES,

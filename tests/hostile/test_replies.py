@@ -14,7 +14,8 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from fedfrom import FedFroM, FedMerge
-from fedfrom.wire.records import ADAPTER_KEY, STATISTICS_KEY
+from fedfrom.wire.adapter_configs import ADAPTER_KEY
+from fedfrom.wire.contents import STATISTICS_KEY
 from tests.hostile.given import STATES, STATISTICS, assert_reason, sent_and_replies
 from tests.hostile.oracle import assert_is_the_merge, config_of, scaling_of
 from tests.hostile.replies import reply_faults

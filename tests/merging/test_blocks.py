@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import blocks, norms, sums
 from fedfrom.merging.linalg.threads import one_thread_each
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SIZES = [0, 1, blocks._FEW, blocks._FEW + 1, blocks._NORM_BLOCK, 3 * blocks._NORM_BLOCK + 1025]
+SIZES = [0, 1, blocks.FEW, blocks.FEW + 1, norms._NORM_BLOCK, 3 * norms._NORM_BLOCK + 1025]
 
 
 def pairs_of(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -28,26 +28,26 @@ def test_norms_looked_at_together_are_those_of_each_alone(dtype: torch.dtype) ->
     pairs = pairs_of(dtype)
     exact = [float(torch.linalg.vector_norm(v.double() - (0 if r is None else r.double()))) for v, r in pairs]
     with one_thread_each():
-        together, alone = blocks.delta_norms(pairs), [blocks.delta_norm(*pair) for pair in pairs]
+        together, alone = norms.delta_norms(pairs), [norms.delta_norm(*pair) for pair in pairs]
     assert together == alone
     assert together == pytest.approx(exact, rel=1e-6, abs=0)
 
 
 def test_what_many_are_compared_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = torch.zeros(3 * blocks._NORM_BLOCK, dtype=torch.bfloat16)
+    reference = torch.zeros(3 * norms._NORM_BLOCK, dtype=torch.bfloat16)
     other = torch.zeros_like(reference)
     values = [torch.full_like(reference, i) for i in range(4)]
-    read, inner = [], blocks._Flat.block_as
+    read, inner = [], blocks.Flat.block_as
 
-    def noting(self: blocks._Flat, dtype: torch.dtype, start: int, stop: int, slot: str) -> torch.Tensor:
+    def noting(self: blocks.Flat, dtype: torch.dtype, start: int, stop: int, slot: str) -> torch.Tensor:
         if slot == "reference":
             read.append((self.values.data_ptr(), start))
         return inner(self, dtype, start, stop, slot)
 
-    monkeypatch.setattr(blocks._Flat, "block_as", noting)
-    norms = blocks.delta_norms([(value, r) for r in (reference, other) for value in values])
-    assert norms == pytest.approx(2 * [i * math.sqrt(reference.numel()) for i in range(4)])
-    starts = [i * blocks._NORM_BLOCK for i in range(3)]
+    monkeypatch.setattr(blocks.Flat, "block_as", noting)
+    found = norms.delta_norms([(value, r) for r in (reference, other) for value in values])
+    assert found == pytest.approx(2 * [i * math.sqrt(reference.numel()) for i in range(4)])
+    starts = [i * norms._NORM_BLOCK for i in range(3)]
     assert sorted(read) == sorted((r.data_ptr(), start) for r in (reference, other) for start in starts)
 
 
@@ -63,9 +63,9 @@ def test_results_beyond_the_dtype_are_told_whatever_the_change(dtype: torch.dtyp
         change = torch.zeros(5, dtype=torch.float64)
         change[2] = sign * limits.max * limits.eps * 2.0**exponent
         if rows:
-            found = blocks.weighted_rows(change[None], [1.0], base, base, 1.0)
+            found = sums.weighted_rows(change[None], [1.0], base, base, 1.0)
         else:
-            found = blocks.weighted_sum([change.to(blocks.arithmetic(dtype))], [None], [1.0], base, 1.0)
+            found = sums.weighted_sum([change.to(blocks.arithmetic(dtype))], [None], [1.0], base, 1.0)
         result, _, finite = found
         assert finite == bool(torch.isfinite(result).all())
         told.append(finite)

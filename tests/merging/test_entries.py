@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfrom import merge
+from fedfrom.merging import tensors
 from fedfrom.merging.linalg import entries as module
 from fedfrom.merging.linalg.blocks import BLOCK
 from fedfrom.merging.linalg.entries import Entries, kth_largest
-from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
-from fedfrom.merging.methods.fisher import Fisher
-from fedfrom.merging.methods.ties import Ties, trim
+from fedfrom.merging.methods.ties import keep_from
 from fedfrom.wire.spool import SpooledState
 from tests.merging.samples import TENSOR, generator, tensor_case
 from tests.peaks import printed_last, reads_peaks
@@ -31,6 +30,10 @@ ENTRYWISE: list[dict[str, Any]] = [
 SHAPE = (900, 701)  # a block and a rest
 
 
+def is_drawn(options: dict[str, Any]) -> bool:
+    return "dare" in options["method"] and options["density"] < 1
+
+
 def arguments(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     case = tensor_case(1, shape=SHAPE, n=4, dtype=dtype, examples=True)
     found = {**case.arguments(), **options}
@@ -41,15 +44,14 @@ def arguments(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> di
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", ENTRYWISE, ids=str)
+@pytest.mark.parametrize("options", [each for each in ENTRYWISE if not is_drawn(each)], ids=str)
 def test_in_blocks_it_is_what_it_is_of_whole_tensors_to_the_bit(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for masks, which are drawn block by block."""
     given = arguments(options, dtype)
     found, report = merge(**given)
-    assert all(method.entrywise for method in (Ties, Dare, DareTies, DareFroM, Fisher))
-    for method in (Ties, Dare, DareFroM, Fisher):
-        monkeypatch.setattr(method, "entrywise", False)
+    monkeypatch.setattr(tensors, "BLOCK", SHAPE[0] * SHAPE[1])
     expected, whole = merge(**given)
     assert torch.equal(found[TENSOR], expected[TENSOR]) and found[TENSOR].dtype == dtype
     # sums of numbers of both signs: what a block rounds is relative to their magnitudes
@@ -124,9 +126,14 @@ def test_of_entries_that_are_equally_large_the_first_are_kept(
     order = sorted(range(length), key=lambda i: (-abs(float(delta[i])), i))
     expected = torch.zeros(length)
     expected[order[:count]] = delta[order[:count]]
-    assert torch.equal(trim(delta, density), expected)
+    least, end = Entries([delta], [None], [1.0], delta.dtype).threshold(0, count)
+    assert torch.equal(keep_from(delta, least, end), expected)
     transposed = delta.reshape(-1, 2).T
-    assert torch.equal(trim(transposed, density), trim(transposed.contiguous(), density))
+    strided, contiguous = (
+        Entries([each], [None], [1.0], delta.dtype).threshold(0, count)
+        for each in (transposed, transposed.contiguous())
+    )
+    assert strided == contiguous
 
 
 def test_a_block_is_of_the_clipped_update() -> None:

@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedfrom import FroM, merge, methods
-from fedfrom.merging.weights import mean_weight, weights
+from fedfrom.merging.methods.frobenius import weights
+from fedfrom.merging.weights import mean_weight
 from tests.merging import oracle, properties
 from tests.merging.samples import (
     A_KEY,

@@ -7,7 +7,7 @@ import torch
 
 from fedfrom import merge
 from fedfrom.merging.peft.configs import output_config, rank_and_scaling
-from fedfrom.merging.peft.layers import check_same, find_layers, leading
+from fedfrom.merging.peft.layers import check_same, cut_to_ranks, find_layers
 from tests.merging import oracle
 from tests.merging.samples import A_KEY, B_KEY, MODULE, adapter_case, dense, generator, normal
 
@@ -146,10 +146,10 @@ def test_leading_parts():
     case = adapter_case(0, start="trained", r=4)
     state = {**case.reference, "head": torch.ones(2)}
     layers = find_layers(state, "global")
-    cut = leading(state, layers, {MODULE: 2})
+    cut = cut_to_ranks(state, layers, {MODULE: 2})
     assert torch.equal(cut[A_KEY], state[A_KEY][:2]) and torch.equal(cut[B_KEY], state[B_KEY][:, :2])
     assert cut["head"] is state["head"] and state[A_KEY].shape[0] == 4
-    assert leading(state, layers, {MODULE: 9})[A_KEY].shape[0] == 4
+    assert cut_to_ranks(state, layers, {MODULE: 9})[A_KEY].shape[0] == 4
 
 
 def test_convolutions_are_flattened_from_the_input_channels_on():

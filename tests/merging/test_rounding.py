@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fedfrom import merge, methods
+from fedfrom.merging.clipping import clip_factors
 from fedfrom.merging.linalg.rounding import is_rounding
-from fedfrom.merging.weighing import clip_factors
 from tests.merging import oracle
 from tests.merging.samples import A_KEY, B_KEY, MODULE, State, dense, generator, merged_product, normal
 

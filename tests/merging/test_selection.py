@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedfrom.merging.clients import Round, clients_of
-from fedfrom.merging.linalg import blocks
+from fedfrom.merging.linalg import samples
 from fedfrom.merging.selection import gram_of_updates, multikrum
 
 A, B, HEAD, MEAN = "m.q.lora_A.weight", "m.q.lora_B.weight", "m.head.weight", "m.norm.running_mean"
@@ -108,4 +108,4 @@ def test_the_gram_matrix_of_tensors_larger_than_a_block_is_exact() -> None:
             for v, r in zip(values, references, strict=True)
         ]
     )
-    torch.testing.assert_close(blocks.gram(values, references), flat @ flat.T, rtol=1e-12, atol=1e-6)
+    torch.testing.assert_close(samples.gram(values, references), flat @ flat.T, rtol=1e-12, atol=1e-6)

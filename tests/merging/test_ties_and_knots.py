@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedfrom import LowRank, merge
-from fedfrom.merging.methods.base import Context
 from fedfrom.merging.methods.knots import align
 from fedfrom.merging.methods.ties import Ties
+from fedfrom.merging.updates import DenseUpdates, Destination
 from tests.merging import oracle, properties
 from tests.merging.formulas import (
     ties,
@@ -78,14 +78,17 @@ def test_ties_result_with_knots_does_not_depend_on_the_signs_of_singular_vectors
     """A row of all V_i negated: elected signs and means are negated with it. Even elections go to +, so not there."""
     parts = align([LowRank(s[B_KEY], s[A_KEY]) for s in adapter_case(10, n=3).states])[2]
     flip = torch.tensor([(-1.0) ** i for i in range(len(parts[0]))], dtype=torch.float64)[:, None]
-    ones = torch.ones(3, dtype=torch.float64)
+
+    def merged(method, parts):
+        updates = DenseUpdates(parts, "layer")
+        ones = torch.ones(len(parts), dtype=torch.float64)
+        return method.change(updates, ones, Destination(None, 1.0, None)).tensor
+
     for majority in ("total", "frequency"):
         method = Ties(density=0.7 if majority == "total" else 1.0, majority=majority)
-        found = method.combine([flip * part for part in parts], ones, Context())
-        assert torch.equal(found, flip * method.combine([part.clone() for part in parts], ones, Context()))
+        assert torch.equal(merged(method, [flip * part for part in parts]), flip * merged(method, parts))
     even = Ties(density=1.0, majority="frequency")
-    found = even.combine([flip * part for part in parts[:2]], ones[:2], Context())
-    assert not torch.equal(found, flip * even.combine([part.clone() for part in parts[:2]], ones[:2], Context()))
+    assert not torch.equal(merged(even, [flip * part for part in parts[:2]]), flip * merged(even, parts[:2]))
 
 
 @given(adapter_cases(examples=True), st.sampled_from(["sum", "mean"]), st.sampled_from([0.0, 0.7, 1.0]))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfrom import merge
-from fedfrom.merging.weights import weights
+from fedfrom.merging.methods.frobenius import weights
 from tests.merging import oracle
 
 NORMS = st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=6)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import simulations.__main__
+from simulations import commands
+from simulations.options import Options
 from tests.conftest import ROOT
 
 
@@ -70,11 +72,23 @@ def test_help_names_every_option_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from simulations.options import Options
-
     for name in Options.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in done.stdout
     assert "--quick" in done.stdout
+
+
+def test_an_option_that_is_given_comes_before_the_preset() -> None:
+    seen: list[tuple[Options, bool]] = []
+
+    @commands.takes(Options, {"steps": 3, "rounds": 2}, quick="", report="")
+    def run(options: Options, report: bool) -> None:
+        seen.append((options, report))
+
+    run(steps=5, rounds=None, quick=True, report=True)
+    run(rounds=None)
+    (quick, reported), (plain, not_reported) = seen
+    assert (quick.steps, quick.rounds, reported) == (5, 2, True)
+    assert (plain, not_reported) == (Options(), False)
 
 
 @pytest.mark.simulation

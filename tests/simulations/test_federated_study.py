@@ -9,7 +9,7 @@ import pytest
 
 from fedfrom.errors import BadInput
 from simulations.options import Options, read
-from simulations.studies.federated import plan, report
+from simulations.studies.federated import plan, tables
 from simulations.studies.federated.options import FederatedOptions
 from simulations.studies.paper.options import PaperOptions
 from simulations.studies.study import Cell
@@ -47,7 +47,7 @@ def test_the_best_of_the_grid_is_the_mean_over_both_kinds_of_clients() -> None:
     assert plan.spec_of(chosen, known) == plan.from_spec(0.5, 1)
     # p changes nothing where all hold equally much: what differs in it alone runs once
     assert plan.spec_of(Cell("comparison", "equal", 2, plan.BEST), known) == plan.from_spec(0.5, 0)
-    table = report.grid_table(known)
+    table = tables.grid(known)
     assert len(table) == 12 and set(table["seeds"]) == {2}
     line = table[(table["clients"] == "dirichlet") & (table["p"] == 1) & (table["k"] == 0.5)].iloc[0]
     assert line["accuracy"] == "0.800 ± 0.000" and line["stuck"] == 0
@@ -61,7 +61,7 @@ def test_strategies_are_compared_with_fedavg_on_the_seeds_that_both_have() -> No
         for seed, last in enumerate(values)
         for row in rounds("comparison", "dirichlet", method, seed, last)
     ]
-    table = report.comparison_table(pd.DataFrame(found), 0.7).set_index("strategy")
+    table = tables.comparison(pd.DataFrame(found), 0.7).set_index("strategy")
     assert table.loc[plan.BASELINE, "ahead of FedAvg"] == ""
     assert table.loc["k=auto", "ahead of FedAvg"] == "+0.100 ± 0.000"
     assert table.loc["k=auto", "rounds to 0.7"] == "2 2" and table.loc[plan.BASELINE, "rounds to 0.7"] == "- 2 2"

@@ -66,6 +66,8 @@ def test_defaults_are_valid() -> None:
         ({"scope": "tensor"}, "tensor"),
         ({"server_lr": 0}, "--server-lr"),
         ({"lora_dropout": 1.0}, "--lora-dropout"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
+        ({"seed": 2**32}, "--seed: expected 4294967295 or less"),
         ({"strategies": ""}, "--strategies"),
         ({"strategies": "from,from"}, "twice"),
         ({"colour": "red"}, "colour"),

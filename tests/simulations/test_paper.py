@@ -14,7 +14,7 @@ from fedfrom.errors import BadInput
 from fedfrom.merging.methods.registry import make_method, methods
 from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
-from simulations.studies.paper import data, findings, grids, report, training
+from simulations.studies.paper import data, findings, grids, summary, training
 from simulations.studies.paper.arena import Arena, new_model, trained_state
 from simulations.studies.paper.files import Shelf
 from simulations.studies.paper.merging import Clients
@@ -331,7 +331,7 @@ def test_what_k_alone_explains_is_no_prediction() -> None:
         return findings.Correlation(rho, low, high, 12)
 
     settled, open_, reverse = one(0.5, 0.2, 0.8), one(0.5, -0.2, 0.8), one(-0.5, -0.8, -0.2)
-    said = report.predicts
+    said = summary.predicts
     assert said({"all k": settled, "k = 0": settled, "k = 1": open_}).endswith(": it predicts")
     assert said({"all k": settled, "k = 0": open_, "k = 1": None}).endswith("it is not shown to predict")
     assert said({"all k": settled, "k = 0": reverse}).endswith("it is not shown to predict")

@@ -12,7 +12,7 @@ import typer
 from simulations import environment
 from simulations.studies import __main__ as command
 from simulations.studies.frame import Frame
-from simulations.studies.paper import cells, report
+from simulations.studies.paper import cells, summary
 from simulations.studies.paper.grids import rows
 from simulations.studies.paper.options import KINDS, PaperOptions
 from simulations.studies.running import ready
@@ -134,8 +134,8 @@ def test_the_sweeps_meet_the_search_where_the_settings_do(done: Path) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the pictures out: they take longer than all else."""
-    monkeypatch.setattr(report.figures, "draw_all", lambda found, folder: None)
-    monkeypatch.setattr(report.heatmaps, "draw", lambda found, folder: None)
+    monkeypatch.setattr(summary.figures, "draw_all", lambda found, folder: None)
+    monkeypatch.setattr(summary.heatmaps, "draw", lambda found, folder: None)
 
 
 def untimed(cell: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,9 @@ def test_a_report_is_of_whole_seeds_only(done: Path, arguments: dict[str, Any], 
 def test_the_command_line_that_is_named_is_of_no_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["studies", "paper", "--seeds", "2", "--glue-dir", "/data", "--report", "--out", "/tmp/x", "--model", "a b"]
     monkeypatch.setattr(environment.sys, "argv", line)
-    assert environment.command("x paper") == "x paper --seeds 2 --model 'a b'"
+    assert environment.command("python -m x paper") == "python -m x paper --seeds 2 --model 'a b'"
+    monkeypatch.setattr(environment.sys, "argv", ["full", "--mergekit", "/bin/python", "--out=/tmp/x", "--quick"])
+    assert environment.command("python -m y") == "python -m y --mergekit PATH --quick"
 
 
 @pytest.mark.slow

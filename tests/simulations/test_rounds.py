@@ -201,7 +201,7 @@ def weights_of(state: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
 
 def evaluated(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[str]:
     capsys.readouterr()
-    evaluate.run(folders[0], list(folders[1:]))
+    evaluate.run(results=folders[0], folders=folders[1:])
     return capsys.readouterr().out.splitlines()
 
 
@@ -215,7 +215,7 @@ def test_evaluate_refuses_what_is_no_weights_of_the_run(tiny: dict, tmp_path: Pa
             (bad[-1] / path.name).write_bytes(b"" if path.name == file else path.read_bytes())
     for arguments in [(tmp_path / "none", []), *((ran.folder, [folder]) for folder in bad)]:
         with pytest.raises(typer.Exit) as ended:
-            evaluate.run(*arguments)
+            evaluate.run(results=arguments[0], folders=arguments[1])
         # transformers' bars of what was loaded before may stand there too
         *before, line = capsys.readouterr().err.splitlines()
         assert ended.value.exit_code == 2 and str((arguments[1] or arguments)[0]) in line

@@ -154,6 +154,13 @@ def test_one_value_has_no_interval() -> None:
     found = intervals.mean([0.25])
     assert found.mean == 0.25 and math.isnan(found.half_width) and str(found) == "0.250"
     assert str(intervals.mean([0.2, 0.2])) == "0.200 ± 0.000"
+    assert not found.settled and found.signed == "+0.250"
+
+
+def test_a_difference_is_settled_where_its_interval_excludes_0() -> None:
+    above, below, neither = (intervals.mean(values) for values in ([0.2, 0.3], [-0.21, -0.2], [-0.1, 0.1]))
+    assert not above.settled and below.settled and not neither.settled  # one degree of freedom: ± 12.7 deviations
+    assert below.signed == "-0.205 ± 0.064"
 
 
 def test_paired_is_the_interval_of_differences(seed: int) -> None:
@@ -177,7 +184,8 @@ def test_proportion_is_wilsons(correct: int, total: int) -> None:
 
 
 def test_a_table_says_the_same_as_csv_and_as_markdown(tmp_path: Path) -> None:
-    write_table(tmp_path / "new", "scores", ["method", "k", "score"], [["from, scaled", 1, 0.123456]], "What it shows.")
+    table = pd.DataFrame([["from, scaled", 1, 0.123456]], columns=["method", "k", "score"])
+    write_table(tmp_path / "new", "scores", table, "What it shows.")
     with (tmp_path / "new" / "scores.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["method", "k", "score"], ["from, scaled", "1", "0.1235"]]
     assert (tmp_path / "new" / "scores.md").read_text().splitlines() == [

@@ -93,6 +93,19 @@ def test_evaluation_batches_hold_every_example_once(tiny: dict) -> None:
     assert torch.equal(labels, tokens.labels[:3])
 
 
+def test_a_batch_is_padded_to_its_longest_example_and_the_padding_is_masked() -> None:
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}, {"input_ids": [8], "attention_mask": [1]}]
+    tokens = Tokens(
+        [*rows, {"input_ids": [9] * 6, "attention_mask": [1] * 6}],
+        torch.tensor([0, 1, 1]),
+        {"input_ids": 3, "attention_mask": 0},
+    )
+    inputs, labels = tokens.batch([1, 0])
+    assert inputs["input_ids"].tolist() == [[8, 3, 3], [5, 6, 7]]
+    assert inputs["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert labels.tolist() == [1, 0] and inputs["input_ids"].dtype == torch.int64
+
+
 def test_words_are_known_to_the_tiny_tokenizer(tiny: dict) -> None:
     _, tokens, options, _ = prepared(tiny)
     unknown = models.tokenizer(options).unk_token_id

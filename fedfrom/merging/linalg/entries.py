@@ -18,6 +18,9 @@ _PART = 16 * BLOCK
 Histogram = Callable[[Tensor], Tensor]
 """Counts of a block of magnitudes, by `kth_largest`."""
 
+Combine = Callable[[list[Tensor], int], Tensor]
+"""combine(rows, start): a row of the result from n rows of entries, the first of them at `start`."""
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -109,6 +112,17 @@ class Entries:
                 return number * BLOCK + int(found[count - 1]) + 1
             count -= len(found)
         return self.numel()
+
+
+def form(entries: Entries, combine: Combine) -> Tensor:
+    """Return a row of all entries of combine(rows, start), a block at a time; new memory, in the entries' dtype."""
+    result = torch.empty(entries.numel(), dtype=entries.dtype, device=entries.values[0].device)
+
+    def part(start: int, stop: int) -> None:
+        result[start:stop] = combine([entries.block(i, start, stop) for i in range(len(entries))], start)
+
+    each_block(entries.numel(), BLOCK, part, entries.is_read)
+    return result
 
 
 def kth_largest(counts: Callable[[Histogram], Iterable[Tensor]], k: int, dtype: torch.dtype) -> tuple[float, int, int]:

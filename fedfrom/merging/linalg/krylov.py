@@ -52,7 +52,7 @@ class Operator(NamedTuple):
         )
 
 
-class Leading(NamedTuple):
+class Triplets(NamedTuple):
     """The first singular triplets of T, and the space that they were found in.
 
     Attributes
@@ -69,7 +69,7 @@ class Leading(NamedTuple):
     energy: float
 
 
-def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Tensor, probes: Tensor) -> Leading | None:
+def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Tensor, probes: Tensor) -> Triplets | None:
     """Return the first `rank` singular triplets of T, or None: not found in so many steps, or products overflow.
 
     Algorithm 1 is subspace iteration: T^T T once in each step, the last columns alone kept. Here all columns are kept,
@@ -137,7 +137,7 @@ def krylov_svd(T: Operator, rank: int, tolerance: float, near: float, start: Ten
             energy = T.energy
             if energy is None:
                 energy = float(squares.clamp_min(0).sum()) + _beyond(T, Q[:m].T, probes)
-            return Leading(U[:, :rank], S[:rank], (P[:rank] @ Y[:, :b].T) @ Q[:m], energy)
+            return Triplets(U[:, :rank], S[:rank], (P[:rank] @ Y[:, :b].T) @ Q[:m], energy)
         if full:
             if most_columns < _SPACE * b:  # all there are, nearly
                 return None

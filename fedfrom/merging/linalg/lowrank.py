@@ -133,12 +133,6 @@ class LowRank:
         """Return the (d_out, d_in) matrix, computed in float64; new memory."""
         return Stack([self.terms]).dense(self.terms).to(dtype)
 
-    def leading(self, rank: int) -> LowRank:
-        """Return the product of the first `rank` columns of each B and rows of each A (views)."""
-        result = LowRank.__new__(LowRank)
-        result.terms = tuple(Term(c, B[:, :rank], A[:rank]) for c, B, A in self.terms)
-        return result
-
     def inner(self, other: LowRank) -> float:
         """Return the Frobenius inner product <self, other>, without forming a matrix while that costs more."""
         stack = Stack([self.terms, other.terms])

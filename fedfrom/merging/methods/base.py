@@ -1,87 +1,41 @@
-"""What every merging method is: weights for the clients, and a way to combine their deltas of one layer."""
+"""What every merging method is: weights for the clients, and a way to combine their updates of one layer."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.entries import Entries
-from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.solve import Solver
-from fedfrom.merging.weights import check_weighting, weights
+from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.merging.weights import check_weighting, log_shares, normalised
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a method of scope "model" learnt of the clients' whole updates, in the order given; empty for "layer".
+class Traits:
+    """What a method is where its class does not say otherwise: a class variable, or an option of the same name.
 
-    Attributes
-    ----------
-    norms : list[float] | None
-        (n,) norms of the whole updates, which every layer is weighed by.
-    thresholds : list[float] | None
-        One magnitude a client, which the entries that TIES keeps reach.
+    No dataclass, so that these are no fields, which would hide the options of the methods that a method is mixed of.
     """
 
-    norms: list[float] | None = None
-    thresholds: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method may need to know of the layer it combines.
-
-    Attributes
-    ----------
-    name : str
-        The layer's name: seeds draws.
-    statistics : list[Tensor] | None
-        What the clients sent beside the layer, in the order of the deltas: see the method's `needs`.
-    thresholds : list[float] | None
-        One magnitude a client, which the entries that TIES keeps reach, in the order and unit of the deltas.
-    ends : list[int] | None
-        One position a client, in C order: entries that equal the threshold are kept before it alone. None: all are.
-    draws : list[torch.Generator] | None
-        One a client, where DARE's masks are drawn block by block; None: from the name.
-    start : int
-        Position of the deltas' first entry, where they are a block of a tensor.
-    rank : int | None
-        Rank that the adapter will be solved back to, where it is known.
-    base : LowRank | None
-        W of a LoRA module, in the unit of the deltas; None is zero.
-    server_lr : float
-        alpha.
-    tolerance : float
-        Share of the largest singular value of a LoRA module's deltas at and below which a direction is rounding.
-    """
-
-    name: str = ""
-    statistics: list[Tensor] | None = None
-    thresholds: list[float] | None = None
-    ends: list[int] | None = None
-    draws: list[torch.Generator] | None = None
-    start: int = 0
-    rank: int | None = None
-    base: LowRank | None = None
-    server_lr: float = 1.0
-    tolerance: float = 0.0
-
-    def block(self, start: int, stop: int) -> Context:
-        """Return what a method may need to know of a block of a tensor's entries, in C order."""
-        statistics = self.statistics
-        if statistics is not None:
-            statistics = [each.reshape(-1)[start:stop] for each in statistics]
-        return replace(self, statistics=statistics, start=start)
+    k: ClassVar[float] = 0.0  # power of the norm in the weights
+    scope: ClassVar[str] = "layer"
+    validate: ClassVar[Any] = None  # a user's function that scores merged states
+    on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
+    is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean; files/merge.py then needs no base model
+    needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """The (example-weighted) mean of the deltas, and the base of the other methods.
+class Method(Traits):
+    """The (example-weighted) mean of the updates, and the base of the other methods.
+
+    A method that differs in the weights overrides `weights`, one that combines updates in another way `change`. The
+    other functions are hooks that most methods leave alone. Derive from `ProductMethod`, unless A and B are merged
+    apart (`on_factors`).
 
     Parameters
     ----------
@@ -89,20 +43,68 @@ class Method:
         p: client i weighs n_i^p.
     """
 
-    k: ClassVar[float] = 0.0  # power of the norm in the weights
-    scope: ClassVar[str] = "layer"
-    on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
-    linear: ClassVar[bool] = True  # whether theta* is sum_i c_i theta_i, so that nothing else is ever formed
-    # whether an entry of theta* depends on the deltas' entries there alone, given `prepare`: so tensors go in blocks
-    entrywise: ClassVar[bool] = False
-    is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean, which is theirs without a reference too
-    needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
-    validate: ClassVar[Any] = None  # a user's function that scores merged states
-
     examples_power: float = 0.0
+    known: Any = field(default=None, init=False, repr=False, compare=False)  # what `survey` returned
 
     def __post_init__(self) -> None:
         check_weighting(self.k, self.examples_power, self.scope)
+
+    def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
+        """Return (n,) float64 weights, summing to 1.
+
+        Parameters
+        ----------
+        updates : Updates
+            The layer's updates; all sequences are in their order.
+        examples : Sequence[float] | None
+            (n,) n_i; None takes all for equal.
+        given : Sequence[float] | None
+            (n,) u_i, the user's own weights; None is 1 each.
+        """
+        return normalised(log_shares(len(updates), examples, self.examples_power, given))
+
+    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
+        """Return (n,) float64 c_i, what theta_i is multiplied by.
+
+        Parameters
+        ----------
+        weights : Tensor
+            (n,) float64 w_i, summing to 1.
+        mean_weight : float (default: 1.0)
+            The mean of the user's own weights (see `weights.mean_weight`). A method that does not divide by their sum
+            multiplies by it, since the w_i have lost it.
+        """
+        return weights
+
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
+        """Return theta* of one layer.
+
+        Parameters
+        ----------
+        updates : Updates
+            theta_i.
+        coefficients : Tensor
+            (n,) float64 c_i. 0 for a client of weight 0: a method that does not multiply by c_i leaves it out itself.
+        destination : Destination
+            What is made of theta*.
+        """
+        return updates.sum(coefficients)
+
+    def survey(self, layers: Iterable[Updates]) -> Any:
+        """Return what the method has to know of all layers before the first is merged; it is `known` from then on.
+
+        Parameters
+        ----------
+        layers : Iterable[Updates]
+            Those with an update. Each pass reads them anew, one at a time.
+        """
+        return None
+
+    def knowing(self, known: Any) -> Self:
+        """Return this method with what its survey returned."""
+        method = copy.copy(self)
+        object.__setattr__(method, "known", known)
+        return method
 
     def select(
         self, weights: Sequence[float], merged: Callable[[list[int], Method], Mapping[str, Tensor]]
@@ -112,7 +114,7 @@ class Method:
         Parameters
         ----------
         weights : Sequence[float]
-            (n,) u_i, the user's own weights; 1 each where there are none.
+            (n,) u_i, the user's own weights, or 1 each.
         merged : Callable[[list[int], Method], Mapping[str, Tensor]]
             The merged state of some of the clients by a method.
         """
@@ -134,44 +136,9 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """Return the name and the options as plain types, functions left out."""
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         plain = {name: "infinity" if value == math.inf else value for name, value in options.items()}
         return {"name": type(self).__name__, **{name: v for name, v in plain.items() if name != "validate"}}
-
-    def weights(
-        self, norms: Sequence[float], examples: Sequence[float] | None, given: Sequence[float] | None = None
-    ) -> Tensor:
-        """Return (n,) float64 weights, summing to 1, of deltas with these norms; `given` are the user's own."""
-        return weights(norms, self.k, examples, self.examples_power, given)
-
-    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
-        """Return (n,) float64 c_i, what theta_i is multiplied by.
-
-        Parameters
-        ----------
-        weights : Tensor
-            (n,) float64 w_i, summing to 1.
-        mean_weight : float (default: 1.0)
-            The mean of the user's own weights (see `weights.mean_weight`): a method that does not normalise multiplies
-            by it, since the w_i have lost it.
-        """
-        return weights
-
-    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what a client sends beside a layer of this shape, (d_out, d_in) for a LoRA module."""
-        return shape
-
-    def kept(self, entries: int) -> int | None:
-        """Return how many of so many entries of each update are kept, the largest; None where none are sought."""
-        return None
-
-    def prepare(self, entries: Entries, context: Context) -> Context:
-        """Return the context with what `combine` has to know of the whole tensor before it is given blocks of it."""
-        return context
-
-    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
-        """Return theta* of one layer's deltas, dense tensors of one shape; they may be overwritten."""
-        return torch.stack([c * delta for c, delta in zip(coefficients.tolist(), deltas, strict=True)]).sum(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +148,3 @@ class ProductMethod(Method, Solver):
     def __post_init__(self) -> None:
         Method.__post_init__(self)
         Solver.__post_init__(self)
-
-    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
-        """Return theta* of one LoRA module's deltas; a method that is not linear goes through dense matrices."""
-        if self.linear:
-            return LowRank.sum(deltas, coefficients.tolist())
-        return LowRank.from_dense(self.combine([delta.dense() for delta in deltas], coefficients, context))

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedfrom.merging.methods.base import Context, Method
+from fedfrom.merging.methods.base import Method
+from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.numeric import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,6 @@ class Fisher(Method):
         p: w_i proportional to n_i^p.
     """
 
-    linear: ClassVar[bool] = False
-    entrywise: ClassVar[bool] = True
     on_factors: ClassVar[bool] = True
     needs: ClassVar[str | None] = "fisher"
 
@@ -38,17 +38,23 @@ class Fisher(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.floor < float("inf"):
-            raise ValueError(f"floor: expected a finite number > 0, found {self.floor}")
+        if not is_number(self.floor) or not 0 < self.floor < float("inf"):
+            raise ValueError(f"floor: expected a finite number > 0, found {self.floor!r}")
 
-    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
-        """Return theta*; without statistics (buffers) the mean."""
-        if context.statistics is None:
-            return super().combine(deltas, coefficients, context)
-        total = torch.zeros(deltas[0].shape, dtype=torch.float64, device=deltas[0].device)
-        weight = torch.zeros_like(total)
-        for c, delta, fisher in zip(coefficients.tolist(), deltas, context.statistics, strict=True):
-            importance = c * (fisher.to(torch.float64) + self.floor)
-            total += importance * delta
-            weight += importance
-        return (total / weight).to(deltas[0].dtype)
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
+        """Return theta* (Eq. 4); without statistics the mean."""
+        fisher = updates.statistics("fisher")
+        if fisher is None:
+            return updates.sum(coefficients)
+        diagonals, c = [own.reshape(-1) for own in fisher], coefficients.tolist()
+
+        def average(rows: list[Tensor], start: int) -> Tensor:
+            total = torch.zeros(rows[0].shape, dtype=torch.float64, device=rows[0].device)
+            weight = torch.zeros_like(total)
+            for c_i, row, F in zip(c, rows, diagonals, strict=True):
+                importance = c_i * (F[start : start + len(row)].to(torch.float64) + self.floor)
+                total += importance * row
+                weight += importance
+            return (total / weight).to(rows[0].dtype)
+
+        return updates.entrywise(average)

@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfrom.merging.methods.base import Method, ProductMethod
-from fedfrom.merging.methods.validation import Validate, check_search, check_validate, plain, score
-from fedfrom.merging.weights import check_weighting
+from fedfrom.merging.methods.choosing import ChoosesK
+from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.merging.weights import log_shares, normalised
 
-AUTO = "auto"
-SEARCH = {"k": (0.0, 0.25, 0.5, 1.0, 2.0)}
-"""The options that can be chosen by validation, and what is tried of each where `search` does not say."""
+# Norms this close to the largest share the weight at k = infinity.
+_TIE = 1e-6
+
+
+def weights(
+    norms: Sequence[float],
+    k: float,
+    examples: Sequence[float] | None = None,
+    examples_power: float = 0.0,
+    given: Sequence[float] | None = None,
+) -> Tensor:
+    """Return w_i = u_i n_i^p ||theta_i||_F^k / sum_j u_j n_j^p ||theta_j||_F^k (Eq. 1).
+
+    Formed in log space, so no norm and no k overflows. The extremes are exact: k = 0 gives the (example-weighted)
+    mean, with ||0||^0 = 1; k = infinity gives the largest norm all the weight (ties within 1e-6 share it); where
+    every norm is 0 the weights are those of k = 0. A client with u_i = 0 has none, and the others' are what they are
+    without it.
+
+    Parameters
+    ----------
+    norms : Sequence[float]
+        (n,) ||theta_i||_F, finite, >= 0.
+    k : float
+        k >= 0, infinity included.
+    examples, examples_power, given
+        n_i, p and u_i: see `weights.log_shares`. The paper has neither n_i nor u_i.
+
+    Returns
+    -------
+    Tensor
+        (n,) float64.
+    """
+    shares = log_shares(len(norms), examples, examples_power, given)  # log(u_i n_i^p)
+    powers = _log_powers(norms, k, [share > -math.inf for share in shares])  # log ||theta_i||^k
+    return normalised([share + power for share, power in zip(shares, powers, strict=True)])
+
+
+def _log_powers(norms: Sequence[float], k: float, counts: Sequence[bool]) -> list[float]:
+    """Return (n,) log(||theta_i||^k), up to a constant: 0 for clients that do not count, and where none trained."""
+    largest = max(norm for norm, counted in zip(norms, counts, strict=True) if counted)
+    if k == 0 or largest == 0:
+        return [0.0] * len(norms)
+
+    def log_power(norm: float) -> float:
+        if k == math.inf:
+            return 0.0 if norm >= largest * (1 - _TIE) else -math.inf
+        # the norms' quotients could leave the range of a float, and log 0 is none
+        return k * (math.log(norm) - math.log(largest)) if norm > 0 else -math.inf
+
+    return [log_power(norm) if counted else 0.0 for norm, counted in zip(norms, counts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FroM(ProductMethod):
+class FroM(ChoosesK):
     """FroM: theta* = sum_i w_i theta_i (Eq. 5), w_i proportional to n_i^p ||theta_i||_F^k (Eq. 1); adapters by Eq. 6.
 
     Parameters
@@ -58,51 +104,20 @@ class FroM(ProductMethod):
     tensor([2.5000, 2.5000, 2.5000, 2.5000])
     """
 
-    k: float | str = 1.0  # type: ignore[assignment,misc]
     scope: str = "layer"  # type: ignore[misc]
-    validate: Validate | None = None  # type: ignore[misc]
-    search: Mapping[str, Sequence[float]] | None = field(default=None, hash=False)  # a dict has no hash
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_validate(self.validate)
-        if self.k != AUTO:
-            for name in ("validate", "search"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name}: expected with k='auto' alone, which chooses k by validation, found k={self.k!r}: say "
-                        f"k='auto', or leave {name} out"
-                    )
-            return
-        if self.validate is None:
-            raise ValueError("k: expected validate=, a function that scores a state, with k='auto', found None")
-        search = SEARCH | ({} if self.search is None else check_search(self.search, SEARCH))
-        for k in search["k"]:
-            check_weighting(k, self.examples_power, self.scope)
-        object.__setattr__(self, "search", search)
+    def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
+        """Return w_i by Eq. 1: from the layer's norms, or with scope="model" from those of the whole updates."""
+        norms = updates.sizes if self.known is None else [self.known[i] for i in updates.order]
+        return weights(norms, float(self.k), examples, self.examples_power, given)
 
-    def candidates(self) -> Sequence[Method]:
-        """Return one method for each k of `search` with k="auto", else this one."""
-        if self.search is None:
-            return [self]
-        return [replace(self, k=k, validate=None, search=None) for k in sorted(set(self.search["k"]))]
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
+        """Return theta* = sum_i w_i theta_i (Eq. 5)."""
+        return updates.sum(coefficients)
 
-    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, float]]]:
-        """Return the place of the first k whose state has the highest score, and each k with its score."""
-        if self.validate is None:
-            return super().best(states)
-        scores = [score(self.validate, state) for state in states]
-        highest = max(scores)
-        if highest == -math.inf:
-            raise ValueError("validate: expected a number for the merge with at least one k, found none")
-        ks = [float(candidate.k) for candidate in self.candidates()]
-        return scores.index(highest), list(zip(ks, scores, strict=True))
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options as plain types; with a k that is a number those of the choice are left out."""
-        settings = super().settings()
-        if self.search is None:
-            del settings["search"]
-        else:
-            settings["search"] = plain(self.search)
-        return settings
+    def survey(self, layers: Iterable[Updates]) -> list[float] | None:
+        """Return (n,) the norms of the clients' whole updates, in the order given, with scope="model"."""
+        if self.scope != "model":
+            return None
+        sizes = [layer.clipped_norms for layer in layers]
+        return [math.hypot(*own) for own in zip(*sizes, strict=True)] or None

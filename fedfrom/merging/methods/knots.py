@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
-from fedfrom.merging.methods.base import Context
+from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.merging.methods.dare import DareTies
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
+from fedfrom.merging.updates import Change, DenseChange, DenseUpdates, Destination, Updates
 
 
 def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -61,17 +62,21 @@ def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, 
     return left * signs.T, S[:kept], list(Vh.mul_(signs).split(deltas[0].shape[1], dim=1))
 
 
-class _Aligned:
-    """Merges the V_i of LoRA modules by the method it is mixed into; plain tensors go to that method as they are."""
+class Aligned(ProductMethod):
+    """Merges the V_i of LoRA modules by the method that it is mixed into, which gets plain tensors as they are."""
 
-    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* = U diag(S) V, V the merged V_i."""
-        U, S, parts = align(deltas, context.tolerance)
-        return LowRank(U * S, self.combine(parts, coefficients, context))  # type: ignore[attr-defined]
+        if updates.products is None:
+            return super().change(updates, coefficients, destination)
+        U, S, parts = align(updates.products, updates.tolerance)
+        V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
+        assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
+        return updates.formed(LowRank(U * S, V.tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsTA(_Aligned, TaskArithmetic):
+class KnotsTA(Aligned, TaskArithmetic):
     """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then Task Arithmetic: the same as Task Arithmetic, by way of V.
 
     The V_i are merged without the singular values and trimmed layer by layer, as the paper's text has it. The released
@@ -88,7 +93,7 @@ class KnotsTA(_Aligned, TaskArithmetic):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsTies(_Aligned, Ties):
+class KnotsTies(Aligned, Ties):
     """KnOTS, then TIES on the V parts.
 
     Parameters
@@ -106,7 +111,7 @@ class KnotsTies(_Aligned, Ties):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsDareTies(_Aligned, DareTies):
+class KnotsDareTies(Aligned, DareTies):
     """KnOTS, then DARE and TIES' election on the V parts.
 
     Parameters

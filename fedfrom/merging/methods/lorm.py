@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank, random_normal
-from fedfrom.merging.methods.base import Context
 from fedfrom.merging.methods.regmean import RegMean
+from fedfrom.merging.updates import Change, Destination, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +31,22 @@ class LoRM(RegMean):
         They end when the product moves by less than this share of its norm.
     """
 
-    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return the theta* with which W + alpha theta* is BA: cut to its rank once, in the metric of the inputs."""
-        if context.statistics is None or context.rank is None or context.server_lr == 0:
-            return super().combine_products(deltas, coefficients, context)
-        target, metric = self.regressed(deltas, context.statistics, coefficients)
-        W, alpha = context.base, context.server_lr
-        target = target * alpha if W is None else LowRank.sum([W, target], [1.0, alpha])
-        rank = min(context.rank, *target.shape, target.rank)
+        grams, W, alpha = updates.statistics("gram"), destination.base, destination.server_lr
+        if updates.products is None or grams is None or destination.rank is None or alpha == 0:
+            return super().change(updates, coefficients, destination)
+        solution, metric = self.regressed(updates.products, grams, coefficients)
+        T = solution * alpha if W is None else LowRank.sum([W, solution], [1.0, alpha])
+        merged = self._alternate(T, metric, min(destination.rank, *T.shape, T.rank), updates.name)
+        return updates.formed(merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha]))
+
+    def _alternate(self, T: LowRank, metric: Tensor, rank: int, name: str) -> LowRank:
+        """Return the product BA of that rank that is closest to T in the metric (d_in, d_in)."""
         # every A but the first lies in the target's row space: all of it runs in the target's small core
-        left, C, right = target.core()
+        left, C, right = T.core()
         M = right.project(right.project(metric).T)
-        A = random_normal(rank, C.shape[1], f"{self.seed}:{context.name}").to(C.device)
+        A = random_normal(rank, C.shape[1], f"{self.seed}:{name}").to(C.device)
         result = torch.zeros_like(C)
         for _ in range(self.iterations):
             A = torch.linalg.qr(A.T).Q.T  # its span is all that counts
@@ -51,5 +55,4 @@ class LoRM(RegMean):
             before, result = result, B @ A
             if torch.linalg.matrix_norm(result - before) <= self.tolerance * torch.linalg.matrix_norm(result):
                 break
-        merged = LowRank(left.lift(B), right.lift(A.T).T)
-        return merged * (1 / alpha) if W is None else LowRank.sum([merged, W], [1 / alpha, -1 / alpha])
+        return LowRank(left.lift(B), right.lift(A.T).T)

@@ -58,10 +58,10 @@ def method_class(name: str) -> type[Method]:
 
 def method_options(name: str) -> set[str]:
     """Return the options that the method of this name takes."""
-    return {field.name for field in fields(_METHODS[name])}
+    return {field.name for field in fields(_METHODS[name]) if field.init}
 
 
-def statistics_of(name: str) -> str | None:
+def needed_statistics(name: str) -> str | None:
     """Return what clients have to send for the method of this name: "gram", "fisher" or nothing."""
     return _METHODS[name].needs
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
-from fedfrom.merging.methods.base import Context, ProductMethod
+from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.merging.updates import Change, Destination, Updates
+from fedfrom.numeric import is_number
 
 
 def shrink(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -93,19 +95,14 @@ class RegMean(ProductMethod):
         See `Solver`.
     """
 
-    linear: ClassVar[bool] = False
     needs: ClassVar[str | None] = "gram"
 
     off_diagonal: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.off_diagonal <= 1:
-            raise ValueError(f"off_diagonal: expected 0 to 1, found {self.off_diagonal}")
-
-    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return (d_in, d_in)."""
-        return (shape[-1], shape[-1]) if shape else ()
+        if not is_number(self.off_diagonal) or not 0 <= self.off_diagonal <= 1:
+            raise ValueError(f"off_diagonal: expected 0 to 1, found {self.off_diagonal!r}")
 
     def regress(self, rows: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return ([X_i w_i G_i], sum_i w_i G_i without rounding), float64; holds one Gram matrix beside the sum.
@@ -127,25 +124,22 @@ class RegMean(ProductMethod):
         # shrunk off-diagonals keep the columns apart
         return products, without_rounding(total, grams) if 1 - self.off_diagonal < _APART else total
 
-    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
-        """Return theta* of (d_out, d_in) weights; without statistics their mean."""
-        if context.statistics is None:
-            return super().combine(deltas, coefficients, context)
-        products, total = self.regress(deltas, context.statistics, coefficients)
-        return divide(torch.stack(products).sum(dim=0), total).to(deltas[0].dtype)
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
+        """Return theta* (Eq. 2), of a LoRA module as factors A_i G_i (sum G)^-1 in place of A_i; else the mean."""
+        grams = updates.statistics("gram")
+        if grams is None:
+            return updates.sum(coefficients)
+        if updates.products is not None:
+            return updates.formed(self.regressed(updates.products, grams, coefficients)[0])
+        products, total = self.regress(updates.matrices(), grams, coefficients)
+        return updates.formed(divide(torch.stack(products).sum(dim=0), total).to(updates.dtype))
 
-    def combine_products(self, deltas: list[LowRank], coefficients: Tensor, context: Context) -> LowRank:
-        """Return theta* of a LoRA module: the factors A_i G_i (sum G)^-1 in place of A_i."""
-        if context.statistics is None:
-            return LowRank.sum(deltas, coefficients.tolist())
-        return self.regressed(deltas, context.statistics, coefficients)[0]
-
-    def regressed(self, deltas: list[LowRank], grams: list[Tensor], weights: Tensor) -> tuple[LowRank, Tensor]:
+    def regressed(self, deltas: Sequence[LowRank], grams: Sequence[Tensor], weights: Tensor) -> tuple[LowRank, Tensor]:
         """Return theta* of a LoRA module, and sum_i w_i G_i.
 
         Parameters
         ----------
-        deltas : list[LowRank]
+        deltas : Sequence[LowRank]
             theta_i as one product each.
         grams, weights
             See `regress`.

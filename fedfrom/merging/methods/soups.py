@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -62,4 +62,4 @@ class GreedySoup(Average):
         return sorted(chosen), average
 
     def _average(self) -> Average:
-        return Average(**{name: value for name, value in vars(self).items() if name != "validate"})
+        return Average(**{own.name: getattr(self, own.name) for own in fields(Average) if own.init})

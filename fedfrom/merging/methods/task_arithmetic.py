@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.numeric import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class TaskArithmetic(ProductMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.coefficient):
-            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient}")
+        if not is_number(self.coefficient) or not math.isfinite(self.coefficient):
+            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient!r}")
         if self.form not in ("sum", "mean"):
             raise ValueError(f"form: expected sum or mean, found {self.form!r}")
 

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.entries import Entries
-from fedfrom.merging.methods.base import Context, ProductMethod
+from fedfrom.merging.linalg.entries import Histogram, kth_largest
+from fedfrom.merging.methods.election import SignElection
+from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import SCOPES
+from fedfrom.numeric import is_number
 
 
 def check_density(density: float) -> None:
     """Raise ValueError where the share of entries to keep is not in (0, 1]."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density: expected a share of the entries to keep, 0 < density <= 1, found {density}")
-
-
-def trim(delta: Tensor, density: float) -> Tensor:
-    """Return the delta with its floor(density * numel) largest entries by magnitude, 0 elsewhere; new memory.
-
-    float32 or float64. Of entries that are equally large, the first in C order are kept.
-    """
-    flat = delta.reshape(-1)
-    least, end = Entries([flat], [None], [1.0], flat.dtype).threshold(0, int(density * flat.numel()))
-    return keep_from(flat, least, end).reshape(delta.shape)
+    if not is_number(density) or not 0 < density <= 1:
+        raise ValueError(
+            f"density: expected a number, the share of the entries to keep, 0 < density <= 1, found {density!r}"
+        )
 
 
 def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor:
@@ -49,25 +42,8 @@ def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor
     return delta * kept
 
 
-def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float], majority: str = "total") -> Tensor:
-    """Return the disjoint mean of n trimmed deltas: of each entry, those whose sign is the elected one.
-
-    PEFT's convention: the sign is elected before the coefficients are applied, that of the sum ("total") or of most
-    ("frequency"), + where they cancel; the sum of the agreeing entries is divided by their count. (mergekit applies
-    weights first and divides by their sum; with unit weights and "total" the two are one.)
-    """
-    votes = torch.stack([delta if majority == "total" else delta.sign() for delta in deltas]).sum(dim=0)
-    elected = torch.where(votes >= 0, 1, -1)
-    total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for c, delta in zip(coefficients, deltas, strict=True):
-        agrees = delta.sign() == elected
-        total += c * delta * agrees
-        count += agrees
-    return total / count.clamp_min(1)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Ties(ProductMethod):
+class Ties(SignElection):
     """TIES-Merging (Yadav et al., 2023, arXiv 2306.01708, Algorithm 1), in PEFT's convention.
 
     A tensor is merged a block at a time, in two passes over it for the thresholds and one for the rest. Of entries that
@@ -94,12 +70,8 @@ class Ties(ProductMethod):
         See `Solver`.
     """
 
-    linear: ClassVar[bool] = False
-    entrywise: ClassVar[bool] = True
-
     density: float = 0.2
     scope: str = "layer"  # type: ignore[misc]
-    majority: str = "total"
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
@@ -107,34 +79,45 @@ class Ties(ProductMethod):
         check_density(self.density)
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {self.scope!r}")
-        if self.majority not in ("total", "frequency"):
-            raise ValueError(f"majority: expected total or frequency, found {self.majority!r}")
-        if not math.isfinite(self.coefficient):
-            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient}")
+        if not is_number(self.coefficient) or not math.isfinite(self.coefficient):
+            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient!r}")
 
     def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
         """Return (n,) float64: lambda each where all weights are 1."""
         return self.coefficient * weights * (len(weights) * mean_weight)
 
-    def kept(self, entries: int) -> int:
-        """Return how many of so many entries are kept."""
-        return int(self.density * entries)
-
-    def prepare(self, entries: Entries, context: Context) -> Context:
-        """Return the context with the thresholds of this tensor, where the whole model has none.
-
-        Exact, and a block at a time: see `kth_largest`.
-        """
-        if context.thresholds is not None:
-            return context
-        found = [entries.threshold(i, self.kept(entries.numel())) for i in range(len(entries))]
-        return replace(context, thresholds=[least for least, _ in found], ends=[end for _, end in found])
-
-    def combine(self, deltas: list[Tensor], coefficients: Tensor, context: Context) -> Tensor:
+    def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* by trim, elect and disjoint mean."""
-        if context.thresholds is None:
-            deltas = [trim(delta, self.density) for delta in deltas]
+        if self.known is None:
+            count = int(self.density * updates.numel)
+            kept = [updates.largest(i, count) for i in range(len(updates))]
         else:
-            ends = [None] * len(deltas) if context.ends is None else [end - context.start for end in context.ends]
-            deltas = list(map(keep_from, deltas, context.thresholds, ends))
-        return elect_and_average(deltas, coefficients.tolist(), self.majority)
+            kept = [(self.known[i] / updates.entry_unit, updates.numel) for i in updates.order]
+
+        def trim(i: int, row: Tensor, start: int) -> Tensor:
+            least, end = kept[i]
+            return keep_from(row, least, end - start)
+
+        return super().change(updates.edited(trim), coefficients, destination)
+
+    def survey(self, layers: Iterable[Updates]) -> list[float] | None:
+        """Return (n,) the magnitude that the kept entries of each client's whole update reach, with scope="model".
+
+        In the order in which clients were given.
+        """
+        if self.scope != "model":
+            return None
+        found = [(layer.numel, layer.dtype, len(layer)) for layer in layers]
+        if not found:
+            return None
+        kept = int(self.density * sum(numel for numel, _, _ in found))
+        dtype = torch.float64 if any(own == torch.float64 for _, own, _ in found) else torch.float32
+
+        def threshold(client: int) -> float:
+            def counts(histogram: Histogram) -> Iterator[Tensor]:
+                for layer in layers:
+                    yield from layer.counts(layer.order.index(client), histogram, dtype)
+
+            return kth_largest(counts, kept, dtype)[0] if kept else math.inf
+
+        return [threshold(client) for client in range(found[0][2])]

@@ -266,7 +266,7 @@ def ranks(layers: Mapping[str, Layer], state: State) -> dict[str, int]:
     return {name: max(adapter_rank(layer, state)) for name, layer in layers.items()}
 
 
-def leading(state: State, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+def cut_to_ranks(state: State, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the state that a client of smaller rank is sent: the leading rows of A and columns of B (views).
 
     Parameters

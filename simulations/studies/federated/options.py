@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fedfrom.errors import BadInput
-from simulations.options import Options, like, option
+from simulations.options import Options, check_bounds, like, option, shared
 
 TASK = "sst2"
 QUICK: dict[str, Any] = {
@@ -21,7 +20,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FederatedOptions:
-    """What is run, with which options; all of it but the folders, `processes` and `verbose` changes results."""
+    """The study's options. All of them but the folders, `processes` and `verbose` change results."""
 
     out: str = option("results/federated", "Folder of the tables, the pictures and, in work, the results kept.")
     glue_dir: str = like("glue_dir")
@@ -35,8 +34,8 @@ class FederatedOptions:
     eval_examples: int = like("eval_examples", 400)
     validation_examples: int = like("validation_examples", 200)
     max_length: int = like("max_length", 48)
-    grid_seeds: int = option(3, "Seeds of the grid of p and k: 0, 1, ...")
-    seeds: int = option(5, "Seeds of the comparison: those that follow.")
+    grid_seeds: int = option(3, "Seeds of the grid of p and k: 0, 1, ...", least=1)
+    seeds: int = option(5, "Seeds of the comparison: those that follow.", least=1)
     target: float = option(0.7, "Accuracy whose first round is reported.")
     processes: int = like("processes")
     verbose: bool = option(False, "Show every round.")
@@ -49,15 +48,11 @@ class FederatedOptions:
         BadInput
             An option is out of its bounds.
         """
-        for name in ("grid_seeds", "seeds"):
-            if getattr(self, name) < 1:
-                found = getattr(self, name)
-                raise BadInput(f"--{name.replace('_', '-')}: expected 1 or more, found {found}")
-        own = {name: value for name, value in vars(self).items() if name not in ("out", "grid_seeds", "seeds")}
-        return Options(**{"task": (TASK,), **own, **more}).validated()
+        check_bounds(self)
+        return Options(**{**shared(self), "task": (TASK,), **more}).validated()
 
     def settings(self) -> dict[str, Any]:
-        """Return whatever the results depend on."""
+        """Return the settings that results depend on."""
         values = self.simulation().to_dict()
         for name in ("strategies", "seed", "out", "glue_dir", "partition", "alpha", "processes", "verbose"):
             del values[name]

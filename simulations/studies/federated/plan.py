@@ -1,4 +1,4 @@
-"""What is run, and running it: two kinds of clients, the grid of p and k on some seeds, and a comparison on others."""
+"""The study's cells: the grid of p and k on some seeds, and a comparison on others, for two kinds of clients."""
 
 import itertools
 import os
@@ -13,18 +13,18 @@ from rich.console import Console
 from simulations.studies.federated.options import TASK, FederatedOptions
 from simulations.studies.study import Cell, Done, Row, Study
 
-# p changes nothing where all clients hold equally much, so that the grid is k alone there.
+# p has no effect on clients of equal size: there the grid is k alone.
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "dirichlet": {"partition": "dirichlet", "alpha": 0.5},
     "equal": {"partition": "iid"},
 }
 POWERS = (0, 0.5, 1)
 MEASURED = ("lambda-max", "interference", "weight-max", "k")  # in each merge
-LAST = 3  # the accuracy that strategies are compared by is the mean of so many last rounds', to be less of chance
+LAST = 3  # final accuracy is the mean of the last three rounds', which varies less than one round's
 
 
 def from_spec(k: float | str, examples_power: float) -> str:
-    """Return FedFroM with these powers alone, no update clipped and no count capped, as `--strategies` takes it."""
+    """Return the `--strategies` spec of FedFroM with these powers, without clip and examples_cap."""
     power = k if isinstance(k, str) else f"{k:g}"
     return f"from:k={power}:examples_power={examples_power:g}:clip=none:examples_cap=none"
 
@@ -39,20 +39,20 @@ ROWS: Mapping[str, str] = {
     "the paper's FroM": from_spec(1, 0),
     "p = k = ½": from_spec(0.5, 0.5),
     DEFAULT: "from",  # p = k = ½ with clip and examples_cap
-    BEST: "",  # known when the grid is done
+    BEST: "",  # known after the grid
     "k=auto": from_spec("auto", 0.5),
 }
 BASELINE = "FedAvg on factors"
-SAME = "√n average of products"  # the average where all clients hold equally much
+SAME = "√n average of products"  # equals the average of products on clients of equal size
 
 
 def rows(setting: str) -> list[str]:
-    """Return the comparison's rows on one kind of clients."""
+    """Return the comparison's rows for one kind of clients."""
     return [row for row in ROWS if not (setting == "equal" and row == SAME)]
 
 
 def study(options: FederatedOptions) -> Study:
-    """Return the study: the grid on the first seeds, the comparison on those that follow, none in both."""
+    """Return the study: the grid on the first seeds, the comparison on the seeds that follow."""
     grid_seeds = tuple(range(options.grid_seeds))
     seeds = tuple(range(options.grid_seeds, options.grid_seeds + options.seeds))
     grid = [
@@ -81,23 +81,23 @@ def study(options: FederatedOptions) -> Study:
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracy that strategies are compared by, a row for each part, kind, method and seed.
+    """Return the final accuracy, the mean of the last rounds', with a row for each part, kind, method and seed.
 
     Parameters
     ----------
     rows : pd.DataFrame
-        The study's frame: a row a round, of which round 0 is the untrained model.
+        The study's frame, with a row for each round. Round 0 is the untrained model.
     """
     trained = rows[(rows["round"] > 0) & (rows["round"] > rows["round"].max() - LAST)]
     return trained.groupby(["part", "kind", "method", "seed"], sort=False)["score"].mean().reset_index()
 
 
 def best(rows: pd.DataFrame) -> str:
-    """Return the strategy of the grid with the best accuracy, the mean over seeds and over both kinds of clients."""
+    """Return the grid's strategy with the best final accuracy, mean over seeds and over both kinds of clients."""
     found = final(rows[rows["part"] == "grid"]).groupby(["kind", "method"])["score"].mean()
 
     def score(k: float, p: float) -> float:
-        # p is none of the grid's where it changes nothing
+        # the grid of clients of equal size has p = 0 alone
         labels = {setting: from_spec(k, p if (k, p) in GRID[setting] else 0) for setting in SETTINGS}
         return sum(found[setting, label] for setting, label in labels.items())
 
@@ -105,18 +105,18 @@ def best(rows: pd.DataFrame) -> str:
 
 
 def without_idle_powers(setting: str, spec: str) -> str:
-    """Return the spec with p = 0 where all clients hold equally much: rows that differ in p alone are run once."""
+    """Return the spec with p = 0 for clients of equal size: there, rows that differ in p alone are run once."""
     return re.sub(r":examples_power=[0-9.]+", ":examples_power=0", spec) if setting == "equal" else spec
 
 
 def spec_of(cell: Cell, known: pd.DataFrame) -> str:
-    """Return the strategy of a cell, as `--strategies` takes it; `known` has the grid's rows where it needs them."""
+    """Return the `--strategies` spec of a cell; `known` has the grid's rows, from which the best follows."""
     spec = cell.method if cell.part == "grid" else best(known) if cell.method == BEST else ROWS[cell.method]
     return without_idle_powers(cell.kind, spec)
 
 
 def _run(options: FederatedOptions, cells: Sequence[Cell], known: pd.DataFrame) -> Iterator[Done]:
-    """Run one Flower simulation of all strategies of one kind of clients and one seed; one that two name runs once."""
+    """Run one Flower simulation of all strategies for one kind of clients and one seed; equal specs run once."""
     from simulations.experiment import Experiment
     from simulations.narration import Narrator
     from simulations.running import quiet, simulate
@@ -137,7 +137,7 @@ def _run(options: FederatedOptions, cells: Sequence[Cell], known: pd.DataFrame) 
 
 
 def rows_of(history: Any, examples: int) -> list[Row]:
-    """Return a row a round of a strategy's history, the initial model's first."""
+    """Return a row for each round of a strategy's history, from the initial model's on."""
     return [
         {
             "setting": history.label,

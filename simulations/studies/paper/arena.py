@@ -1,4 +1,4 @@
-"""The model that merged states are put into and scored with."""
+"""The model into which merged states are loaded to be scored."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ def new_model(options: PaperOptions, kind: str, seed: int, base: Mapping[str, Te
     options : PaperOptions
         Names the pretrained model.
     kind : str
-        "base": everything is trained; "full": everything but the head; "lora": an adapter alone.
+        "base": all weights train; "full": all but the head; "lora": an adapter alone.
     seed : int
-        Of whatever the pretrained model lacks.
+        Seed of the weights that the pretrained model lacks.
     base : Mapping[str, Tensor] | None
-        The weights that the base model's training changed.
+        The weights that the base model's training changed; None before it.
     """
     simulation = options.simulation(kind, seed)
     model = models.base_model(simulation, models.Head(2, False))
@@ -51,7 +51,7 @@ def new_model(options: PaperOptions, kind: str, seed: int, base: Mapping[str, Te
 
 
 def trained_state(model: nn.Module, kind: str) -> dict[str, Tensor]:
-    """Return a copy of what is trained: the adapter, or the weights that are not frozen."""
+    """Return a copy of the trained tensors: the adapter's, or the weights that are not frozen."""
     if kind == "lora":
         state = models.trained_state(model)
     else:
@@ -65,9 +65,9 @@ class Arena:
     Parameters
     ----------
     options : PaperOptions
-        Of the experiment.
+        The study's options.
     kind, seed : str, int
-        What the states are of.
+        Kind and seed of the states.
     base : Mapping[str, Tensor]
         The base model's weights.
     """
@@ -90,18 +90,18 @@ class Arena:
     def score(
         self, state: Mapping[str, Tensor] | None, tasks: Sequence[str], half: str, config: Mapping[str, Any] | None
     ) -> Scores:
-        """Return how many examples of a half of each task a state gets right, and its mean loss.
+        """Return a state's number of right answers on a half of each task, and its mean loss.
 
         Parameters
         ----------
         state : Mapping[str, Tensor] | None
-            What `fedfrom.merge` returned, or a task's own; None is the base model.
+            A merged state, or a task's own; None is the base model.
         tasks : Sequence[str]
-            Names.
+            Names of the tasks.
         half : str
             "validation" or "reported".
         config : Mapping | None
-            The adapter configuration that goes with the state; None is the arena's own.
+            The adapter configuration of the state; None is the arena's own.
         """
         with self._holding(state, config):
             return {task: self._score(task, half) for task in tasks}
@@ -114,7 +114,7 @@ class Arena:
 
     @contextlib.contextmanager
     def _holding(self, state: Mapping[str, Tensor] | None, config: Mapping[str, Any] | None) -> Iterator[None]:
-        """Put a state into the model for a while."""
+        """Load a state into the model, and the start again at the end."""
         if state is not None:
             fitted = dict(state) if self.config is None or config is None else _rescaled(state, config, self.config)
             self._load(fitted)
@@ -131,7 +131,7 @@ class Arena:
 
 
 def _rescaled(state: Mapping[str, Tensor], config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return an adapter whose product under `own` is what it was under `config`: B takes the difference in scaling."""
+    """Return the adapter with the same products s·BA under the configuration `own`: B takes the ratio of scalings."""
     result = dict(state)
     for key, tensor in state.items():
         module, found, _ = key.partition(".lora_B")
@@ -141,7 +141,7 @@ def _rescaled(state: Mapping[str, Tensor], config: Mapping[str, Any], own: Mappi
 
 
 def accuracy(scores: Scores, task: str) -> float:
-    """Return the share of a task's examples that is right."""
+    """Return the share of right answers of a task."""
     return scores[task]["correct"] / scores[task]["total"]
 
 

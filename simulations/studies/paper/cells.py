@@ -1,4 +1,4 @@
-"""The study's cells: what each needs, costs and computes."""
+"""The study's cells: needs, cost and computation of each."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedfrom.pages.look import percent
 from simulations.studies.paper import training
 from simulations.studies.paper.arena import Arena, Scores
 from simulations.studies.paper.data import REPORTED, VALIDATION, constant
@@ -27,13 +28,13 @@ SWEPT = {
 
 
 def alone(task: str) -> str:
-    """Return what the tables call a task's own state."""
+    """Return the tables' name of a task's own state."""
     return f"{task.upper()} alone"
 
 
 def checkpoint(number: int) -> str:
-    """Return what the tables call one of the checkpoints."""
-    return f"checkpoint at {CHECKPOINTS[number]:.0%} of the steps".replace("%", " %")
+    """Return the tables' name of a checkpoint."""
+    return f"checkpoint at {percent(CHECKPOINTS[number])} of the steps"
 
 
 def study(options: PaperOptions, folder: Path) -> Study:
@@ -42,9 +43,9 @@ def study(options: PaperOptions, folder: Path) -> Study:
     Parameters
     ----------
     options : PaperOptions
-        With its precision settled.
+        The options, with their precision settled.
     folder : Path
-        Where trained states lie.
+        Folder of the trained states.
     """
     found: dict[str, Cell] = {}
     for kind in options.kinds:
@@ -85,7 +86,7 @@ def _of_kind(options: PaperOptions, kind: str, seed: int, base: str) -> Iterator
 
 @dataclass
 class Bench:
-    """What cells share within a process: options, the shelf, and the arena that was used last."""
+    """What the cells of a process share: options, shelf, and the last arena."""
 
     options: PaperOptions
     folder: Path
@@ -93,18 +94,18 @@ class Bench:
 
     @property
     def shelf(self) -> Shelf:
-        """Where states lie."""
+        """The shelf of the trained states."""
         return Shelf(self.folder / "states")
 
     def arena(self, kind: str, seed: int) -> Arena:
-        """Return the arena of a kind and seed; one is held at a time."""
+        """Return the arena of a kind and seed. Only the last arena stays in memory."""
         if (kind, seed) not in self._arenas:
             self._arenas.clear()
             self._arenas[kind, seed] = Arena(self.options, kind, seed, self.shelf.get(f"base-s{seed}"))
         return self._arenas[kind, seed]
 
     def clients(self, kind: str, seed: int, names: list[str]) -> Clients:
-        """Return the states of these names."""
+        """Return the states of these names as clients."""
         arena = self.arena(kind, seed)
         return Clients.read(names, arena.start, arena.config, seed, self.shelf)
 
@@ -184,13 +185,13 @@ def _sweep(bench: Bench, cell: Cell) -> list[Row]:
 
 
 def _pairs(bench: Bench, cell: Cell) -> list[Row]:
-    """Merge every two tasks by FroM, and score them on those two."""
+    """Merge each pair of tasks by FroM, and score the merge on both tasks."""
     pairs = [(pair, k) for pair in combinations(TASKS, 2) for k in KS_PAIRS]
     return [row for pair, k in pairs for row in _merged(bench, cell, pair, "from", {"k": k})]
 
 
 def _checkpoints(bench: Bench, cell: Cell) -> list[Row]:
-    """Merge three checkpoints of one task by every method, each at the first setting of its grid; no search."""
+    """Merge three checkpoints of one task by every method at the first setting of its grid, without a search."""
     arena = bench.arena(cell.kind, cell.seed)
     clients = bench.clients(cell.kind, cell.seed, training.checkpoint_names(cell.kind, cell.seed))
     tasks, found = (CHECKPOINTS_OF,), []
@@ -205,7 +206,7 @@ def _checkpoints(bench: Bench, cell: Cell) -> list[Row]:
 
 
 def _geometry(bench: Bench, cell: Cell) -> Done:
-    """Keep the norms, weights and cosines of all layers under FroM with k = 1."""
+    """Compute the norms, weights and cosines of all layers under FroM with k = 1."""
     clients = bench.clients(cell.kind, cell.seed, training.names(cell.kind, cell.seed, TASKS))
     return Done(cell, [], geometry(clients.merge("from", {"k": 1.0})[1]))
 

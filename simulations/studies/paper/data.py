@@ -1,4 +1,4 @@
-"""The examples: training sets, and each task's dev set cut into a half for choosing and a half for reporting."""
+"""The examples: training sets, and two halves of each task's dev set, one to choose by and one to report."""
 
 import random
 from dataclasses import dataclass, replace
@@ -30,14 +30,14 @@ class TaskData:
 
 
 def halves(count: int, validation: int, reported: int) -> tuple[list[int], list[int]]:
-    """Return the rows of a dev set for choosing and for reporting, the same for all seeds of training.
+    """Return the rows of a dev set to choose by and to report, the same for all seeds of training.
 
     Parameters
     ----------
     count : int
         Rows of the dev set.
     validation, reported : int
-        At most so many in each, and at most half of the rows (of an odd number the reported half has one more).
+        Largest number of rows in each half. Each has at most half of all rows; an odd row goes to the reported half.
     """
     order = list(range(count))
     random.Random("halves").shuffle(order)
@@ -47,7 +47,7 @@ def halves(count: int, validation: int, reported: int) -> tuple[list[int], list[
 
 @lru_cache(maxsize=2)
 def load(options: PaperOptions) -> dict[str, TaskData]:
-    """Return every task's examples by its name, MNLI's made binary: entailment is class 0 in all of them.
+    """Return every task's examples by the task's name. MNLI is made binary: class 0 is entailment in all tasks.
 
     Raises
     ------
@@ -68,17 +68,17 @@ def load(options: PaperOptions) -> dict[str, TaskData]:
 
 
 def _binary(tokens: Tokens) -> Tokens:
-    """Return the examples with all that is not entailment as class 1."""
+    """Return the examples with all classes but entailment as class 1."""
     return replace(tokens, labels=torch.clamp(tokens.labels, max=1))
 
 
 def pooled(parts: list[tuple[Tokens, Options, int]]) -> Tokens:
-    """Return the very examples that each task's own training sees (as often), in one set.
+    """Return one set with the examples of each task's own training, each as often as that training sees it.
 
     Parameters
     ----------
     parts : list
-        A task's examples, the options with its steps, and the seed of its order.
+        For each task its examples, the options with its steps, and the seed of its order.
     """
     rows, labels, pad = [], [], {}
     for tokens, options, seed in parts:
@@ -90,10 +90,10 @@ def pooled(parts: list[tuple[Tokens, Options, int]]) -> Tokens:
 
 
 def constant(tokens: Tokens) -> dict[str, float]:
-    """Return how many examples the answer of the most frequent class gets right."""
+    """Return the number of right answers of the most frequent class."""
     return {"correct": int(torch.bincount(tokens.labels).max()), "total": len(tokens)}
 
 
 def order_seed(seed: int, task: str) -> int:
-    """Return the seed of the order in which a task's examples are seen."""
+    """Return the seed of the order of a task's training examples."""
     return round_seed(seed, 0, (BASE_TASK, *TASKS, "pooled").index(task))

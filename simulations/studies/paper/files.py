@@ -1,4 +1,4 @@
-"""States and statistics on disk: written once, merged many times."""
+"""Trained states and statistics on disk: written once, merged many times."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +13,19 @@ State = dict[str, Tensor]
 
 
 class Shelf:
-    """A folder of safetensors files, one a state or a client's statistics.
+    """A folder of safetensors files, one for each state and for each client's statistics.
 
     Parameters
     ----------
     folder : Path
-        Made when something is first written.
+        Made before the first file is written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Write a state so that its file is there as a whole or not at all."""
+        """Write a state. Its file appears complete or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._path(name)) as hidden:
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, hidden)
@@ -36,7 +36,7 @@ class Shelf:
         Raises
         ------
         BadInput
-            Its file is gone, though the cell that wrote it is done.
+            Its file is missing, though the cell that wrote it is finished.
         """
         if not self._path(name).is_file():
             raise BadInput(f"{self._path(name)}: missing; remove cells.jsonl, which says that it was written")

@@ -1,4 +1,4 @@
-"""Views of the frame: scores by row over seeds, and whether interference predicts what merging costs."""
+"""Views of the frame: scores by row and seed, and whether interference predicts the accuracy lost by merging."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ TINY = float(np.finfo(float).tiny)
 
 @dataclass(frozen=True)
 class Findings:
-    """The rows of one kind, of those seeds whose cells are all there."""
+    """The rows of one kind, for the seeds whose cells are all finished."""
 
     frame: Frame
     kind: str
@@ -33,7 +33,7 @@ class Findings:
 
     @classmethod
     def of(cls, frame: Frame, kind: str) -> "Findings":
-        """Return what is there."""
+        """Return the findings of a frame for one kind."""
         missing = {cell.seed for cell in frame.missing() if cell.kind == kind}
         seeds = [seed for seed in frame.study.seeds if seed not in missing]
         every = frame.rows()
@@ -44,14 +44,14 @@ class Findings:
         return self.rows[(self.rows.part == name) & (self.rows.split == split)]
 
     def bounds(self) -> pd.DataFrame:
-        """Return the rows of what the merges stand between, each task by its own state among them."""
+        """Return the rows of the merges' lower and upper bounds, with each task by its own state among them."""
         found = self.part("bounds")
         own = found[found.method == found.task.map(alone)].assign(method=OWN)
         *first, last = found.method.unique()
         return pd.concat([found[found.method.isin(first)], own, found[found.method == last]])
 
     def table(self) -> pd.DataFrame:
-        """Return the rows of Table 3, every bound and every method at the setting that the validation half chose."""
+        """Return the rows of Table 3: every bound, and every method at the setting chosen on the validation half."""
         found = pd.concat([self.bounds(), self.part("search")])
         order = [*self.bounds().method.unique(), *(row.label for row in rows(self.kind))]
         return found.sort_values("method", key=lambda names: names.map(order.index), kind="stable")
@@ -71,7 +71,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Point:
-    """One merge of some tasks: how much of the updates it loses, and how much accuracy that costs."""
+    """One merge of some tasks: the share of the updates that it loses, and the accuracy that it loses."""
 
     seed: int
     tasks: tuple[str, ...]
@@ -82,14 +82,14 @@ class Point:
 
     @property
     def cluster(self) -> tuple[int, tuple[str, ...]]:
-        """What merges of different k share."""
+        """Seed and tasks, which merges of different k share."""
         return self.seed, self.tasks
 
 
 def points(found: Findings) -> list[Point]:
     """Return a point for each pair of tasks and all of them, each k of the pairs', and each seed.
 
-    Accuracy lost: that of each task's own state less the merge's, mean over the tasks merged, on the reported half.
+    Accuracy lost is the accuracy of each task's own state less the merge's on the reported half, mean over the tasks.
     """
     bounds, layers = found.bounds(), dict(zip(found.seeds, found.geometry(), strict=True))
     own = bounds[bounds.method == OWN].set_index(["seed", "task"]).score
@@ -107,10 +107,10 @@ def points(found: Findings) -> list[Point]:
 
 
 def misalignment(layers: list[dict[str, Any]], clients: list[int], k: float) -> float:
-    """Return the mean over clients of 1 - cos(theta*, theta_i), of whole updates, for FroM at k.
+    """Return the mean over clients of 1 - cos(theta*, theta_i) of the whole updates, for FroM at k.
 
-    Unlike interference, where a client's loss counts by its weight, every client counts alike: a merge that is one
-    client's update alone has interference 0, but points elsewhere than the others.
+    Every client counts alike. Interference weighs a client's loss by the client's weight: a merge that equals one
+    client's update has interference 0, though it differs from the other clients' updates.
     """
     along, own, merged = np.zeros(len(clients)), np.zeros(len(clients)), 0.0
     for layer in layers:
@@ -138,15 +138,15 @@ class Correlation:
 
     @property
     def settled(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def correlate(chosen: list[Point], name: str) -> Correlation | None:
     """Return the correlation of a measure with the accuracy lost; None where it is undefined.
 
-    The interval is from a bootstrap of whole clusters (a seed's pair or triple with all its k): merges of one cluster
-    are of the same updates. All clusters have equally many merges.
+    The interval comes from a bootstrap of whole clusters, each a seed's pair or triple of tasks at all k: the merges of
+    a cluster merge the same updates. All clusters have the same number of merges.
     """
     xs, ys = np.array([[getattr(point, name), point.lost] for point in chosen]).T
     if np.ptp(xs) == 0 or np.ptp(ys) == 0:
@@ -169,7 +169,7 @@ def _spearman(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> NDArray[np.fl
 
 
 def correlations(found: Findings) -> dict[tuple[str, str], Correlation | None]:
-    """Return what interference and misalignment have to do with the accuracy lost: all k and each."""
+    """Return the correlations of interference and misalignment with the accuracy lost, for all k and for each k."""
     every = points(found)
     parts = {"all k": every} | {f"k = {k:g}": [point for point in every if point.k == k] for k in KS_PAIRS}
     return {

@@ -1,4 +1,4 @@
-"""Table 3's rows: every method with the settings that are tried for it, equally many for all."""
+"""Table 3's rows: every method with its grid of settings, of the same size for all methods."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,18 +8,18 @@ Setting = dict[str, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a method of `fedfrom.methods()` and the settings tried for it, the most usual one first.
+    """One row: a method of `fedfrom.methods()` and its grid of settings, the most usual setting first.
 
     Attributes
     ----------
     name : str
-        Of the row, in file names.
+        Name of the row.
     method : str
-        What `fedfrom.merge` calls it.
+        Name of the method in `fedfrom.merge`.
     grid : tuple[Setting, ...]
         Keywords of `fedfrom.merge`.
     also : tuple[str, ...]
-        Methods that are the same as this one here, and so have no row of their own.
+        Methods that equal this one in this study, and have no row of their own.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What the tables call the row."""
+        """The tables' name of the row."""
         return " = ".join([self.name, *self.also])
 
 
 def setting_text(setting: Setting) -> str:
-    """Return a setting as the tables have it."""
+    """Return a setting's text in the tables."""
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
@@ -42,7 +42,7 @@ def _grid(**values: tuple[float, ...]) -> tuple[Setting, ...]:
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
 
-# The mean of three updates is a third of their sum: what has no scale of its own is searched up to the sum.
+# The mean of three updates is a third of their sum: methods without a scale of their own are searched up to the sum.
 _SCALES = (1.0, 2.0, 3.0, 0.5, 1.5, 2.5)
 _COEFFICIENTS = (0.4, 0.6, 1.0, 0.3, 0.5, 0.8)
 _OFF_DIAGONALS = (0.9, 0.5, 0.1, 1.0, 0.7, 0.0)
@@ -58,8 +58,8 @@ def _pairs(values: tuple[tuple[float, float], ...]) -> tuple[Setting, ...]:
 def rows(kind: str) -> tuple[Row, ...]:
     """Return the rows for merging adapters ("lora") or full weights ("full").
 
-    On full weights there are no factors and no products: what differs on adapters alone shares a row there.
-    KnOTS with Task Arithmetic is Task Arithmetic on both, and the uniform soup is the average.
+    Full weights have no factors: methods that differ on adapters alone share a row there. On both kinds KnOTS with Task
+    Arithmetic equals Task Arithmetic, and the uniform soup equals the average.
     """
     lora = kind == "lora"
     same = (lambda *names: ()) if lora else (lambda *names: names)
@@ -88,5 +88,5 @@ def rows(kind: str) -> tuple[Row, ...]:
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 KS_TABLE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 KS_FIGURE = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-# Of the pairs of tasks, to see whether interference predicts what merging costs.
+# k of the merges of two tasks, which test whether interference predicts the accuracy lost.
 KS_PAIRS = (0.0, 1.0, 8.0)

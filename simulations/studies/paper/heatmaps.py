@@ -1,35 +1,29 @@
-"""Heat maps: how alike the clients' updates are, and how large in each layer."""
+"""Heat maps: the cosines of the clients' updates, and their norms and weights in each layer."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from fedfrom.atomic import whole_file
-from fedfrom.pages.look import STYLE
+from fedfrom.pages.canvas import canvas, write_values
+from fedfrom.pages.look import module_name
 from simulations.studies.paper.findings import KIND_NAMES, Findings
 from simulations.studies.paper.options import TASKS
 
 Matrix = NDArray[np.float64]
-ROWS_LABELLED = 30  # with more layers than that, names would run into each other
+ROWS_LABELLED = 30  # the names of more layers would overlap
 
 
 def short_name(name: str) -> str:
-    """Return a layer's name without what all of them share."""
-    name = re.sub(r"^(base_model\.model\.)?(encoder\.|bert\.|roberta\.)*", "", name)
-    name = re.sub(r"^layer\.(\d+)\.", r"\1 ", name)
-    return name.replace("attention.self.", "").removesuffix(".weight")
+    """Return a layer's name without the parts that all layers share."""
+    return re.sub(r"^layer\.(\d+)\.", r"\1 ", module_name(name)).replace("attention.self.", "")
 
 
 def _worth_showing(name: str, layers: list[dict[str, Any]]) -> bool:
-    """Return whether a layer is drawn: of many, matrices alone."""
+    """Return whether a layer is drawn; of many layers only matrices are."""
     return len(layers) <= ROWS_LABELLED or not (name.endswith("bias") or "LayerNorm" in name)
 
 
@@ -42,24 +36,17 @@ def draw(found: Findings, folder: Path) -> None:
         np.mean([[seed["layers"][i][key] for i in shown] for seed in seeds], axis=0) for key in ("norms", "weights")
     )
     alike = np.mean([seed["cosines"] for seed in seeds], axis=0)
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(figsize=(4.6, 3.9), dpi=130, layout="constrained")
-        _map(axes, alike, list(map(str.upper, TASKS)), "cosine", "RdBu_r", (-1.0, 1.0))
-        axes.set_title(f"Cosines of the updates\n{KIND_NAMES[found.kind]}")
-        with whole_file(folder / f"cosines-{found.kind}.png") as hidden:
-            figure.savefig(hidden)
-        plt.close(figure)
-        height = 1.5 + 0.22 * min(len(names), 60)
-        figure, panels = plt.subplots(1, 2, figsize=(9, height), dpi=130, layout="constrained", sharey=True)
+    with canvas(folder / f"cosines-{found.kind}.png", dpi=130, grid=False, figsize=(4.6, 3.9)) as (_, axes):
+        _map(axes[0, 0], alike, list(map(str.upper, TASKS)), "cosine", "RdBu_r", (-1.0, 1.0))
+        axes[0, 0].set_title(f"Cosines of the updates\n{KIND_NAMES[found.kind]}")
+    path, size = folder / f"layers-{found.kind}.png", (9, 1.5 + 0.22 * min(len(names), 60))
+    with canvas(path, columns=2, dpi=130, grid=False, figsize=size, sharey=True) as (figure, axes):
         figure.get_layout_engine().set(wspace=0.08)
-        _map(panels[0], norms, names, "Frobenius norm", "viridis", (0.0, None))
-        _map(panels[1], weights, names, "weight at k = 1", "viridis", (0.0, None))
-        panels[0].set_title("Norm of each update")
-        panels[1].set_title("FroM's weight")
+        _map(axes[0, 0], norms, names, "Frobenius norm", "viridis", (0.0, None))
+        _map(axes[0, 1], weights, names, "weight at k = 1", "viridis", (0.0, None))
+        axes[0, 0].set_title("Norm of each update")
+        axes[0, 1].set_title("FroM's weight")
         figure.suptitle(f"By layer, {KIND_NAMES[found.kind]}")
-        with whole_file(folder / f"layers-{found.kind}.png") as hidden:
-            figure.savefig(hidden)
-        plt.close(figure)
 
 
 def _map(
@@ -72,12 +59,4 @@ def _map(
     shown = range(0, len(names), step)
     axes.set_yticks(shown, [names[i] for i in shown], fontsize=9 if len(names) < 12 else 7.5)
     if len(names) <= 12:
-        _write(axes, matrix, image)
-
-
-def _write(axes: Axes, matrix: Matrix, image: Any) -> None:
-    """Write the numbers into the cells, white on what is dark."""
-    for (row, column), value in np.ndenumerate(matrix):
-        red, green, blue, _ = image.cmap(image.norm(value))
-        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
+        write_values(axes, image, size=8)

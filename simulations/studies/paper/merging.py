@@ -1,4 +1,4 @@
-"""One merge of saved states, by one row's method at one setting."""
+"""One merge of saved states by one row's method at one setting."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ Merged = tuple[dict[str, Tensor], MergeReport]
 
 @dataclass(frozen=True)
 class Clients:
-    """The states that are merged: by name on the shelf, and what they are merged from.
+    """The states that are merged.
 
     Attributes
     ----------
     names : list[str]
-        On the shelf; their statistics lie beside them.
+        Names of the states on the shelf, which has their statistics as well.
     states : list[State]
         Adapters, or full weights.
     start : State
-        What all of them were before their training: the base model's weights, or a fresh adapter.
+        The state of all clients before their training: the base model's weights, or a fresh adapter.
     config : dict | None
-        The adapters' one configuration.
+        The configuration of all adapters; None for full weights.
     seed : int
-        Of methods that draw.
+        Seed of random methods.
     shelf : Shelf
-        Holds the statistics, which are read only for the methods that need them.
+        Has the statistics, which are read only for methods that need them.
     """
 
     names: list[str]
@@ -59,18 +59,18 @@ class Clients:
         Parameters
         ----------
         method : str
-            Its name.
+            Name of the method.
         setting : Setting
-            Options of the method, and `server_lr`.
+            Numbers: options of the method, and `server_lr`.
         **objects
-            Further options that are no numbers.
+            Options of the method that are no numbers.
         """
         options: dict[str, Any] = {**{name: value for name, value in setting.items() if name != "server_lr"}, **objects}
         if "seed" in method_options(method):
             options["seed"] = self.seed
         chosen: Method = make_method(method, **options)
-        # a fresh adapter's product is zero, which needs no reference; its factors are not, and where they are merged
-        # one by one server_lr has nothing to scale without them
+        # A fresh adapter's product is zero, so products need no reference. Its factors are not zero: methods on factors
+        # need them as the reference that server_lr scales against.
         adapters = self.config is not None
         reference = None if adapters and not chosen.on_factors else self.start
         return fedfrom.merge(
@@ -85,13 +85,13 @@ class Clients:
         )
 
     def soup(self, validate: Callable[[Mapping[str, Tensor]], float]) -> list[int]:
-        """Return the clients that a greedy soup keeps."""
+        """Return the indices of the clients that a greedy soup keeps."""
         kept: MergeReport = self.merge("greedy-soup", {}, validate=validate)[1]
         return [self.names.index(name) for name in kept.clients]
 
 
 def geometry(report: MergeReport) -> dict[str, Any]:
-    """Return what the heat maps show: cosines of the whole updates; names, norms, weights and cosines by layer."""
+    """Return the data of the heat maps: cosines of the whole updates; names, norms, weights and cosines by layer."""
     shown = ("name", "norms", "weights", "cosines")
     layers = [{name: getattr(layer, name) for name in shown} for layer in report.layers if layer.is_update]
     return {"cosines": report.cosines(), "layers": layers}

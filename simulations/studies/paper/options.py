@@ -1,11 +1,10 @@
-"""Every option of the experiment, its default and its bounds."""
+"""Every option of the study with its default and bounds."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from fedfrom.errors import BadInput
-from simulations.options import Options, like, option
+from simulations.options import Options, as_json, check_bounds, like, option, shared
 
 TASKS = ("qnli", "rte", "wnli")
 BASE_TASK = "mnli"
@@ -16,7 +15,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 CANDIDATES = 6
 
 
-# Minutes instead of an hour: every row, table and picture, and no result worth reading.
+# Minutes instead of an hour: every row, table and picture, but the scores mean nothing.
 QUICK: dict[str, Any] = {
     "layers": 1,
     "seeds": 2,
@@ -31,7 +30,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What is trained, merged and evaluated; all of it but the folders and `processes` changes results."""
+    """The study's options. All of them but the folders and `processes` change results."""
 
     out: str = option("results/paper", "Folder of tables and pictures, and in work of all that is kept.")
     glue_dir: str = like("glue_dir")
@@ -39,10 +38,10 @@ class PaperOptions:
     layers: int | None = like("layers")
     pooling: str = like("pooling")
     apart: bool = option(True, "Encode the two sentences apart where the model pools by the mean.")
-    kinds: tuple[str, ...] = option(KINDS, "lora (adapters), full (weights), or both.")
-    seeds: int = option(3, "Seeds of training: 0, 1, ...")
-    base_steps: int = option(160, "Steps of the base model on MNLI.")
-    steps: tuple[int, ...] = option((100, 60, 20), "Steps on QNLI, RTE, WNLI.")
+    kinds: tuple[str, ...] = option(KINDS, "lora (adapters), full (weights), or both.", choices=KINDS)
+    seeds: int = option(3, "Seeds of training: 0, 1, ...", least=1)
+    base_steps: int = option(160, "Steps of the base model on MNLI.", least=1)
+    steps: tuple[int, ...] = option((100, 60, 20), "Steps on QNLI, RTE, WNLI.", least=1)
     batch_size: int = like("batch_size")
     max_length: int = like("max_length", 48)
     lora_r: int = like("lora_r", 16)
@@ -50,11 +49,11 @@ class PaperOptions:
     lora_lr: float = option(2e-3, "Learning rate of adapters.")
     full_lr: float = option(3e-4, "Learning rate of full fine-tuning, and of the base.")
     embeddings: bool = option(False, "Train the word embeddings too, if full.")
-    validation_examples: int = option(80, "Of a task's dev, to choose by, at most.")
-    reported_examples: int = option(200, "Of a task's dev, to report, at most.")
-    candidates: int = option(CANDIDATES, "Settings tried for each method.")
+    validation_examples: int = option(80, "Of a task's dev, to choose by, at most.", least=1)
+    reported_examples: int = option(200, "Of a task's dev, to report, at most.", least=1)
+    candidates: int = option(CANDIDATES, "Settings tried for each method.", least=1, most=CANDIDATES)
     statistics_batches: int = like("statistics_batches", 4)
-    precision: str = option("auto", "float32, bfloat16, or auto (the latter if fast).")
+    precision: str = option("auto", "float32, bfloat16, or auto (the latter if fast).", choices=PRECISIONS)
     processes: int = option(0, "Processes at a time, 0: one a core.")
 
     def checked(self) -> "PaperOptions":
@@ -65,23 +64,13 @@ class PaperOptions:
         BadInput
             An option is out of its bounds.
         """
-        problems = [
-            (f"--kinds: expected some of {', '.join(KINDS)}", not self.kinds or bool(set(self.kinds) - set(KINDS))),
-            (f"--steps: expected {len(TASKS)} numbers, one for each of {', '.join(TASKS)}", self._steps_wrong()),
-            (f"--candidates: expected 1 to {CANDIDATES}, found {self.candidates}", not 1 <= self.candidates <= 6),
-            (f"--precision: expected one of {', '.join(PRECISIONS)}", self.precision not in PRECISIONS),
-        ]
-        for name in ("seeds", "base_steps", "lora_r", "validation_examples", "reported_examples"):
-            value = getattr(self, name)
-            problems.append((f"--{name.replace('_', '-')}: expected 1 or more, found {value}", value < 1))
-        for message, wrong in problems:
-            if wrong:
-                raise BadInput(message)
+        check_bounds(self)
+        if not self.kinds:
+            raise BadInput(f"--kinds: expected some of {', '.join(KINDS)}, found none")
+        if len(self.steps) != len(TASKS):
+            raise BadInput(f"--steps: expected {len(TASKS)} numbers, one for each of {', '.join(TASKS)}")
         self.simulation("lora", 0).validated()
         return self
-
-    def _steps_wrong(self) -> bool:
-        return len(self.steps) != len(TASKS) or min(self.steps) < 1
 
     def simulation(self, kind: str, seed: int, steps: int | None = None) -> Options:
         """Return the simulation's options for one training: of the base model ("base") or of a task ("lora", "full").
@@ -89,38 +78,29 @@ class PaperOptions:
         Parameters
         ----------
         kind : str
-            What is trained.
+            Kind of the training.
         seed : int
-            Of initial weights, batches and dropout.
+            Seed of initial weights, batches and dropout.
         steps : int | None (default: None)
             Optimiser steps; None is the base model's.
         """
-        return Options(
-            task=TASKS,
-            partition="tasks",
-            glue_dir=self.glue_dir,
-            eval_examples=0,
-            model=self.model,
-            layers=self.layers,
-            pooling=self.pooling,
-            full=kind != "lora",
-            lora_r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            steps=steps or self.base_steps,
-            batch_size=self.batch_size,
-            lr=self.lora_lr if kind == "lora" else self.full_lr,
-            max_length=self.max_length,
-            statistics_batches=self.statistics_batches,
-            seed=seed,
-        )
+        adapter = kind == "lora"
+        own = {
+            "task": TASKS,
+            "partition": "tasks",
+            "eval_examples": 0,
+            "validation_examples": 0,
+            "full": not adapter,
+            "steps": steps or self.base_steps,
+            "lr": self.lora_lr if adapter else self.full_lr,
+            "seed": seed,
+        }
+        return Options(**{**shared(self), **own})
 
     def task_steps(self, task: str) -> int:
         """Return the optimiser steps of a task, or of all of them pooled."""
         return sum(self.steps) if task == "pooled" else self.steps[TASKS.index(task)]
 
     def settings(self) -> dict[str, Any]:
-        """Return what results depend on, as plain JSON types."""
-        values = dataclasses.asdict(self)
-        for name in ("out", "glue_dir", "processes"):
-            del values[name]
-        return {**values, "kinds": list(self.kinds), "steps": list(self.steps)}
+        """Return the settings that results depend on, as plain JSON types."""
+        return {name: v for name, v in as_json(self).items() if name not in ("out", "glue_dir", "processes")}

@@ -1,4 +1,4 @@
-"""A head on two sentences that are encoded apart: what a sentence encoder is trained for."""
+"""A head on two sentences that are encoded apart, as sentence encoders are trained to encode them."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ PARTS = 4  # of the head's input: u, v, |u - v| and u * v
 
 
 class PairClassifier(nn.Module):
-    """A linear head on [u, v, |u - v|, u * v], u and v the mean token vectors of the two sentences, at length sqrt(d).
+    """A linear head on [u, v, |u - v|, u * v], with u and v the sentences' mean token vectors at length sqrt(d).
 
-    InferSent's (Conneau et al., 2017). A small encoder learns to compare two sentences by attention only after
-    thousands of steps; their own vectors are comparable from the start.
+    The head of InferSent (Conneau et al., 2017). A small encoder learns to compare two sentences by attention only
+    after thousands of steps; the sentences' own vectors are comparable from the start.
 
     Parameters
     ----------
     encoder : nn.Module
-        A BERT of transformers, with PyTorch's own attention (it is handed a boolean mask).
+        A BERT of transformers with PyTorch's attention, which accepts a boolean mask.
     num_labels : int
-        Classes.
+        Number of classes.
     """
 
     def __init__(self, encoder: Any, num_labels: int) -> None:
@@ -31,8 +31,8 @@ class PairClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Return the logits, (batch, number of labels), of pairs as a BERT tokenizer joins them.
 
-        Both sentences go through the encoder at once; no token attends to the other sentence's, and the second's
-        positions start anew.
+        The encoder takes both sentences at once. Tokens attend to their own sentence alone, and the positions of the
+        second sentence start at 0.
         """
         second = token_type_ids * attention_mask
         first = attention_mask - second
@@ -51,6 +51,6 @@ class PairClassifier(nn.Module):
 
 
 def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the tokens in the mask, (batch, d), scaled to length sqrt(d)."""
+    """Return the mean of the masked tokens, (batch, d), scaled to length sqrt(d)."""
     summed = (tokens * mask.unsqueeze(-1).to(tokens.dtype)).sum(1)
     return nn.functional.normalize(summed, dim=-1) * float(tokens.shape[-1] ** 0.5)

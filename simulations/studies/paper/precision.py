@@ -1,4 +1,4 @@
-"""What the model computes in: settled once, since results depend on it."""
+"""The precision of the model's arithmetic, settled once: results depend on it."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from simulations.studies.paper.options import PaperOptions
 
 
 def settled(options: PaperOptions) -> PaperOptions:
-    """Return the options with float32 or bfloat16 in place of "auto": the latter where the CPU has instructions for it.
+    """Return the options with bfloat16 in place of "auto" where the CPU has instructions for it, else float32.
 
-    It more than halves the time. A GPU's precision is `simulations.training`'s own.
+    bfloat16 takes less than half of the time. On a GPU `simulations.training` sets the precision.
     """
     if options.precision != "auto":
         return options
@@ -21,12 +21,12 @@ def settled(options: PaperOptions) -> PaperOptions:
 
 
 def computing(model: nn.Module, options: PaperOptions) -> nn.Module:
-    """Return the model as it is to be run: itself, or computing in bfloat16."""
+    """Return the model itself, or a wrapper that computes in bfloat16."""
     return _Halved(model) if options.precision == "bfloat16" else model
 
 
 class _Halved(nn.Module):
-    """A model that computes in bfloat16 where that is safe, its weights in float32."""
+    """A model that computes in bfloat16 where autocast allows it, with its weights in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The search of one row: every setting on the validation half, the best of them alone on the reported half."""
+"""The search of one row: every setting is scored on the validation half, the best one on the reported half."""
 
 import time
 from typing import Any
@@ -18,16 +18,17 @@ def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[st
     row : Row
         Method and grid.
     candidates : int
-        The grid's first so many are tried.
+        Number of settings tried, from the start of the grid.
     clients : Clients
-        What is merged.
+        The states that are merged.
     arena : Arena
-        Scores states.
+        The model that scores them.
 
     Notes
     -----
-    The best mean accuracy over the tasks wins; among equals the lower mean loss, then the earlier in the grid. The
-    greedy soup chooses its clients on the validation half too, by 2 n - 1 scores at server_lr 1 of its own.
+    The setting with the best mean accuracy over the tasks is chosen; of equal ones that with the lower mean loss, then
+    the earlier one in the grid. The greedy soup also chooses its clients on the validation half, by 2 n - 1 further
+    scores at server_lr 1.
     """
     start = time.perf_counter()
     merging = _Greedy(clients, arena) if row.method == "greedy-soup" else _Plain(row.method, clients)
@@ -62,7 +63,7 @@ class _Plain:
 
 
 class _Greedy(_Plain):
-    """Merges by their mean the clients that a greedy soup keeps."""
+    """Merges the clients that a greedy soup keeps, by their mean."""
 
     def __init__(self, clients: Clients, arena: Arena) -> None:
         kept = clients.soup(lambda state: mean_accuracy(arena.score(state, TASKS, VALIDATION, _product(clients))))
@@ -70,7 +71,7 @@ class _Greedy(_Plain):
 
 
 def _product(clients: Clients) -> dict[str, Any] | None:
-    """Return the configuration of merged adapters, whose B carries the scaling (`validate` is not handed one)."""
+    """Return the configuration of merged adapters, whose B includes the scaling; `validate` is not given it."""
     return (
         None if clients.config is None else {**clients.config, "lora_alpha": clients.config["r"], "use_rslora": False}
     )

@@ -9,7 +9,8 @@ from simulations.studies.paper.data import VALIDATION
 from simulations.studies.paper.findings import COLUMNS, KIND_NAMES, Findings, correlations, points
 from simulations.studies.paper.grids import KS_FIGURE, KS_TABLE, rows
 from simulations.studies.paper.options import CHECKPOINTS, CHECKPOINTS_OF, TASKS
-from simulations.studies.tables import by_seed, gain, means, write
+from simulations.studies.tables import by_seed, gain, means
+from simulations.tables import write_table
 
 AGAINST = "average"
 
@@ -18,17 +19,17 @@ def write_all(found: Findings, folder: Path) -> None:
     """Write every table of one kind."""
     for table in (_table_3, _wilson, _search, _scores, _checkpoints, _interference, _correlation):
         name, frame, about = table(found)
-        write(folder, f"{name}-{found.kind}", frame, about)
+        write_table(folder, f"{name}-{found.kind}", frame, about)
     for name, part, column, values, title in (
         ("table5-alpha", "alpha", "alpha", None, "Table 5: Task Arithmetic by its coefficient alpha"),
         ("table6-k", "k", "k", KS_TABLE, "Table 6: FroM by k"),
         ("figure5-k", "k", "k", KS_FIGURE, "Figure 5: FroM by k"),
     ):
-        write(folder, f"{name}-{found.kind}", _sweep(found, part, column, values), _about_sweep(found, title))
+        write_table(folder, f"{name}-{found.kind}", _sweep(found, part, column, values), _about_sweep(found, title))
 
 
 def average(found: Findings) -> str:
-    """Return the label of the row that the others are compared with."""
+    """Return the label of the average's row, with which the other methods are compared."""
     return next(row.label for row in rows(found.kind) if row.name == AGAINST)
 
 
@@ -97,7 +98,7 @@ def _scores(found: Findings) -> tuple[str, pd.DataFrame, str]:
     order = {name: number for number, name in enumerate(every.method.unique())}
     table = table.assign(at=table.method.map(order), task_at=table.task.map(TASKS.index))
     table = table.sort_values(["at", "seed", "task_at"])[["method", "seed", "task", "right", "of"]]
-    return "scores", table, "What Table 3 is of: right answers on the reported half, by seed."
+    return "scores", table, "The right answers behind Table 3: on the reported half, by seed."
 
 
 def _sweep(found: Findings, part: str, column: str, values: tuple[float, ...] | None) -> pd.DataFrame:

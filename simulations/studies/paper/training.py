@@ -1,8 +1,8 @@
-"""Training: the base model with its head, then each task's adapter or weights under that head."""
+"""Training of the base model with its head, and of each task's adapter or weights under that head."""
 
 from torch import Tensor
 
-from simulations import statistics, training
+from simulations import client_statistics, training
 from simulations.batches import Tokens
 from simulations.studies.paper import arena, data
 from simulations.studies.paper.files import Shelf
@@ -14,7 +14,7 @@ STATISTICS = ("gram", "fisher")
 
 
 def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> list[Row]:
-    """Train encoder and head on binary MNLI, keep the weights, and return its loss and what it came to."""
+    """Train encoder and head on binary MNLI, save the weights, and return the rows of its loss and its score."""
     model = arena.new_model(options, "base", seed, None)
     tokens = data.load(options)[BASE_TASK]
     runs = computing(model, options)
@@ -27,7 +27,7 @@ def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> list[Row]:
 
 
 def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Shelf) -> list[Row]:
-    """Train one task, or all of them pooled, from the base model; keep the state, checkpoints and statistics."""
+    """Train one task, or all tasks pooled, from the base model; save the state, its checkpoints and statistics."""
     model = arena.new_model(options, kind, seed, shelf.get(f"base-s{seed}"))
     simulation = options.simulation(kind, seed, options.task_steps(task))
     tokens = data.load(options)[task].train if task in TASKS else _pooled(options, kind, seed)
@@ -41,8 +41,8 @@ def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Sh
                 shelf.put(f"{name}-{what}", _statistics(what))
 
     def _statistics(what: str) -> dict[str, Tensor]:
-        # on the plain model: the names are those of its modules
-        return statistics.compute(what, model, tokens, simulation, order)
+        # of the model without the bfloat16 wrapper, so that the names are those of its modules
+        return client_statistics.compute(what, model, tokens, simulation, order)
 
     def after_step(number: int) -> None:
         if task == CHECKPOINTS_OF and number in kept and number < simulation.steps:

@@ -24,20 +24,20 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Parameters
     ----------
     runs : Sequence[Path]
-        Results folders that `python -m simulations` wrote, of any version: what a version did not record is said to be
-        missing. Runs that differ in their seed alone are shown together, with 95 % intervals.
+        Results folders of `python -m simulations`, of any version; the page names the quantities that an old version
+        did not record. Runs that differ in their seed alone are shown together, with 95 % intervals.
     out : Path
-        The page, ending in .html; or a folder, for report.html in it. It is replaced where it is there already.
+        The page, ending in .html; or a folder, for report.html in it. An existing page is replaced.
 
     Returns
     -------
     Path
-        The page. Its pictures are in it, and as PNGs in a folder beside it: report-figures for report.html.
+        The page. It contains its pictures; a folder beside it (report-figures for report.html) has them as PNGs.
 
     Raises
     ------
     BadInput
-        A folder holds no results, `out` can't be written, or what the extra `cli` brings is not installed.
+        A folder holds no results, `out` can't be written, or a library of the extra `cli` is not installed.
     """
     path = _page_path(Path(out).expanduser())
     found = read_runs(runs)

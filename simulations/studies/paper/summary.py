@@ -1,4 +1,4 @@
-"""Everything that is written of the finished work, and the page that says where it was done and what it says."""
+"""All files of the study's report: tables, pictures, and results.md with settings, machine and findings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,16 @@ from simulations.studies.paper.findings import KIND_NAMES, OWN, Correlation, Fin
 from simulations.studies.paper.grids import rows
 from simulations.studies.paper.options import TASKS, PaperOptions
 from simulations.studies.tables import gain, interval
+from simulations.tables import markdown
 
 
-def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
-    """Write tables, pictures and results.md for every kind of which a seed is whole.
+def write(options: PaperOptions, frame: Frame, folder: Path) -> None:
+    """Write tables, pictures and results.md for every kind with a finished seed.
 
     Raises
     ------
     BadInput
-        None is, or the folder can't be written.
+        No seed of any kind is finished, or the folder can't be written.
     """
     every = [Findings.of(frame, kind) for kind in options.kinds]
     every = [found for found in every if found.seeds]
@@ -43,7 +44,7 @@ def write_report(options: PaperOptions, frame: Frame, folder: Path) -> None:
 def _page(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[str]:
     lines = ["# Merging QNLI, RTE and WNLI under one head", "", *_made(options, frame, every)]
     for found in every:
-        lines += ["", f"## {KIND_NAMES[found.kind]}", "", *_table(found), "", *_reading(found)]
+        lines += ["", f"## {KIND_NAMES[found.kind]}", "", *markdown(tables.table_3(found)), "", *_reading(found)]
     return [*lines, "", "Files: for each kind `lora` and `full`,", *_files()]
 
 
@@ -69,12 +70,6 @@ def _made(options: PaperOptions, frame: Frame, every: list[Findings]) -> list[st
     ]
 
 
-def _table(found: Findings) -> list[str]:
-    table = tables.table_3(found)
-    cells = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return [f"| {' | '.join(row)} |" for row in cells]
-
-
 def _reading(found: Findings) -> list[str]:
     """Return sentences that follow from the numbers alone."""
     scores = found.scores()
@@ -97,13 +92,12 @@ def _reading(found: Findings) -> list[str]:
 
 def _verdict(gain: intervals.Interval) -> str:
     if gain.count < 2:
-        return f"{gain.mean:+.3f}, one seed, no interval"
-    settled = abs(gain.mean) > gain.half_width
-    return f"{gain.mean:+.3f} ± {gain.half_width:.3f}, {'settled' if settled else 'not settled: the interval holds 0'}"
+        return f"{gain.signed}, one seed, no interval"
+    return f"{gain.signed}, {'settled' if gain.settled else 'not settled: the interval holds 0'}"
 
 
 def predicts(parts: Mapping[str, Correlation | None]) -> str:
-    """Return what a measure's correlations, over all k and at each, come to."""
+    """Return the verdict on a measure from its correlations over all k and at each k."""
     every, *single = parts.values()
     if every is None:
         return "undefined"
@@ -120,7 +114,7 @@ def predicts(parts: Mapping[str, Correlation | None]) -> str:
 
 def _files() -> list[str]:
     return [
-        "- `table3-*`: the table above with the chosen settings; `scores-*.csv` and `search-*.csv` what it is of;",
+        "- `table3-*`: the table above with the chosen settings; `scores-*.csv` and `search-*.csv` its scores by seed;",
         "- `table5-alpha-*`, `table6-k-*`, `figure5-k-*`: sweeps, scored on the reported half and choosing nothing;",
         "- `figure4-checkpoints-*`: three checkpoints of one training merged;",
         "- `interference-*`: what FroM's merges lose, of updates and of accuracy; `cosines-*`, `layers-*`: heat maps;",

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedfrom import client
 from fedfrom.errors import BadInput
-from simulations import client_app, models, partitions, server_app, statistics, tasks
+from simulations import client_app, client_statistics, models, partitions, server_app, tasks
 from simulations.batches import Tokens, tokenise
 from simulations.experiment import Experiment
 from simulations.history import History
@@ -50,7 +50,10 @@ def test_gram_matrices_go_with_adapters_of_any_rank(tiny: dict) -> None:
 
 
 def test_specs_say_what_they_need() -> None:
-    found = {spec: statistics.needed(spec) for spec in ("regmean:off_diagonal=0.1", "lorm", "fisher", "from", "fedavg")}
+    found = {
+        spec: client_statistics.needed(spec)
+        for spec in ("regmean:off_diagonal=0.1", "lorm", "fisher", "from", "fedavg")
+    }
     assert found == {
         "regmean:off_diagonal=0.1": "gram",
         "lorm": "gram",
@@ -78,7 +81,7 @@ def test_statistics_are_of_so_many_batches_of_the_clients_own_examples(client_of
     model, tokens, options = client_of(steps=1, statistics_batches=2)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(5)).tolist()
     chosen = [tokens.batch(order[:8]), tokens.batch(order[8:16])]  # more than the steps that were trained
-    found = statistics.compute("gram", model, tokens, options, 5)
+    found = client_statistics.compute("gram", model, tokens, options, 5)
     expected = client.gram(model, [inputs for inputs, _ in chosen])
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -86,7 +89,7 @@ def test_statistics_are_of_so_many_batches_of_the_clients_own_examples(client_of
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_fisher_is_of_the_tasks_own_likelihood(client_of: Any, task: str) -> None:
     model, tokens, options = client_of(task=task, statistics_batches=99)
-    found = statistics.compute("fisher", model, tokens, options, 5)
+    found = client_statistics.compute("fisher", model, tokens, options, 5)
     model.eval()
     (name, bias) = next((n, p) for n, p in model.named_parameters() if n.endswith("default.bias"))
     squares = torch.zeros_like(bias)

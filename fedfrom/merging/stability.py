@@ -1,4 +1,4 @@
-"""What the clients of one layer weigh, how far their updates are clipped, and what keeps rounds from swinging.
+"""A method's weights in each layer, and the bounds on k and alpha that keep rounds from swinging.
 
 Near its fixed point a round multiplies the distance along the updates' main line by 1 - alpha c (1 + k lambda_max), c
 the clients' relative progress: it is stable only while alpha c (1 + k lambda_max) < 2. Here c is taken for 1, its most.
@@ -7,28 +7,23 @@ the clients' relative progress: it is stable only while alpha c (1 + k lambda_ma
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.lowrank import random_normal
-from fedfrom.merging.methods.base import Method, Survey
+from fedfrom.merging.layer import LayerUpdates
+from fedfrom.merging.linalg.many import largest_of_sketch
+from fedfrom.merging.methods.base import Method
 from fedfrom.merging.weights import mean_weight
 
 _T = TypeVar("_T")
 SAFE = "safe"
-MOST_COSINES = 32  # clients whose pairwise cosines a report holds: their number grows with the square
-_LANCZOS = 30  # steps
 # how near to the bound a safe step comes: a distance along the worst line then shrinks by a fifth a round, at least
 _MARGIN = 0.9
-# Clipping: the share of clients that may be attackers, and the share of the largest honest norm that is negligible.
-_TOLERATED, _NEGLIGIBLE = 0.3, 0.01
 
 
 @dataclass(frozen=True)
@@ -69,75 +64,9 @@ class Weighing:
         return 1 / math.fsum(w * w for w in self.weights.tolist())
 
 
-@dataclass(frozen=True)
-class Updates:
-    """What one layer's updates are, whatever method merges them; tensors and sizes in the order of sums.
-
-    Attributes
-    ----------
-    norms : list[float]
-        (n,) ||theta_i||_F as sent, in the order given.
-    factors : list[float]
-        (n,) what clipping multiplies them by, in the order given.
-    order : list[int]
-        Clients in the order that sums run in.
-    unit : float
-        A power of two of about the layer's size: what follows is in it, so that no square leaves float64's range.
-    sizes : list[float]
-        (n,) norms after clipping.
-    gram : Tensor | None
-        (n, n) float64 inner products of the updates, each times any factor above 0: only their cosines count. None
-        where there is a sketch.
-    sketch : Tensor | None
-        (n, m) float64 numbers of each update whose inner products are about those of the updates.
-    """
-
-    norms: list[float]
-    factors: list[float]
-    order: list[int]
-    unit: float
-    sizes: list[float]
-    gram: Tensor | None
-    sketch: Tensor | None = None
-
-    def weights(
-        self, method: Method, survey: Survey, examples: Sequence[float] | None, given: Sequence[float] | None
-    ) -> Tensor:
-        """Return (n,) float64 w_i by a method, in the order of sums; examples and weights in the order given."""
-        sizes = self.sizes if survey.norms is None else [survey.norms[i] for i in self.order]
-        counts = None if examples is None else [examples[i] for i in self.order]
-        return method.weights(sizes, counts, None if given is None else [given[i] for i in self.order])
-
-    def report(self, weighing: Weighing, squares: float, spread: float) -> dict[str, Any]:
-        """Return what a layer's report says of the clients, in the order given.
-
-        Parameters
-        ----------
-        squares : float
-            sum_i w_i ||theta_i||^2, in units.
-        spread : float
-            sum_i w_i ||theta_i - theta*||^2, in units.
-        """
-        place = sorted(range(len(self.order)), key=self.order.__getitem__)
-        cosines = weighing.cosines if len(place) <= MOST_COSINES else None
-        k, weights = weighing.method.k, weighing.weights.tolist()
-        return {
-            "norms": self.norms,
-            "weights": [weights[i] for i in place],
-            "clients_effective": weighing.clients_effective,
-            "interference": spread / squares if squares else 0.0,
-            "lambda_max": weighing.lambda_max,
-            "cosines": [] if cosines is None else cosines[place][:, place].tolist(),
-            "k": "infinity" if k == float("inf") else k,
-            "server_lr": weighing.server_lr,
-            "clipped": [] if all(factor == 1.0 for factor in self.factors) else self.factors,
-        }
-
-
 def weigh(
-    layers: Sequence[Updates],
+    layers: Sequence[LayerUpdates],
     methods: Sequence[Method],
-    survey: Survey,
     examples: Sequence[float] | None,
     given: Sequence[float] | None,
     server_lr: float | str,
@@ -146,14 +75,12 @@ def weigh(
 
     Parameters
     ----------
-    layers : Sequence[Updates]
+    layers : Sequence[LayerUpdates]
         All with inner products, or all with a sketch.
     methods : Sequence[Method]
         One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
         much for a layer, alpha (1 + k lambda_max) >= 2 or 1 / sum w_i^2 < n / 2, gets the largest k below it that is
         not; the first has nothing below it.
-    survey : Survey
-        Has the norms that count where whole updates are weighed.
     examples : Sequence[float] | None
         (n,) n_i, in the order given.
     given : Sequence[float] | None
@@ -161,7 +88,14 @@ def weigh(
     server_lr : float | str
         alpha; "safe" is the most, up to 1, that stays within the bound.
     """
-    weights = [[layer.weights(method, survey, examples, given) for method in methods] for layer in layers]
+
+    def in_order(numbers: Sequence[float] | None, order: Sequence[int]) -> Sequence[float] | None:
+        return None if numbers is None else [numbers[i] for i in order]
+
+    weights = [
+        [method.weights(layer, in_order(examples, layer.order), in_order(given, layer.order)) for method in methods]
+        for layer in layers
+    ]
     found, largest = _lambdas(layers, weights)
     means = [mean_weight(given, examples, method.examples_power) for method in methods]
     clients = None if given is None else sum(u > 0 for u in given)
@@ -171,7 +105,7 @@ def weigh(
 
 
 def _lambdas(
-    layers: Sequence[Updates], weights: Sequence[Sequence[Tensor]]
+    layers: Sequence[LayerUpdates], weights: Sequence[Sequence[Tensor]]
 ) -> tuple[Sequence[np.ndarray | None], list[list[float]]]:
     """Return each layer's cosines, None where it has a sketch, and its lambda_max with each of its weights."""
     grams = [layer.gram.cpu().numpy() for layer in layers if layer.gram is not None]
@@ -222,32 +156,6 @@ def safe_lr(k: float, lambda_max: float, clients: int) -> float:
     return 1.0 if clients < 2 or lambda_max == 0 else min(1.0, 2 * _MARGIN / (1 + k * lambda_max))
 
 
-def clip_factors(norms: Sequence[float], clip: float | None) -> list[float]:
-    """Return (n,) factors in (0, 1] that bring every norm to at most `clip` times the median of those that count.
-
-    Norms of 0 do not count: those clients do not train the layer. Of the others, so many may be attackers: three
-    tenths, and one at least. The largest norm but for as many as that is taken for honest, and norms below a hundredth
-    of it are negligible and do not count either. So a majority that hardly moves a layer (weight decay without a
-    gradient, a head that most barely train) does not clip those who learn there, if they are more than so many. And
-    three attackers of ten can't make their own norms the measure, as long as the honest clients' norms are within a
-    hundred times each other.
-
-    Parameters
-    ----------
-    norms : Sequence[float]
-        (n,) of the clients' updates of one layer, finite, >= 0.
-    clip : float | None
-        The bound, > 0; None is no bound.
-    """
-    heard = sorted((norm for norm in norms if norm > 0), reverse=True)
-    if clip is None or not heard:
-        return [1.0] * len(norms)
-    place = max(1, int(_TOLERATED * len(heard)))  # so many norms may be above the one that others are compared with
-    least = _NEGLIGIBLE * heard[min(place, len(heard) - 1)]
-    most = clip * statistics.median(norm for norm in heard if norm >= least)
-    return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
-
-
 def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return lambda_max of sqrt(w_i w_j) cos(theta_i, theta_j); zero deltas count as orthogonal to all.
 
@@ -265,31 +173,6 @@ def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     root = np.sqrt(weights)
     return np.linalg.eigvalsh(root[..., :, None] * cosines * root[..., None, :])[..., -1].clip(0, 1)
-
-
-def largest_of_sketch(sketch: Tensor, weights: Tensor) -> float:
-    """Return `largest_eigenvalue` of the sketch's inner products, in time that is linear in n: by Lanczos.
-
-    Parameters
-    ----------
-    sketch : Tensor
-        (n, m) float64.
-    weights : Tensor
-        (n,) float64.
-    """
-    rows = torch.nn.functional.normalize(sketch, dim=1, eps=1e-300) * weights.to(sketch.device).sqrt()[:, None]
-    v = random_normal(1, rows.shape[1], "lanczos")[0].to(sketch.device)
-    found: list[Tensor] = []
-    for _ in range(min(_LANCZOS, *rows.shape)):
-        for basis in found * 2:  # once is not orthogonal to rounding
-            v = v - (basis @ v) * basis
-        length = float(torch.linalg.vector_norm(v))
-        if not length > 1e-300:  # zero updates, or no direction is left
-            break
-        found.append(v / length)
-        v = (rows @ found[-1]) @ rows
-    images = rows @ torch.stack(found, dim=1)
-    return float((torch.linalg.matrix_norm(images, ord=2) ** 2).clamp(0, 1))
 
 
 def cosines(grams: np.ndarray) -> np.ndarray:

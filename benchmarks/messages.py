@@ -1,4 +1,4 @@
-"""Replies and nodes without network or processes: what a strategy's `aggregate_train` needs, and nothing more."""
+"""Replies and nodes for a strategy's `aggregate_train`, without network or processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def state_of(record: ArrayRecord) -> dict[str, np.ndarray]:
 
 
 class Nodes(Grid):
-    """A grid that knows its nodes, 1 to n, and sends nothing."""
+    """A grid with the nodes 1 to n that sends nothing."""
 
     def __init__(self, count: int) -> None:
         self.nodes = [NodeInfo(node_id=i + 1, status="online", registered_at=f"{i:09}") for i in range(count)]
@@ -41,17 +41,21 @@ class Nodes(Grid):
     set_run = create_message = push_messages = pull_messages = send_and_receive = run = _nothing
 
 
-def reply(node_id: int, state: State, examples: float) -> Message:
-    """Return a train reply of a node, as it reaches a strategy."""
-    # outside a run nobody has said who speaks, and Flower then refuses to build a Message
+def outside_a_run() -> None:
+    """Name the server as the sender of messages: outside a run Flower otherwise refuses to build one."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+
+
+def reply(node_id: int, state: State, examples: float) -> Message:
+    """Return a node's train reply, as a strategy receives it."""
+    outside_a_run()
     asked = Message(RecordDict(), dst_node_id=node_id, message_type="train")
     metrics = MetricRecord({"num-examples": examples})
     return Message(RecordDict({"arrays": record_of(state), "metrics": metrics}), reply_to=asked)
 
 
 def aggregate(strategy: Any, sent: State, replies: Sequence[Message], server_round: int = 1) -> ArrayRecord | None:
-    """Return what a strategy makes of the replies to `sent`, None where it skips the round."""
+    """Return a strategy's merge of the replies to `sent`, None where it skips the round."""
     strategy.configure_train(server_round, record_of(sent), ConfigRecord(), Nodes(len(replies)))
     arrays: ArrayRecord | None = strategy.aggregate_train(server_round, list(replies))[0]
     return arrays

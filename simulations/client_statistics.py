@@ -1,4 +1,4 @@
-"""What a client computes of its own data for the strategies that merge by it: Gram matrices or Fisher diagonals."""
+"""Statistics of a client's own data, Gram matrices or Fisher diagonals, for the strategies that merge by them."""
 
 import dataclasses
 from itertools import islice
@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedfrom import client
-from fedfrom.merging.methods.registry import statistics_of
+from fedfrom.merging.methods.registry import needed_statistics
 from simulations import models, training
 from simulations.batches import Tokens, training_batches
 from simulations.options import Options
 
 
 def needed(spec: str) -> str | None:
-    """Return "gram" or "fisher" where the strategy of that spec (see `strategies.build`) needs it, else None."""
+    """Return the statistics that the strategy of a spec (see `strategies.build`) needs: "gram", "fisher" or None."""
     name = spec.split(":")[0]
-    return None if name == "fedavg" else statistics_of(name)
+    return None if name == "fedavg" else needed_statistics(name)
 
 
 def compute(kind: str, model: nn.Module, tokens: Tokens, options: Options, seed: int) -> dict[str, Tensor]:
@@ -27,13 +27,13 @@ def compute(kind: str, model: nn.Module, tokens: Tokens, options: Options, seed:
     kind : str
         "gram" or "fisher".
     model : nn.Module
-        The client's model after its training, which stays as it is.
+        The client's model after its training. It is not changed.
     tokens : Tokens
         The client's training examples.
     options : Options
-        `statistics_batches` batches of `batch_size`, no example twice.
+        `statistics_batches` batches of `batch_size` examples; no example is used twice.
     seed : int
-        Fixes which examples.
+        Fixes the choice of examples.
     """
     where = training.device()
     model.to(where)

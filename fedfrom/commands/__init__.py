@@ -1,0 +1,1 @@
+"""The commands of `fedfrom`, one a file; `fedfrom.cli` runs them."""

@@ -1,0 +1,141 @@
+"""One layer of a merge: its updates, what its clients weigh there, and the tensors and the report that come of it."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedfrom.merging.report import LayerReport
+from fedfrom.merging.sources import Inputs
+from fedfrom.merging.updates import Change, Destination, Updates
+
+if TYPE_CHECKING:
+    from fedfrom.merging.stability import Weighing
+
+MOST_COSINES = 32  # clients whose pairwise cosines a report holds: their number grows with the square
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One layer's merge, as `LayerUpdates.finish` returns it.
+
+    Attributes
+    ----------
+    tensors : dict[str, Tensor]
+        T by key: new memory, in the dtype and shapes in which the layer leaves.
+    inner : float
+        <sum_i w_i theta_i, theta*>, in units.
+    square : float
+        ||theta*||_F^2, in units.
+    rank, residual, optimum, energy, iterations
+        Of Eq. 6: see `Solution`. All 0 of plain tensors, whose T is exact.
+    """
+
+    tensors: dict[str, Tensor]
+    inner: float
+    square: float
+    rank: int = 0
+    residual: float = 0.0
+    optimum: float = 0.0
+    energy: float = 0.0
+    iterations: int = 0
+
+
+class LayerUpdates(Updates):
+    """The updates of one layer that a merge reads and writes.
+
+    Attributes
+    ----------
+    inputs : Inputs
+        What the clients sent and were sent.
+    kind : str
+        See `LayerReport`.
+    has_reference : bool
+        Whether the layer has a W.
+    norms, clip_factors : list[float]
+        (n,) ||theta_i||_F as sent, and what clipping multiplies them by, in the order in which clients were given.
+    unit : float
+        A power of two of about the layer's size: what is in units is divided by it, so that no square leaves float64's
+        range.
+    gram : Tensor | None
+        (n, n) float64 inner products of the updates: of an adapter in units; of a plain tensor each row and column
+        times any factor above 0, as its cosines alone are used. None where there is a sketch.
+    sketch : Tensor | None
+        (n, m) float64 numbers of each update whose inner products are about those of the updates.
+    """
+
+    inputs: Inputs
+    kind: str
+    has_reference: bool
+    norms: list[float]
+    clip_factors: list[float]
+    unit: float
+
+    @property
+    @abstractmethod
+    def gram(self) -> Tensor | None: ...
+
+    @property
+    @abstractmethod
+    def sketch(self) -> Tensor | None: ...
+
+    @property
+    @abstractmethod
+    def ranks(self) -> list[int]:
+        """Of the clients' adapters, in the order in which clients were given; empty of a plain tensor."""
+
+    @abstractmethod
+    def destination(self, weighing: Weighing) -> Destination:
+        """Return where the layer is going."""
+
+    @abstractmethod
+    def finish(self, change: Change, weighing: Weighing) -> Merged:
+        """Return T = W + alpha theta*, of an adapter solved back to its rank (Eq. 6)."""
+
+    def merge(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
+        """Return what a method with these weights makes of the layer: tensors by key, and the report."""
+        change = weighing.method.change(self, weighing.coefficients, self.destination(weighing))
+        merged = self.finish(change, weighing)
+        return merged.tensors, self._report(weighing, merged)
+
+    def multiple(self, coefficients: Tensor, weights: Tensor) -> float | None:
+        """Return f where sum_i c_i theta_i is f times the weighted mean sum_i w_i theta_i; None where it is not."""
+        if coefficients is weights:  # as of most methods
+            return 1.0
+        pairs = list(zip(coefficients.tolist(), weights.tolist(), self.sizes, strict=True))
+        c, w = [c for c, _, size in pairs if size > 0], [w for _, w, size in pairs if size > 0]
+        total = math.fsum(w)
+        if total == 0:
+            return None if any(c) else 0.0
+        f = math.fsum(c) / total
+        return f if all(abs(c_i - f * w_i) <= 1e-9 * abs(f) for c_i, w_i in zip(c, w, strict=True)) else None
+
+    def _report(self, weighing: Weighing, merged: Merged) -> LayerReport:
+        squares = self.weighted_energy(weighing.weights)  # sum_i w_i ||theta_i||^2
+        spread = max(0.0, squares - 2 * merged.inner + merged.square)  # sum_i w_i ||theta_i - theta*||^2
+        place = sorted(range(len(self)), key=self.order.__getitem__)
+        k, weights, cosines = weighing.method.k, weighing.weights.tolist(), weighing.cosines
+        return LayerReport(
+            name=self.name,
+            kind=self.kind,
+            norms=self.norms,
+            weights=[weights[i] for i in place],
+            clients_effective=weighing.clients_effective,
+            has_reference=self.has_reference,
+            ranks_in=self.ranks,
+            rank_out=merged.rank,
+            energy_dropped=merged.residual / merged.energy if merged.energy else 0.0,
+            objective=(merged.residual + weighing.server_lr**2 * spread) * self.unit * self.unit,
+            excess=max(0.0, merged.residual - merged.optimum) / squares if squares else 0.0,
+            interference=spread / squares if squares else 0.0,
+            iterations=merged.iterations,
+            lambda_max=weighing.lambda_max,
+            cosines=[] if cosines is None or len(place) > MOST_COSINES else cosines[place][:, place].tolist(),
+            k="infinity" if k == float("inf") else k,
+            server_lr=weighing.server_lr,
+            clipped=[] if all(factor == 1.0 for factor in self.clip_factors) else self.clip_factors,
+        )
