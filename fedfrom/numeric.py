@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """Return a number of numpy's as Python's own, which JSON takes and reckons in float64; all else as it is."""
+    return value.item() if isinstance(value, np.number) else value
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

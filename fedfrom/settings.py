@@ -8,18 +8,18 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from flwr.serverapp.strategy import FedAvg
 
-from fedfrom.closest import did_you_mean
 from fedfrom.merging import methods
 from fedfrom.merging.inputs import check_clip, check_safe, check_server_lr
 from fedfrom.merging.methods.base import Method
-from fedfrom.merging.methods.registry import make_method, method_options
-from fedfrom.numeric import is_number, is_whole
+from fedfrom.merging.methods.registry import make_method, meant_by, method_options
+from fedfrom.numeric import is_number, is_whole, plain
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
@@ -31,6 +31,8 @@ RUN = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool
 
 _SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
 _OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *RUN}
+
+_START = set(inspect.signature(FedAvg.start).parameters) - {"self"}
 
 _FRACTIONS = ("fraction_train", "fraction_evaluate")
 _COUNTS = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
@@ -62,9 +64,11 @@ def method_from(method: str | Method, options: Mapping[str, Any], seed: int, str
     known = method_options(method)
     if unknown := sorted(options.keys() - known):
         expected = sorted(known | _OWN | FEDAVG)
-        meant = did_you_mean(unknown, [*expected, *inspect.signature(strategy).parameters])
-        if "grid" in unknown and "search" in known:
-            meant = "; the k to try are search={'k': ...}"
+        names = [*expected, *inspect.signature(strategy).parameters]
+        started = [name for name in unknown if name in _START and not (name == "grid" and "search" in known)]
+        meant = meant_by([name for name in unknown if name not in started], names, {"lora": "lora_config"})
+        if started:
+            meant = f"; {', '.join(started)} belong{'' if len(started) > 1 else 's'} to start(...){meant}"
         raise ValueError(f"{strategy.__name__}: expected {', '.join(expected)}, found {', '.join(unknown)}{meant}")
     return make_method(method, **{"seed": seed, **options} if "seed" in known else options)
 
@@ -91,11 +95,19 @@ def check_fedavg(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected a function {signature} or None, found {value!r}")
 
 
-def check_merge(method: Method, server_lr: float | str, clip: float | None) -> None:
-    """Raise ValueError where a setting of the merge is out of its range, or not one for the method."""
+def check_merge(method: Method, server_lr: Any, clip: Any) -> tuple[float | str, float | None]:
+    """Return server_lr and clip as Python's own numbers.
+
+    Raises
+    ------
+    ValueError
+        One is out of its range, or not one for the method.
+    """
+    server_lr, clip = plain(server_lr), plain(clip)
     check_server_lr(server_lr)
     check_safe(server_lr, method.candidates())
     check_clip(clip)
+    return server_lr, clip
 
 
 def check_screening(examples_cap: float | None, min_valid_replies: int, select: str | None, attackers: int) -> None:
@@ -111,7 +123,12 @@ def check_screening(examples_cap: float | None, min_valid_replies: int, select: 
 
 
 def check_run(
-    node_timeout: float, memory_budget: float | None, on_round: Any, max_skipped: int | None, checkpoints_kept: int
+    node_timeout: float,
+    memory_budget: float | None,
+    on_round: Any,
+    max_skipped: int | None,
+    checkpoints_kept: int,
+    **folders: Any,
 ) -> None:
     """Raise ValueError where a setting of the run, one of `RUN`, is out of its range."""
     if not is_number(node_timeout) or not node_timeout >= 0:
@@ -124,6 +141,9 @@ def check_run(
         raise ValueError(f"max_skipped: expected a whole number of rounds >= 1 or None, found {max_skipped!r}")
     if not is_whole(checkpoints_kept) or checkpoints_kept < 1:
         raise ValueError(f"checkpoints_kept: expected a whole number >= 1, found {checkpoints_kept!r}")
+    for name, folder in folders.items():
+        if folder is not None and not isinstance(folder, str | os.PathLike):
+            raise ValueError(f"{name}: expected the path of a folder, or None, found {folder!r}")
 
 
 def _takes_one(function: Callable[..., Any]) -> bool:

@@ -135,10 +135,12 @@ class FedMerge(RoundLoop):
         check_fedavg(fedavg)
         super().__init__(**fedavg)
         self.method = method_from(method, options, seed, type(self))
-        check_merge(self.method, server_lr, clip)
+        self.server_lr, self.clip = check_merge(self.method, server_lr, clip)
         check_screening(examples_cap, min_valid_replies, select, attackers)
-        check_run(node_timeout, memory_budget, on_round, max_skipped, checkpoints_kept)
-        self.server_lr, self.clip, self.seed = server_lr, clip, seed
+        check_run(
+            node_timeout, memory_budget, on_round, max_skipped, checkpoints_kept, spool=spool, checkpoint=checkpoint
+        )
+        self.seed = seed
         self.examples_cap, self.min_valid_replies, self.max_skipped = examples_cap, min_valid_replies, max_skipped
         self.select, self.attackers = select, attackers
         self.dora, self.same_base = dora, same_base

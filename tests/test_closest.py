@@ -61,6 +61,29 @@ def test_merge_and_the_strategies_suggest_once(call, options, meant):
 
 
 @pytest.mark.parametrize(
+    ("call", "options", "said"),
+    [
+        (FedFroM, {"lora": {"r": 4}}, ": did you mean 'lora_config'?"),
+        (merge, {"states": STATES, "lora": [{"r": 4}]}, ": did you mean 'configs'?"),
+        (FedFroM, {"num_rounds": 3}, "found num_rounds; num_rounds belongs to start(...)"),
+        (FedMerge, {"evaluate_fn": print}, "found evaluate_fn; evaluate_fn belongs to start(...)"),
+        (
+            FedFroM,
+            {"num_rounds": 3, "timeout": 9, "rnak": 4},
+            "; num_rounds, timeout belong to start(...): did you mean 'rank'?",
+        ),
+        (FedFroM, {"grid": (0, 1)}, "; the k to try are search={'k': ...}"),
+        (merge, {"states": STATES, "grid": (0, 1)}, "; the k to try are search={'k': ...}"),
+        (FedMerge, {"method": "ties", "grid": (0, 1)}, "; grid belongs to start(...)"),
+    ],
+)
+def test_what_is_named_otherwise_or_belongs_elsewhere_is_said(call, options, said):
+    with pytest.raises(ValueError) as caught:
+        call(**options)
+    assert str(caught.value).endswith(said), caught.value
+
+
+@pytest.mark.parametrize(
     ("arguments", "meant"),
     [
         (["--rnak", "4"], "'--rank'"),

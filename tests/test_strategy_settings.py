@@ -43,6 +43,15 @@ def test_summary_logs_the_settings(flower_log: pytest.LogCaptureFixture) -> None
         assert word in text
 
 
+def test_numbers_of_numpys_are_taken_as_pythons_own() -> None:
+    options: dict[str, Any] = {"k": np.float32(0.25), "server_lr": np.float32(0.5), "clip": np.int64(2)}
+    given, meant = FedFroM(**options), FedFroM(**{name: value.item() for name, value in options.items()})
+    results = [each.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=1) for each in (given, meant)]
+    assert same_bits(results[0].arrays, results[1].arrays)
+    reports = [json.loads(json.dumps(each.reports[1].to_dict())) for each in (given, meant)]
+    assert reports[0]["merge"]["method"] == reports[1]["merge"]["method"]
+
+
 def test_defaults_are_the_designs() -> None:
     assert FedFroM().method == FroM(k=FEDFROM["k"], examples_power=FEDFROM["p"])
     assert FedFroM().clip == FEDFROM["clip"] and FedMerge().clip is None
@@ -93,7 +102,8 @@ def test_reports_can_be_written_as_json() -> None:
         ({"server_lr": -1.0}, ["server_lr", ">= 0", "-1.0"]),
         ({"server_lr": True}, ["server_lr", "True"]),
         ({"fraction_trian": 0.5}, ["fraction_trian"]),
-        ({"grid": (0, 1)}, ["search", "found grid", "search={'k': ...}"]),
+        ({"spool": 3}, ["spool", "path of a folder", "found 3"]),
+        ({"checkpoint": ["a"]}, ["checkpoint", "path of a folder", "found ['a']"]),
         ({"k": math.inf, "server_lr": "safe"}, ["server_lr", "k = infinity", "'safe'"]),
         ({"method": "ties"}, ["method", "FedMerge('ties')"]),
         ({"k": "auto", "validate": len, "search": {"k": ()}}, ["search, 'k'", "found ()"]),

@@ -16,7 +16,7 @@ from fedfrom.merging.peft.configs import check_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.sources import Inputs, Readable, Source
 from fedfrom.merging.stability import SAFE
-from fedfrom.numeric import is_number
+from fedfrom.numeric import is_number, plain
 
 
 def check_inputs(clients: Sequence[Client], shared: Round, needs: str | None, pair: bool) -> Inputs:
@@ -121,7 +121,7 @@ def _check_examples(clients: Sequence[Client]) -> list[float] | None:
     if all(client.examples is None for client in clients):
         return None
     for client in clients:
-        count = client.examples
+        count = plain(client.examples)
         # compared, not converted: an int may be beyond any float
         if not is_number(count) or not 0 < count <= sys.float_info.max:
             raise ValueError(f"{client.name}: expected a finite number of examples > 0, found {count!r}")

@@ -1,7 +1,9 @@
 """Bad input: a ValueError that names the client, the key, what was expected and what was found."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -332,6 +334,17 @@ def test_a_refused_merge_changes_nothing():
 )
 def test_options_that_are_no_numbers(method, option, value):
     refused(option, "expected", repr(value), states=adapters(), method=method, **{option: value})
+
+
+def test_numbers_of_numpys_are_taken_as_pythons_own():
+    given = merge(
+        adapters(), k=np.float32(0.25), examples_power=np.int64(1), examples=[np.int64(3), np.float32(0.3), 2]
+    )
+    own = float(np.float32(0.3))
+    meant = merge(adapters(), k=0.25, examples_power=1, examples=[3, own, 2])
+    assert all(torch.equal(given[0][key], value) for key, value in meant[0].items())
+    assert json.loads(json.dumps(given[1].to_dict())) == meant[1].to_dict()
+    refused("client 0", "examples", "True", states=adapters(), examples=[np.bool_(True), 1, 1])
 
 
 @pytest.mark.parametrize("value", ["a", True, NAN, -1.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
+from fedfrom.numeric import plain
 
 _METHODS: dict[str, type[Method]] = {
     "from": FroM,
@@ -83,10 +84,29 @@ def check_method(name: str, options: Collection[str], others: Collection[str] = 
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, found {name!r}{meant}")
     known = method_options(name)
     if unknown := sorted(set(options) - known):
-        meant = did_you_mean(unknown, [*known, *others])
+        # who takes options alone, as the command line does, has neither configs nor validation data
+        also = {"lora": "configs", "lora-config": "configs"}
+        meant = meant_by(unknown, [*known, *others], also) if others else did_you_mean(unknown, known)
         raise ValueError(
             f"method {name!r}: expected options {', '.join(sorted(known))}, found {', '.join(unknown)}{meant}"
         )
+
+
+def meant_by(unknown: Collection[str], expected: Collection[str], also: Mapping[str, str] | None = None) -> str:
+    """Return what an error ends in where options are unknown: what they probably meant, "" where nothing is close.
+
+    Parameters
+    ----------
+    unknown : Collection[str]
+        The names of the options.
+    expected : Collection[str]
+        The known names.
+    also : Mapping[str, str] | None (default: None)
+        Known names by what else they are called, with - for _.
+    """
+    if "grid" in unknown and "search" in expected:
+        return "; the k to try are search={'k': ...}"
+    return did_you_mean(unknown, expected, also)
 
 
 def make_method(method: str | Method, **options: Any) -> Method:
@@ -106,4 +126,4 @@ def make_method(method: str | Method, **options: Any) -> Method:
             raise ValueError(f"method: expected a name of {', '.join(_METHODS)} or a method object, found {method!r}")
         return method
     check_method(method, options)
-    return _METHODS[method](**options)
+    return _METHODS[method](**{name: plain(value) for name, value in options.items()})
