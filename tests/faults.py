@@ -1,21 +1,25 @@
-"""What can be wrong with the adapter of one client among three, and what is said of it, wherever it is merged.
+"""What can be wrong with one client of three, and what is said of it, wherever it is merged.
 
-`tests/test_faults.py` runs every fault through `merge`, the strategy and the command line. Faults that only one of them
-can meet (broken records, folders, configs, metrics) are tested where they can occur.
+Its adapter (FAULTS), its full model (FULL) or its adapter's config (CONFIGS). `tests/test_faults.py` runs every fault
+through `merge`, the strategy and the command line. Faults that only one of them can meet (broken records, folders,
+metrics) are tested where they can occur.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.folders import PREFIX
+from tests.folders import PREFIX, checkpoint_state, normal
 
 MODULE = f"{PREFIX}layer.1.v"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"  # (4, 12), (14, 4)
+W, BIAS, EMBED = "model.layer.3.weight", "model.head.bias", "model.embed.weight"  # (8, 8), (3,), (20, 8)
+MEAN, STEPS = "model.norm.running_mean", "model.steps"  # (8,) float32, () int64
 State = dict[str, Tensor]
 
 
@@ -24,15 +28,15 @@ class Fault(NamedTuple):
 
     Attributes
     ----------
-    spoil : Callable[[State], None]
-        Changes the client's state in place.
+    spoil : Callable[[Any], None]
+        Changes the client's state, or its config, in place.
     kind : str
         The rejection's, in a round.
     words : tuple[str, ...]
         What every message has, beside the client's name, "expected" and "found".
     """
 
-    spoil: Callable[[State], None]
+    spoil: Callable[[Any], None]
     kind: str
     words: tuple[str, ...]
 
@@ -95,4 +99,70 @@ FAULTS = {
     "NaN": Fault(edit(A, entry(float("nan"))), "not-finite", ("finite", "NaN or infinity")),
     "infinity": Fault(edit(B, entry(float("inf"))), "not-finite", ("finite", "NaN or infinity")),
     "minus infinity": Fault(edit(A, entry(float("-inf"))), "not-finite", ("finite", "NaN or infinity")),
+}
+
+
+def full_state(seed: int) -> State:
+    """Return a full model's state, with weights, a bias, a running statistic and an integer."""
+    return {**checkpoint_state(seed), MEAN: normal(8, seed=seed)}
+
+
+FULL = {
+    "a tensor missing": Fault(drop(W), "keys", ("missing", W)),
+    "a tensor more": Fault(put("model.extra", torch.ones(2)), "keys", ("model.extra",)),
+    "other keys": Fault(lambda state: (state.clear(), state.update(w=torch.ones(2))), "keys", ("missing",)),
+    "transposed": Fault(edit(EMBED, lambda x: x.T.contiguous()), "shapes", (EMBED, "(20, 8)", "(8, 20)")),
+    "a row that would broadcast": Fault(edit(W, lambda x: x[:1]), "shapes", (W, "(8, 8)", "(1, 8)")),
+    "a column of a vector": Fault(edit(BIAS, lambda x: x[:, None]), "shapes", (BIAS, "(3,)", "(3, 1)")),
+    "a number for a matrix": Fault(put(W, torch.tensor(1.0)), "shapes", (W, "(8, 8)", "()")),
+    "float64 for float32": Fault(edit(W, lambda x: x.double()), "shapes", (W, "float32", "float64")),
+    "bfloat16 for float32": Fault(edit(W, lambda x: x.bfloat16()), "shapes", (W, "float32", "bfloat16")),
+    "integers for float32": Fault(edit(W, lambda x: x.int()), "shapes", (W, "float32", "int32")),
+    "float32 for an integer": Fault(edit(STEPS, lambda x: x.float()), "shapes", (STEPS, "int64", "float32")),
+    "NaN": Fault(edit(W, entry(math.nan)), "not-finite", (W, "finite")),
+    "infinity": Fault(edit(EMBED, entry(math.inf)), "not-finite", (EMBED, "finite")),
+    "NaN in a statistic": Fault(edit(MEAN, lambda x: x * math.nan), "not-finite", (MEAN, "finite")),
+    "infinity in a statistic": Fault(put(MEAN, torch.full((8,), math.inf)), "not-finite", (MEAN, "finite")),
+    "minus infinity in a statistic": Fault(put(MEAN, torch.full((8,), -math.inf)), "not-finite", (MEAN, "finite")),
+}
+
+
+def say(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a fault that sets fields of a config; those that are None are left out of it."""
+
+    def spoil(config: dict[str, Any]) -> None:
+        config.update(fields)
+        for name in [name for name, value in fields.items() if value is None]:
+            del config[name]
+
+    return spoil
+
+
+CONFIGS = {
+    "no r": Fault(say(r=None), "config", (" r",)),
+    "no lora_alpha": Fault(say(lora_alpha=None), "config", ("lora_alpha",)),
+    "r of words": Fault(say(r="four"), "config", (" r", "'four'")),
+    "r of 0": Fault(say(r=0), "config", (" r", "0")),
+    "r below 0": Fault(say(r=-4), "config", (" r", "-4")),
+    "r of half": Fault(say(r=0.5), "config", (" r", "whole", "0.5")),
+    "r of four and a half": Fault(say(r=4.5), "config", (" r", "whole", "4.5")),
+    "r infinite": Fault(say(r=math.inf), "config", (" r", "inf")),
+    "r of NaN": Fault(say(r=math.nan), "config", (" r", "nan")),
+    "lora_alpha of words": Fault(say(lora_alpha="16"), "config", ("lora_alpha", "'16'")),
+    "lora_alpha of 0": Fault(say(lora_alpha=0), "config", ("lora_alpha", "0")),
+    "lora_alpha below 0": Fault(say(lora_alpha=-8), "config", ("lora_alpha", "-8")),
+    "lora_alpha of NaN": Fault(say(lora_alpha=math.nan), "config", ("lora_alpha", "nan")),
+    "lora_alpha infinite": Fault(say(lora_alpha=math.inf), "config", ("lora_alpha", "inf")),
+    "a pattern that is a list": Fault(say(rank_pattern=[1]), "config", ("rank_pattern",)),
+    "a pattern that is text": Fault(say(alpha_pattern="v"), "config", ("alpha_pattern",)),
+    "a pattern of words": Fault(say(rank_pattern={"v": "x"}), "config", ("rank_pattern", "'v'")),
+    "a pattern of half": Fault(say(rank_pattern={"v": 0.5}), "config", ("rank_pattern", "'v'", "whole")),
+    "a pattern of null": Fault(say(alpha_pattern={"v": None}), "config", ("alpha_pattern", "'v'")),
+    "a pattern of NaN": Fault(say(alpha_pattern={"v": math.nan}), "config", ("alpha_pattern", "'v'")),
+    "a pattern of infinity": Fault(say(rank_pattern={"v": math.inf}), "config", ("rank_pattern", "'v'")),
+    "a pattern of 0": Fault(say(alpha_pattern={"v": 0}), "config", ("alpha_pattern", "'v'")),
+    "a rank_pattern of 0": Fault(say(rank_pattern={"v": 0}), "config", ("rank_pattern", "'v'")),
+    "a pattern below 0": Fault(say(rank_pattern={"v": -4}), "config", ("rank_pattern", "'v'")),
+    "a pattern that is no expression": Fault(say(rank_pattern={"(": 4}), "config", ("rank_pattern", "(")),
+    "a pattern that is tried for ever": Fault(say(rank_pattern={"(a+)+b": 4}), "config", ("rank_pattern", "(a+)+b")),
 }
