@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedfrom.merging.beside import merge_beside
 from fedfrom.merging.clients import Round
-from fedfrom.merging.clipping import clip_factors
 from fedfrom.merging.deltas import adapter_deltas
 from fedfrom.merging.layer import MOST_COSINES, LayerUpdates, Merged
 from fedfrom.merging.linalg import sums
@@ -21,7 +20,6 @@ from fedfrom.merging.linalg.leading import columns_of
 from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines
 from fedfrom.merging.linalg.many import sketched
 from fedfrom.merging.linalg.rounding import rank_tolerance
-from fedfrom.merging.linalg.scale import power_of_two
 from fedfrom.merging.linalg.stack import Stack
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.solve import Solution, Solver, energy_probes
@@ -48,18 +46,9 @@ class _ProductChange(Change):
 
 
 class AdapterUpdates(LayerUpdates):
-    """The updates of one LoRA module; what all methods need of them is computed once.
+    """The updates of one LoRA module: see `LayerUpdates`; `norms` where those as sent are known.
 
-    Parameters
-    ----------
-    inputs : Inputs
-        What the clients sent and were sent.
-    name : str
-        The layer.
-    shared : Round
-        What the clients share.
-    norms : list[float] | None (default: None)
-        (n,) ||theta_i||_F where they are known.
+    What several candidates of a method need of the updates is computed once.
     """
 
     kind = "adapter"
@@ -68,8 +57,8 @@ class AdapterUpdates(LayerUpdates):
     products: list[LowRank]
 
     def __init__(self, inputs: Inputs, name: str, shared: Round, norms: list[float] | None = None) -> None:
-        self.inputs, self.name, self._shared = inputs, name, shared
-        self._W, self._sent, deltas = adapter_deltas(inputs, name)
+        super().__init__(inputs, name, shared)
+        self._W, self._adapters, deltas = adapter_deltas(inputs, name)
         self.has_reference, self.shape = self._W is not None, deltas[0].shape
         self.order = summing_order(inputs, name, [_ordering_number(delta) for delta in deltas])
         self._deltas = [deltas[i] for i in self.order]
@@ -77,28 +66,24 @@ class AdapterUpdates(LayerUpdates):
             found = sorted(zip(self.order, self._measured[0], strict=True))
             norms = check_norms([norm for _, norm in found], inputs, name)
             check_finite([inputs.reference_of(name)], name, list(inputs.template(name).layers[name].keys))
-        self.norms = norms
-        self.clip_factors = clip_factors(norms, shared.clip)
-        self.clipped_norms = [norm * factor for norm, factor in zip(norms, self.clip_factors, strict=True)]
-        own = 0.0 if self._W is None else self._W.norm()
-        self.unit = self.entry_unit = power_of_two([*self.clipped_norms, own])
-        self._W_size = own / self.unit
+        base = 0.0 if self._W is None else self._W.norm()
+        self._clip(norms, shared.clip, base)
+        self.entry_unit, self._W_size = self.unit, base / self.unit
         # an update within rounding of zero is zero: it must not vote with its rounding
         self.products = [
             delta * (self.clip_factors[i] / self.unit if norms[i] > 0 else 0.0)
             for i, delta in zip(self.order, self._deltas, strict=True)
         ]
-        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
 
     @property
     def ranks(self) -> list[int]:
-        return [product.rank for product in self._sent]
+        return [product.rank for product in self._adapters]
 
     @cached_property
     def _stack(self) -> Stack:
         """W's factors and the updates', side by side."""
         W = [] if self._W is None else self._W.terms
-        sent = [*self._sent, *([] if self._W is None else [self._W])]
+        sent = [*self._adapters, *([] if self._W is None else [self._W])]
         narrow = all(term.B.dtype != torch.float64 for product in sent for term in product.terms)
         return Stack([W, *(delta.terms for delta in self._deltas)], narrow)
 
@@ -120,7 +105,7 @@ class AdapterUpdates(LayerUpdates):
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """Looked up by the methods that cut directions: files have to be asked for their dtype."""
+        """See `Updates`; looked up when a method asks, since lazily read files have to be asked for their dtypes."""
         return max(
             rank_tolerance(sent.state.stored_dtype(key))
             for sent in self.inputs.sent
@@ -155,34 +140,30 @@ class AdapterUpdates(LayerUpdates):
         cores = [self._stack.core(theta.terms) for theta in self.products]
         left, right = cores[0].left, cores[0].right
 
-        def change(M: Tensor) -> Change:
+        def lift(M: Tensor) -> Change:
             identity = torch.eye(M.shape[1], dtype=M.dtype, device=M.device)
             return _ProductChange(LowRank(left.lift(M), right.lift(identity).T))
 
-        return Cores([core.C for core in cores], change)
+        return Cores([core.C for core in cores], lift)
 
     def destination(self, weighing: Weighing) -> Destination:
-        rank = self._rank(weighing)
-        base = None if self._W is None else self._W * (1 / self.unit)
-        return Destination(base, weighing.server_lr, rank if isinstance(rank, int) else None)
-
-    def _rank(self, weighing: Weighing) -> int | float:
         if not isinstance(weighing.method, Solver):  # methods on factors see no adapters
             name = type(weighing.method).__name__
             raise ValueError(
                 f"{name}: expected a ProductMethod for LoRA modules, which solves back to a rank, found none"
             )
-        caps = self._shared.as_reference
-        return _checked_rank(weighing.method.rank, self._own_rank, self._sent, self.shape, self.name, caps)
+        caps = self.shared.as_reference
+        rank = _checked_rank(weighing.method.rank, self._own_rank, self._adapters, self.shape, self.name, caps)
+        return Destination(None if self._W is None else self._W * (1 / self.unit), weighing.server_lr, rank)
 
     @property
     def _own_rank(self) -> int:
         """W's rank, else the largest client's."""
-        return self._W.rank if self._W is not None else max(self._sent[i].rank for i in self.inputs.with_weight)
+        return self._W.rank if self._W is not None else max(self._adapters[i].rank for i in self.inputs.with_weight)
 
-    def finish(self, change: Change, weighing: Weighing) -> Merged:
+    def finish(self, change: Change, weighing: Weighing, destination: Destination) -> Merged:
         assert isinstance(change, _ProductChange)
-        solution = self._solve(change, weighing)
+        solution = self._solve(change, weighing, destination)
         inner, square = self._inner_and_square(change, weighing, solution)
         tensors = self._write(solution, weighing)
         for key, tensor in tensors.items():
@@ -198,20 +179,19 @@ class AdapterUpdates(LayerUpdates):
             solution.iterations,
         )
 
-    def _solve(self, change: _ProductChange, weighing: Weighing) -> Solution:
+    def _solve(self, change: _ProductChange, weighing: Weighing, destination: Destination) -> Solution:
         """Return the factors of T that Eq. 6 asks for, in units."""
-        method, alpha, W = weighing.method, weighing.server_lr, self._W
+        (W, alpha, rank), method, theta = destination, weighing.method, change.matrix
         assert isinstance(method, Solver)
-        rank, theta = self._rank(weighing), change.matrix
-        target = theta * alpha if W is None else LowRank.sum([W, theta], [1 / self.unit, alpha])
-        kept = keep_unchanged(W, self._sent, target, theta, alpha, rank, self.unit, self._scaling_out)
+        target = theta * alpha if W is None else LowRank.sum([W, theta], [1.0, alpha])
+        kept = keep_unchanged(self._W, self._adapters, target, theta, alpha, rank, self.unit, self._scaling_out)
         if kept is not None:
             return kept
         c = weighing.coefficients if change.coefficients is None else change.coefficients
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         parts = self._W_size**2 + alpha**2 * float((c * sizes).square().sum())
         scale = alpha**2 * self.weighted_energy(weighing.weights)
-        rows = self._own_rank if self._shared.as_reference else None
+        rows = self._own_rank if self.shared.as_reference else None
         solution = method.solve(target, rank, self.name, scale, rows, self._stack, parts)
         if not self.inputs.template(self.name).layers[self.name].is_embedding:
             return solution
@@ -247,7 +227,7 @@ class AdapterUpdates(LayerUpdates):
     @property
     def _scaling_out(self) -> float:
         """s of the config that goes with the result."""
-        return self.inputs.template(self.name).scaling(self.name) if self._shared.as_reference else 1.0
+        return self.inputs.template(self.name).scaling(self.name) if self.shared.as_reference else 1.0
 
     def _write(self, solution: Solution, weighing: Weighing) -> dict[str, Tensor]:
         template = self.inputs.template(self.name)
@@ -255,7 +235,7 @@ class AdapterUpdates(LayerUpdates):
         part = L.write_adapter(layer, solution.matrix * self.unit, template.state, scaling)
         for extra in {"bias", "magnitude"} & layer.keys.keys():
             part[layer.keys[extra]] = merge_beside(
-                self.inputs, self.name, extra, weighing, self.order, self._shared.clip, scaling
+                self.inputs, self.name, extra, weighing, self.order, self.shared.clip, scaling
             )
         return part
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fedfrom.merging.clients import Round
+from fedfrom.merging.clipping import clip_factors
+from fedfrom.merging.linalg.scale import power_of_two
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs
 from fedfrom.merging.updates import Change, Destination, Updates
@@ -48,10 +51,17 @@ class Merged:
 class LayerUpdates(Updates):
     """The updates of one layer that a merge reads and writes.
 
-    Attributes
+    Parameters
     ----------
     inputs : Inputs
         What the clients sent and were sent.
+    name : str
+        The layer.
+    shared : Round
+        What the clients share.
+
+    Attributes
+    ----------
     kind : str
         See `LayerReport`.
     has_reference : bool
@@ -68,12 +78,28 @@ class LayerUpdates(Updates):
         (n, m) float64 numbers of each update whose inner products are about those of the updates.
     """
 
-    inputs: Inputs
     kind: str
     has_reference: bool
-    norms: list[float]
-    clip_factors: list[float]
-    unit: float
+
+    def __init__(self, inputs: Inputs, name: str, shared: Round) -> None:
+        self.inputs, self.name, self.shared = inputs, name, shared
+
+    def _clip(self, norms: list[float], clip: float | None, base: float = 0.0) -> None:
+        """Set the norms, what clipping leaves of them, the unit, and the sizes in it; `order` is known.
+
+        Parameters
+        ----------
+        norms : list[float]
+            (n,) ||theta_i||_F as sent.
+        clip : float | None
+            The bound: see `clip_factors`.
+        base : float (default: 0.0)
+            ||W||_F, where the unit has to hold W too.
+        """
+        self.norms, self.clip_factors = norms, clip_factors(norms, clip)
+        self.clipped_norms = [norm * factor for norm, factor in zip(norms, self.clip_factors, strict=True)]
+        self.unit = power_of_two([*self.clipped_norms, base])
+        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
 
     @property
     @abstractmethod
@@ -93,13 +119,14 @@ class LayerUpdates(Updates):
         """Return where the layer is going."""
 
     @abstractmethod
-    def finish(self, change: Change, weighing: Weighing) -> Merged:
+    def finish(self, change: Change, weighing: Weighing, destination: Destination) -> Merged:
         """Return T = W + alpha theta*, of an adapter solved back to its rank (Eq. 6)."""
 
     def merge(self, weighing: Weighing) -> tuple[dict[str, Tensor], LayerReport]:
         """Return what a method with these weights makes of the layer: tensors by key, and the report."""
-        change = weighing.method.change(self, weighing.coefficients, self.destination(weighing))
-        merged = self.finish(change, weighing)
+        destination = self.destination(weighing)
+        change = weighing.method.change(self, weighing.coefficients, destination)
+        merged = self.finish(change, weighing, destination)
         return merged.tensors, self._report(weighing, merged)
 
     def multiple(self, coefficients: Tensor, weights: Tensor) -> float | None:

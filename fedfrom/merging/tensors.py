@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.clients import Round
-from fedfrom.merging.clipping import clip_factors
 from fedfrom.merging.deltas import plain_norms, plain_tensors
 from fedfrom.merging.layer import LayerUpdates, Merged
 from fedfrom.merging.linalg import blocks, samples, sums
 from fedfrom.merging.linalg.blocks import BLOCK
 from fedfrom.merging.linalg.entries import Combine, Entries
 from fedfrom.merging.linalg.lowrank import LowRank
-from fedfrom.merging.linalg.scale import power_of_two
 from fedfrom.merging.linalg.threads import each_block
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs, check_finite, check_result, summing_order
@@ -53,31 +51,16 @@ class _TensorChange(Change):
 
 
 class TensorUpdates(LayerUpdates):
-    """The updates of one plain tensor.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        What the clients sent and were sent.
-    name : str
-        The layer.
-    shared : Round
-        What the clients share.
-    norms : list[float] | None (default: None)
-        (n,) ||theta_i||_F where they are known.
-    """
+    """The updates of one plain tensor: see `LayerUpdates`; `norms` where those as sent are known."""
 
     def __init__(self, inputs: Inputs, name: str, shared: Round, norms: list[float] | None = None) -> None:
-        self.inputs, self.name, self._empty = inputs, name, shared.empty
+        super().__init__(inputs, name, shared)
         base, values, references = plain_tensors(inputs, name)
-        self.norms = plain_norms(inputs, name, values, references) if norms is None else norms
+        norms = plain_norms(inputs, name, values, references) if norms is None else norms
         if base is not None and all(reference is not base for reference in references):  # else a finite norm proves it
             check_finite([inputs.reference_of(name)], name, ["tensor"])
-        self.clip_factors = clip_factors(self.norms, None if base is None else shared.clip)
-        self.clipped_norms = [norm * factor for norm, factor in zip(self.norms, self.clip_factors, strict=True)]
-        self.order = summing_order(inputs, name, self.norms)
-        self.unit = power_of_two(self.clipped_norms)
-        self.sizes = [self.clipped_norms[i] / self.unit for i in self.order]
+        self.order = summing_order(inputs, name, norms)
+        self._clip(norms, None if base is None else shared.clip)
         self._base, self._sent = base, [values[i] for i in self.order]
         self._received = [references[i] for i in self.order]
         self._layer = inputs.template(name).layers[name]
@@ -141,9 +124,9 @@ class TensorUpdates(LayerUpdates):
         return self.entrywise(lambda rows, start: row[start : start + len(rows[0])])
 
     def destination(self, weighing: Weighing) -> Destination:
-        return Destination(None, weighing.server_lr, None)
+        return Destination(None, weighing.server_lr, 0)
 
-    def finish(self, change: Change, weighing: Weighing) -> Merged:
+    def finish(self, change: Change, weighing: Weighing, destination: Destination) -> Merged:
         assert isinstance(change, _TensorChange)
         written = change.write(weighing)
         key = self._layer.keys["tensor"]
@@ -157,7 +140,9 @@ class TensorUpdates(LayerUpdates):
             return self._write_entrywise(summed(coefficients), weighing)
         if self._rows is not None:
             like = self._sent[0] if self._base is None else self._base
-            result, size, finite = sums.weighted_rows(self._rows, c, self._base, like, alpha * self.unit, self._empty)
+            result, size, finite = sums.weighted_rows(
+                self._rows, c, self._base, like, alpha * self.unit, self.shared.empty
+            )
         else:
             scaled = [c_i * self.clip_factors[i] for c_i, i in zip(c, self.order, strict=True)]
             sent, received, most = self._sent, self._received, 1.0
@@ -168,7 +153,9 @@ class TensorUpdates(LayerUpdates):
                 places = [first, *(i for i in range(len(scaled)) if i != first)]
                 sent, received = [sent[i] for i in places], [received[i] for i in places]
                 scaled = [scaled[i] / most for i in places]
-            result, size, finite = sums.weighted_sum(sent, received, scaled, self._base, alpha * most, self._empty)
+            result, size, finite = sums.weighted_sum(
+                sent, received, scaled, self._base, alpha * most, self.shared.empty
+            )
             size *= abs(most) / self.unit
         return _Written(result, size, size**2 / multiple if multiple else 0.0, finite)
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,13 @@ class Destination(NamedTuple):
         W of a LoRA module, in the updates' unit; None is zero, and of a plain tensor not needed.
     server_lr : float
         alpha.
-    rank : int | None
-        That T will be solved back to, where it is known beforehand.
+    rank : int | float
+        That T will be solved back to: a number of columns, or a share of the energy to keep. 0 of a plain tensor.
     """
 
     base: LowRank | None
     server_lr: float
-    rank: int | None
+    rank: int | float
 
 
 class Cores(NamedTuple):
@@ -222,8 +223,16 @@ class DenseUpdates(Updates):
     def __init__(self, tensors: Sequence[Tensor], name: str) -> None:
         self.name, self.order, self.shape = name, range(len(tensors)), tuple(tensors[0].shape)
         self.dtype = tensors[0].dtype
-        self.sizes = self.clipped_norms = [float(torch.linalg.vector_norm(tensor)) for tensor in tensors]
         self._entries = Entries(tensors, [None] * len(tensors), [1.0] * len(tensors), tensors[0].dtype)
+
+    @cached_property
+    def sizes(self) -> Sequence[float]:  # type: ignore[override]
+        """Norms are taken when they are asked for: methods that combine the tensors do without."""
+        return [float(torch.linalg.vector_norm(tensor)) for tensor in self._entries.values]
+
+    @property
+    def clipped_norms(self) -> Sequence[float]:  # type: ignore[override]
+        return self.sizes
 
     @property
     def entries(self) -> Entries:

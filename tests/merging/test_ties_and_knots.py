@@ -82,7 +82,7 @@ def test_ties_result_with_knots_does_not_depend_on_the_signs_of_singular_vectors
     def merged(method, parts):
         updates = DenseUpdates(parts, "layer")
         ones = torch.ones(len(parts), dtype=torch.float64)
-        return method.change(updates, ones, Destination(None, 1.0, None)).tensor
+        return method.change(updates, ones, Destination(None, 1.0, 0)).tensor
 
     for majority in ("total", "frequency"):
         method = Ties(density=0.7 if majority == "total" else 1.0, majority=majority)

@@ -34,7 +34,7 @@ class LoRM(RegMean):
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return the theta* with which W + alpha theta* is BA: cut to its rank once, in the metric of the inputs."""
         grams, W, alpha = updates.statistics("gram"), destination.base, destination.server_lr
-        if updates.products is None or grams is None or destination.rank is None or alpha == 0:
+        if updates.products is None or grams is None or not isinstance(destination.rank, int) or alpha == 0:
             return super().change(updates, coefficients, destination)
         solution, metric = self.regressed(updates.products, grams, coefficients)
         T = solution * alpha if W is None else LowRank.sum([W, solution], [1.0, alpha])
