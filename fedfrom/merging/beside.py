@@ -31,7 +31,7 @@ def merge_beside(
     order : Sequence[int]
         Clients in that order.
     clip : float | None
-        See `weighing.clip_factors`.
+        See `clipping.clip_factors`.
     scaling : float
         s of the config that the result goes with.
     """
@@ -66,4 +66,4 @@ def merge_beside(
         None if W is None else acting(W.tensor(name, part), W.scaling(name)),
         weighing.server_lr,
     )
-    return (total / scaling if part == "bias" else total).to(inputs.template(name).tensor(name, part).dtype)
+    return (total / scaling if is_bias else total).to(inputs.template(name).tensor(name, part).dtype)

@@ -79,7 +79,7 @@ def merge(
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
         are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see
-        `weighing.clip_factors`. None: no bound. With k = infinity those that are shortened share the weight, half of
+        `clipping.clip_factors`. None: no bound. With k = infinity those that are shortened share the weight, half of
         the clients with clip=1.0; the largest update has it alone with None.
     as_reference : bool (default: False)
         Give adapters the reference's factor shapes and scaling, so that running clients can load them: `rank` then

@@ -284,12 +284,9 @@ def random_normal(rows: int, columns: int, seed: str) -> Tensor:
     return torch.randn(rows, columns, dtype=torch.float64, generator=generator(seed))
 
 
-def random_uniform(length: int, seed: str | torch.Generator) -> Tensor:
-    """Return (length,) float32 numbers, uniform in [0, 1), from a text seed: the same on every device.
-
-    A generator goes on where it is: parts drawn one after the other are what is drawn at once.
-    """
-    return torch.rand(length, generator=generator(seed) if isinstance(seed, str) else seed)
+def random_uniform(length: int, seed: str) -> Tensor:
+    """Return (length,) float32 numbers, uniform in [0, 1), from a text seed: the same on every device."""
+    return torch.rand(length, generator=generator(seed))
 
 
 def generator(seed: str) -> torch.Generator:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.blocks import BLOCK, Flat, Values
+from fedfrom.merging.linalg.blocks import Values
+from fedfrom.merging.linalg.entries import Entries
 
 # tensors above 2^16 entries are sampled: in runs of one cache line of float32, so that no other line is read
 _WHOLE, RUNS, RUN = 1 << 16, 1 << 10, 16
@@ -62,21 +62,9 @@ def gram_of_samples(values: Sequence[Values], references: Sequence[Tensor | None
 
 def gram(values: Sequence[Values], references: Sequence[Tensor | None]) -> Tensor:
     """Return the (n, n) float64 inner products of the deltas value - reference (None: zero), on the CPU."""
+    entries = Entries(values, references, [1.0] * len(values), torch.float64)
     total = torch.zeros(len(values), len(values), dtype=torch.float64)
-    for block in _blocks([*values, *references], torch.float64):
-        sent, received = block[: len(values)], block[len(values) :]
-        thetas = torch.stack([x if r is None else x - r for x, r in zip(sent, received, strict=True)])
+    for rows in zip(*(entries.in_order(i) for i in range(len(values))), strict=True):
+        thetas = torch.stack(rows)
         total += (thetas @ thetas.T).cpu()
     return total
-
-
-def _blocks(tensors: Sequence[Values | None], dtype: torch.dtype) -> Iterator[list[Any]]:
-    flat = [None if tensor is None else Flat(tensor).values for tensor in tensors]
-    length = next(tensor.numel() for tensor in flat if tensor is not None)
-
-    def part(values: Any, start: int) -> Tensor:
-        stop = min(start + BLOCK, length)
-        return values[start:stop] if isinstance(values, Tensor) else values.read(start, stop)
-
-    for start in range(0, length, BLOCK):
-        yield [None if t is None else part(t, start).to(dtype) for t in flat]

@@ -91,8 +91,7 @@ class Side:
 
     def some(self, places: Tensor) -> Tensor:
         """Return columns of F, (some, entries, d) float64 of places (some, entries); new memory."""
-        F = self.columns_in(torch.float32 if self._in_single else torch.float64)
-        flat = places.flatten()
+        F, flat = self.single, places.flatten()
         start = int(flat[0])
         if are_all(flat - start, len(flat)):  # a slice: several times as fast
             return F[:, start : start + len(flat)].to(torch.float64).T.unflatten(0, places.shape)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedfrom.merging.methods.base import Method, ProductMethod
-from fedfrom.merging.methods.validation import Validate, check_search, check_validate, plain, score
+from fedfrom.merging.methods.validation import Validate, as_json, check_search, check_validate, score
 from fedfrom.merging.weights import check_weighting
 
 AUTO = "auto"
@@ -73,5 +73,5 @@ class ChoosesK(ProductMethod):
         if self.search is None:
             del settings["search"]
         else:
-            settings["search"] = plain(self.search)
+            settings["search"] = as_json(self.search)
         return settings

@@ -11,6 +11,12 @@ from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.numeric import is_number
 
 
+def check_coefficient(coefficient: float) -> None:
+    """Raise ValueError where what a sum is multiplied by is no finite number."""
+    if not is_number(coefficient) or not math.isfinite(coefficient):
+        raise ValueError(f"coefficient: expected a finite number, found {coefficient!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(ProductMethod):
     """theta* = c sum_i theta_i, or c times their mean (Ilharco et al., 2023, arXiv 2212.04089).
@@ -36,8 +42,7 @@ class TaskArithmetic(ProductMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.coefficient) or not math.isfinite(self.coefficient):
-            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient!r}")
+        check_coefficient(self.coefficient)
         if self.form not in ("sum", "mean"):
             raise ValueError(f"form: expected sum or mean, found {self.form!r}")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.entries import Histogram, kth_largest
 from fedfrom.merging.methods.election import SignElection
+from fedfrom.merging.methods.task_arithmetic import check_coefficient
 from fedfrom.merging.updates import Change, Destination, Updates
-from fedfrom.merging.weights import SCOPES
 from fedfrom.numeric import is_number
 
 
@@ -24,22 +24,24 @@ def check_density(density: float) -> None:
         )
 
 
-def keep_from(delta: Tensor, threshold: float, end: int | None = None) -> Tensor:
-    """Return the delta with its entries of at least that magnitude, 0 elsewhere; new memory.
+def keep_from(row: Tensor, threshold: float, end: int) -> Tensor:
+    """Return a row of entries with those of at least that magnitude, 0 elsewhere; new memory.
 
     Parameters
     ----------
-    delta : Tensor
-        A row, where an end is given.
-    end : int | None
-        Those that equal the threshold are kept before this position, in C order, alone; None: all are.
+    row : Tensor
+        (entries,).
+    threshold : float
+        The magnitude.
+    end : int
+        From this place on an entry that equals the threshold is not kept.
     """
-    magnitudes = delta.abs()
+    magnitudes = row.abs()
     kept = magnitudes >= threshold
-    if end is not None and end < delta.numel():
+    if end < len(row):
         end = max(0, end)
-        kept.view(-1)[end:] = magnitudes.view(-1)[end:] > threshold
-    return delta * kept
+        kept[end:] = magnitudes[end:] > threshold
+    return row * kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,7 @@ class Ties(SignElection):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_density(self.density)
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {self.scope!r}")
-        if not is_number(self.coefficient) or not math.isfinite(self.coefficient):
-            raise ValueError(f"coefficient: expected a finite number, found {self.coefficient!r}")
+        check_coefficient(self.coefficient)
 
     def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
         """Return (n,) float64: lambda each where all weights are 1."""

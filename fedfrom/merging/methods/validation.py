@@ -91,7 +91,7 @@ def _numbers(name: str, values: object) -> tuple[float, ...]:
     return tuple(float(value) for value in found)
 
 
-def plain(search: Mapping[str, Sequence[float]]) -> dict[str, list[float | str]]:
+def as_json(search: Mapping[str, Sequence[float]]) -> dict[str, list[float | str]]:
     """Return the values to try as JSON has them: lists, with "infinity" as a word."""
     return {name: ["infinity" if value == math.inf else value for value in values] for name, values in search.items()}
 
