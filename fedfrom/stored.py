@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
+from fedfrom.tensor_bytes import bytes_of
 
 
 class StoredFile(ABC):
@@ -110,8 +111,3 @@ class StoredTensor:
         else:
             self.file.read_into(out, self.sample_start, self.key)
         return out.to(self.device, self.dtype)
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a contiguous tensor of the CPU where they lie."""
-    return tensor.view(torch.uint8).numpy().data if tensor.numel() else b""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.samples import sampled
-from fedfrom.stored import StoredFile, StoredTensor, bytes_of
+from fedfrom.stored import StoredFile, StoredTensor
+from fedfrom.tensor_bytes import bytes_of
 
 
 class SpoolError(ValueError):
