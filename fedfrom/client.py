@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.client_statistics import collecting_gram, fisher, gram
@@ -18,7 +18,7 @@ from fedfrom.merging.linalg.rounding import rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
 from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
-from fedfrom.wire.contents import STATISTICS_KEY, model_record
+from fedfrom.wire.contents import STATISTICS_KEY, model_record, records_of
 from fedfrom.wire.frozen import leave_out, statistics_names, told_frozen
 from fedfrom.wire.records import delta_array, to_record, to_state
 
@@ -59,7 +59,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
 
     own, config = adapter_state(model, adapter_name), model.peft_config[adapter_name].to_dict()
     _check_fits(state, own, ranks_may_differ=True)
-    sent = message.content.config_records.get(ADAPTER_KEY)
+    sent = records_of(message.content, ConfigRecord).get(ADAPTER_KEY)
     fitted = _fit(state, own, config, None if sent is None else record_to_config(sent))
     set_peft_model_state_dict(model, fitted, adapter_name)
 
