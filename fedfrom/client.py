@@ -17,7 +17,7 @@ from fedfrom.client_statistics import collecting_gram, fisher, gram
 from fedfrom.merging.linalg.rounding import rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
-from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, adapter_record, record_to_config
 from fedfrom.wire.contents import STATISTICS_KEY, model_record, records_of
 from fedfrom.wire.frozen import leave_out, statistics_names, told_frozen
 from fedfrom.wire.records import delta_array, to_record, to_state
@@ -149,8 +149,7 @@ def reply(
     is_adapter = hasattr(model, "peft_config")
     state = adapter_state(model, adapter_name) if is_adapter else model.state_dict()
     if is_adapter:
-        modules = [name for name, layer in L.find_layers(state, "this model").items() if layer.is_adapter]
-        content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
+        content[ADAPTER_KEY] = adapter_record(model.peft_config[adapter_name].to_dict(), state, "this model")
     if frozen:
         state = leave_out(state, frozen, to_state(model_record(message.content, arrayrecord_key), "global arrays"))
     content[arrayrecord_key] = to_record(state)

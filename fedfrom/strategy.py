@@ -251,7 +251,7 @@ class FedMerge(RoundLoop):
         config["server-round"] = server_round
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         if self.lora_config is not None:
-            content[ADAPTER_KEY] = adapter_record(self.lora_config, arrays)
+            content[ADAPTER_KEY] = adapter_record(self.lora_config, arrays, "global arrays")
         if frozen:
             content[FROZEN_KEY] = frozen_record(frozen)
         available, seed, timeout = self.min_available_nodes, self.seed, self.node_timeout

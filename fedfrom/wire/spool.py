@@ -46,9 +46,16 @@ class SpooledState(Mapping[str, Tensor]):
         try:
             self._file = _File(folder, who)
             for key, tensor in state.items():
-                place, dtype = self._file.size, tensor.dtype
-                own = self._file, key, place, tensor.shape, dtype, dtype, torch.device("cpu"), place + tensor.nbytes
-                self._tensors[key] = StoredTensor(*own)
+                self._tensors[key] = StoredTensor(
+                    self._file,
+                    key,
+                    start=self._file.size,
+                    shape=tensor.shape,
+                    stored=tensor.dtype,
+                    dtype=tensor.dtype,
+                    device=torch.device("cpu"),
+                    sample_start=self._file.size + tensor.nbytes,
+                )
                 self._file.write(bytes_of(tensor.detach().reshape(-1).contiguous()))
                 if (sample := sampled(tensor)).numel() < tensor.numel():
                     self._file.write(bytes_of(sample.contiguous()))
