@@ -134,7 +134,7 @@ class FedMerge(RoundLoop):
         fedavg = {name: options.pop(name) for name in FEDAVG & options.keys()}
         check_fedavg(fedavg)
         super().__init__(**fedavg)
-        self.method = method_from(method, options, seed, type(self))
+        self.method = method_from(method, options, seed, type(self), FedMerge)
         self.server_lr, self.clip = check_merge(self.method, server_lr, clip)
         check_screening(examples_cap, min_valid_replies, select, attackers)
         check_run(
