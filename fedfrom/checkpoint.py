@@ -162,7 +162,9 @@ class Checkpoints:
                 f"{f'; and {more} more' if more > 0 else ''}; give this run those settings, or another folder"
             )
         if others := [f"{name} {old}" for name, old in state["versions"].items() if old != _VERSIONS.get(name)]:
-            log.warning("checkpoint %s is by %s: the last bits may differ from then on", folder, ", ".join(others))
+            log.warning(
+                "checkpoint %s was written by %s: the last bits may differ from there on", folder, ", ".join(others)
+            )
         if others := differing(state["initial"], self.initial):
             log.warning(
                 "checkpoint %s: expected the initial arrays that its run started from, found other numbers in %d of %d "

@@ -172,7 +172,10 @@ def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayr
         if not own[key].is_floating_point():
             continue
         if key not in sent or sent[key].shape != own[key].shape:
-            raise ValueError(f"this model, {key!r}: expected a tensor of the message's, for its delta, found another")
+            raise ValueError(
+                f"this model, {key!r}: expected the message to have a tensor of this key and shape, to take the delta "
+                "from, found none"
+            )
         start = sent[key].to(own[key].dtype)  # the model started from rounded values where its dtype is narrower
         record[key] = delta_array((own[key].to(torch.float32) - start.to(torch.float32)).to(dtype))
 
