@@ -1,4 +1,4 @@
-"""What a command line gives as text, as the values that are meant, and the command that says the same again."""
+"""The text of a command line <-> values: options are read from text, and the command is written out again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedfrom.errors import BadInput
 
 
 def read_config(context: typer.Context, path: str | None) -> str | None:
-    """Take options from a YAML file; those of the command line come first."""
+    """Read options from a YAML file; an option on the command line overrides the file's."""
     if path is None:
         return None
     try:
@@ -69,7 +69,7 @@ def number(name: str, text: str) -> float:
 
 
 def numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] | None:
-    """Return one number for each input, as text separated by commas gives them; None where there is none."""
+    """Return one number for each input, read from text such as "2,1,1"; None where there is no text."""
     if text is None:
         return None
     found = [number(name, part) for part in text.split(",")]
@@ -116,7 +116,7 @@ def own_options(given: Sequence[str], taken: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_effect(given: dict[str, Any], own: dict[str, Any]) -> str:
-    """Return what to say of options that concern adapters alone, where there are none; "" without such options."""
+    """Return a note that names the given options that have no effect on full models, or "" where there are none."""
     from fedfrom.merging.solve import RANK_OPTIONS
 
     options = [f"--{name} {value}" for name, value in given.items() if name in RANK_OPTIONS]
@@ -137,7 +137,7 @@ def method_of(name: str, options: dict[str, Any]) -> Any:
 
     try:
         return make_method(name, **options)
-    except TypeError:  # an option of text that is compared with a number
+    except TypeError:  # text was given where the method compares with a number
         text = ", ".join(f"{option}={value}" for option, value in options.items() if isinstance(value, str))
         raise BadInput(f"--option: expected a number, found {text}") from None
     except ValueError as error:
@@ -145,7 +145,7 @@ def method_of(name: str, options: dict[str, Any]) -> Any:
 
 
 def command_line(context: typer.Context) -> str:
-    """Return the command that does the same again, with the options that a file gave spelled out."""
+    """Return the command line that repeats this run; options from a --config file are spelled out in it."""
     words, options = [], []
     for parameter in context.command.params:
         assert parameter.name is not None
@@ -164,7 +164,7 @@ def command_line(context: typer.Context) -> str:
 
 @contextlib.contextmanager
 def progress_bar(title: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar with rate and time left on stderr; None where that is no terminal."""
+    """Yield a function (done, total) that updates a progress bar on stderr; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

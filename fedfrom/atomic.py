@@ -1,8 +1,8 @@
 """Files and folders that are there as a whole or not at all: written under a hidden name, then renamed.
 
-What is renamed is on the disk before, so that a loss of power leaves the old or the new, as a kill does; a kill may
-also leave the hidden name, which nothing reads. Rights are those that the umask leaves, as of any new file. A link in
-the place is itself replaced: what it leads to stays as it is.
+Files are flushed to the disk before they are renamed, so that a kill or a loss of power leaves the old file or the new
+one. A kill may also leave the hidden file, which nothing reads. The umask sets the permissions, as for any new file. A
+symbolic link at the path is itself replaced; its target stays as it is.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STEM, _SUFFIX = 100, 20
-"""Bytes of the name, and of its suffix, that the hidden one takes up: a file system allows 255 in all."""
+"""Most bytes of a name, and of its suffix, that its hidden name repeats: file systems allow 255 in all."""
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield the hidden name to write a file under, which takes the file's place where the block ends without error.
+    """Yield a hidden path to write to; the file there is renamed to `path` when the block ends without an error.
 
     Parameters
     ----------
     path : str | Path
-        The file, in a folder that is there; an earlier one is replaced. The hidden name has its suffix, by which some
-        libraries choose a format.
+        The file to write, in an existing folder; an earlier file is replaced. The hidden name has the same suffix, by
+        which some libraries choose a format.
 
     Raises
     ------
     OSError
-        It can't be written; the hidden file is gone, as after any error in the block, and the earlier one is as it was.
+        The file can't be written. Then, as after any error in the block, the hidden file is removed, and an earlier
+        file stays as it was.
     """
     path = Path(path)
     _check_place(path, is_folder=False)
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _SUFFIX else ""
     hidden = _hidden(path.with_name(path.name.removesuffix(suffix)), suffix)
-    # not tempfile's, which keeps others out: the kernel takes off the umask, which no process reads without setting it
+    # tempfile's files can be read by their owner alone. Here the kernel applies the umask, which can't be read without
+    # setting it
     os.close(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         mode = stat.S_IMODE(os.stat(hidden).st_mode)
         yield hidden
-        os.chmod(hidden, mode)  # safetensors leaves its files to their owner alone
+        os.chmod(hidden, mode)  # safetensors makes its files readable by their owner alone
         flush(hidden)
         os.replace(hidden, path)
     except BaseException:
@@ -55,18 +57,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write a file, text as UTF-8, that is there as a whole or not at all: see `whole_file`."""
+    """Write text (as UTF-8) or bytes to a file that is there as a whole or not at all: see `whole_file`."""
     with whole_file(path) as hidden:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def staging_folder(path: Path) -> Path:
-    """Make a hidden folder beside a folder's place, which `publish` will move there, and return it.
+    """Make a hidden folder beside `path`, for `publish` to rename to `path`, and return it.
 
     Raises
     ------
     OSError
-        It can't be made, or the place is a file's.
+        The folder can't be made, or a file is at `path`.
     """
     _check_place(path, is_folder=True)
     hidden = _hidden(path)
@@ -75,12 +77,12 @@ def staging_folder(path: Path) -> Path:
 
 
 def publish(staging: Path, path: Path) -> None:
-    """Move a folder that is filled into its place, an earlier one replaced; its files get the rights of new ones.
+    """Rename a filled staging folder to `path`, in place of an earlier folder; its files get new files' permissions.
 
     Raises
     ------
     OSError
-        It can't be moved: an earlier folder is where it was, and `staging` is left to the caller.
+        The folder can't be renamed. An earlier folder stays where it was; the caller removes `staging`.
     """
     mode = stat.S_IMODE(os.stat(staging).st_mode) & 0o666
     for folder, _, files in os.walk(staging):
@@ -91,7 +93,7 @@ def publish(staging: Path, path: Path) -> None:
 
 
 def take_place(staging: Path, path: Path) -> None:
-    """Rename a folder, and flush the new name; what has the name is removed, or put back where the renaming fails."""
+    """Rename a folder to `path` and flush the name; an earlier one is removed, or put back if the renaming fails."""
     previous = staging.with_name(staging.name + "-previous")
     replaces = os.path.lexists(path)
     if replaces:
@@ -108,7 +110,7 @@ def take_place(staging: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,7 +119,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Bring all files of a folder, then its names, to the disk."""
+    """Flush all files of a folder, then its list of names, to the disk."""
     for inside, _, files in os.walk(folder, topdown=False):
         for name in files:
             flush(Path(inside, name))
@@ -132,7 +134,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_place(path: Path, is_folder: bool) -> None:
-    """Raise OSError, before the work, where a name is none that the file system takes, or another thing has it."""
+    """Raise OSError, before any work, where a path is invalid, or has a folder in place of a file or the reverse."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -144,6 +146,6 @@ def _check_place(path: Path, is_folder: bool) -> None:
 
 
 def _hidden(path: Path, suffix: str = "") -> Path:
-    """Return a new hidden name beside a path: as much of its name as leaves room for the rest."""
+    """Return a new hidden path in the same folder: a dot, the name or its start, random digits and the suffix."""
     stem = os.fsencode(path.name)[:_STEM].decode(errors="ignore")
     return path.with_name(f".{stem}-{secrets.token_hex(4)}{suffix}")

@@ -146,8 +146,8 @@ class Checkpoints:
             way_on = (
                 "no older checkpoint is whole: start anew in another folder"
                 if whole is None
-                else f"{self._folder(whole).name} is whole: to go on from it, delete "
-                f"{', '.join(self._folder(number).name for number in rounds if number > whole)}"
+                else f"{_name(whole)} is whole: to go on from it, delete "
+                f"{', '.join(_name(number) for number in rounds if number > whole)}"
             )
             raise ValueError(f"checkpoint {folder}, {error}; {way_on}") from error
         if state["format"] != FORMAT:
@@ -162,7 +162,9 @@ class Checkpoints:
                 f"{f'; and {more} more' if more > 0 else ''}; give this run those settings, or another folder"
             )
         if others := [f"{name} {old}" for name, old in state["versions"].items() if old != _VERSIONS.get(name)]:
-            log.warning("checkpoint %s is by %s: the last bits may differ from then on", folder, ", ".join(others))
+            log.warning(
+                "checkpoint %s was written by %s: the last bits may differ from there on", folder, ", ".join(others)
+            )
         if others := differing(state["initial"], self.initial):
             log.warning(
                 "checkpoint %s: expected the initial arrays that its run started from, found other numbers in %d of %d "
@@ -221,7 +223,7 @@ class Checkpoints:
             hidden = self._write(checkpoint)
             take_place(hidden, self._folder(checkpoint.server_round))
             for number in self._rounds()[: -self.kept]:
-                removed = self.path / f".{self._folder(number).name}.removed"
+                removed = self.path / f".{_name(number)}.removed"
                 os.rename(self._folder(number), removed)  # a kill amid the removal leaves no half checkpoint
                 shutil.rmtree(removed)
 
@@ -232,7 +234,7 @@ class Checkpoints:
 
     def _write(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint to a hidden folder, flush it to the disk, and return the folder, still to be renamed."""
-        hidden = self.path / f".{self._folder(checkpoint.server_round).name}.partial"
+        hidden = self.path / f".{_name(checkpoint.server_round)}.partial"
         arrays, layout = to_tensors(checkpoint.result.arrays)
         state = {
             "format": FORMAT,

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.client_statistics import collecting_gram, fisher, gram
 from fedfrom.merging.linalg.rounding import rescaled
 from fedfrom.merging.peft import layers as L
 from fedfrom.merging.peft.configs import rank_and_scaling
-from fedfrom.wire.adapter_configs import ADAPTER_KEY, config_to_record, record_to_config
-from fedfrom.wire.contents import STATISTICS_KEY, model_record
+from fedfrom.wire.adapter_configs import ADAPTER_KEY, adapter_record, record_to_config
+from fedfrom.wire.contents import STATISTICS_KEY, model_record, records_of
 from fedfrom.wire.frozen import leave_out, statistics_names, told_frozen
 from fedfrom.wire.records import delta_array, to_record, to_state
 
@@ -59,7 +59,7 @@ def load(model: Any, message: Message, *, arrayrecord_key: str = "arrays", adapt
 
     own, config = adapter_state(model, adapter_name), model.peft_config[adapter_name].to_dict()
     _check_fits(state, own, ranks_may_differ=True)
-    sent = message.content.config_records.get(ADAPTER_KEY)
+    sent = records_of(message.content, ConfigRecord).get(ADAPTER_KEY)
     fitted = _fit(state, own, config, None if sent is None else record_to_config(sent))
     set_peft_model_state_dict(model, fitted, adapter_name)
 
@@ -149,8 +149,7 @@ def reply(
     is_adapter = hasattr(model, "peft_config")
     state = adapter_state(model, adapter_name) if is_adapter else model.state_dict()
     if is_adapter:
-        modules = [name for name, layer in L.find_layers(state, "this model").items() if layer.is_adapter]
-        content[ADAPTER_KEY] = config_to_record(model.peft_config[adapter_name].to_dict(), modules)
+        content[ADAPTER_KEY] = adapter_record(model.peft_config[adapter_name].to_dict(), state, "this model")
     if frozen:
         state = leave_out(state, frozen, to_state(model_record(message.content, arrayrecord_key), "global arrays"))
     content[arrayrecord_key] = to_record(state)
@@ -173,7 +172,10 @@ def _to_deltas(content: RecordDict, message: Message, dtype: torch.dtype, arrayr
         if not own[key].is_floating_point():
             continue
         if key not in sent or sent[key].shape != own[key].shape:
-            raise ValueError(f"this model, {key!r}: expected a tensor of the message's, for its delta, found another")
+            raise ValueError(
+                f"this model, {key!r}: expected the message to have a tensor of this key and shape, to take the delta "
+                "from, found none"
+            )
         start = sent[key].to(own[key].dtype)  # the model started from rounded values where its dtype is narrower
         record[key] = delta_array((own[key].to(torch.float32) - start.to(torch.float32)).to(dtype))
 

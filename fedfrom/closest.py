@@ -19,14 +19,14 @@ def did_you_mean(found: str | Collection[str], expected: Iterable[str], others: 
     expected : Iterable[str]
         The known names. Case, leading dashes, and whether words are joined by - or _ make no difference.
     others : Mapping[str, str] | None (default: None)
-        Known names by what else they are called: "bf16" is bfloat16.
+        Other words for known names, word -> known name: "bf16" -> "bfloat16".
 
     Returns
     -------
     str
         Each wrong name's closest known one, once; "" where none is close.
     """
-    known = {_plain(name): name for name in [*expected]}
+    known = {_plain(name): name for name in expected}
     known |= {name: meant for name, meant in (others or {}).items() if name not in known}
     closest = [
         get_close_matches(_plain(name), known, 1, _ALIKE) for name in ([found] if isinstance(found, str) else found)

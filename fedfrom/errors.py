@@ -2,4 +2,4 @@
 
 
 class BadInput(ValueError):
-    """What the user gave (an option, a folder, a package) can't be used: names it and says what to do."""
+    """The user's input (an option, a folder, a package) can't be used; the message names it and says what to do."""

@@ -139,14 +139,13 @@ class RoundReport:
             **{f"replies-rejected-{kind}": count for kind, count in self.reasons.items()},
         }
         weighed = [layer for layer in (self.merge.layers if self.merge else []) if layer.is_update]
-        if weighed:
+        if self.merge is not None and weighed:
             metrics["weight-min"] = min(min(layer.weights) for layer in weighed)
             metrics["weight-max"] = max(max(layer.weights) for layer in weighed)
             metrics["clients-effective"] = sum(layer.clients_effective for layer in weighed) / len(weighed)
             metrics["lambda-max"] = max(layer.lambda_max for layer in weighed)
             metrics["server-lr-min"] = min(layer.server_lr for layer in weighed)
             metrics["updates-clipped"] = sum(factor < 1 for layer in weighed for factor in layer.clipped)
-        if self.merge is not None and weighed:
             metrics["interference"] = self.merge.interference
             if pairs := [row[j] for i, row in enumerate(self.merge.cosines()) for j in range(i)]:
                 metrics["cosine-mean"] = sum(pairs) / len(pairs)

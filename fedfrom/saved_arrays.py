@@ -1,4 +1,4 @@
-"""A record's arrays as safetensors holds them, and back: their order, layout in memory and bfloat16 are kept."""
+"""A record's arrays <-> the tensors of a safetensors file: bfloat16, and the orders of keys and memory, are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from safetensors.torch import load_file
 
-from fedfrom.wire.records import BF16, to_record, to_state_dict
+from fedfrom.wire.records import BF16, to_array, to_state_dict
 
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 _DTYPES |= {"float16", "float32", "float64"}
@@ -21,11 +21,19 @@ def words(error: Exception) -> str:
 
 
 def to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """Return a record's arrays, and [key, order in memory] in its order, which safetensors keeps neither of."""
+    """Return a record's arrays by key, and a list of [key, "C" or "F", the order in memory] in the record's order.
+
+    safetensors keeps neither of the two orders.
+
+    Raises
+    ------
+    ValueError
+        safetensors can't hold a key or an array. The error names the key.
+    """
     arrays: dict[str, torch.Tensor] = {}
     layout = []
     for key, array in record.items():
-        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # the one is safetensors' own
+        if key == "__metadata__" or key != key.encode(errors="replace").decode():  # safetensors uses __metadata__
             raise ValueError(f"checkpoint, {key!r}: expected a key that safetensors can hold: UTF-8, not __metadata__")
         try:
             if array.stype == BF16:
@@ -48,12 +56,10 @@ def to_tensors(record: ArrayRecord) -> tuple[dict[str, torch.Tensor], list[list[
 
 
 def read_arrays(path: Path, layout: list[list[str]]) -> ArrayRecord:
+    """Return the record whose arrays `to_tensors` returned, from the file that they were saved to."""
     arrays = load_file(path)
     record = ArrayRecord()
     for key, order in layout:
         tensor = arrays.pop(key)
-        if tensor.dtype == torch.bfloat16:
-            record.update(to_record({key: tensor}))
-        else:
-            record[key] = Array(np.asarray(tensor.numpy(), order=order))  # type: ignore[call-overload]
+        record[key] = Array(np.asfortranarray(tensor.numpy())) if order == "F" else to_array(key, tensor)
     return record

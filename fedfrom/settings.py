@@ -29,9 +29,6 @@ FEDAVG = set(inspect.signature(FedAvg.__init__).parameters) - {"self"}
 RUN = {"checkpoint", "checkpoints_kept", "node_timeout", "memory_budget", "spool", "on_round", "max_skipped"}
 """Settings that change no number that a run computes: a resumed run may have others than the run before."""
 
-_SCREENING = {"clip", "examples_cap", "min_valid_replies", "select", "attackers"}
-_OWN = {"server_lr", "lora_config", "frozen", "seed", "dora", "same_base", *_SCREENING, *RUN}
-
 _START = set(inspect.signature(FedAvg.start).parameters) - {"self"}
 
 _FRACTIONS = ("fraction_train", "fraction_evaluate")
@@ -40,7 +37,7 @@ _KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
 _FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
-def method_from(method: str | Method, options: Mapping[str, Any], seed: int, strategy: type) -> Method:
+def method_from(method: str | Method, options: Mapping[str, Any], seed: int, strategy: type, base: type) -> Method:
     """Return a strategy's merging method.
 
     Parameters
@@ -53,6 +50,8 @@ def method_from(method: str | Method, options: Mapping[str, Any], seed: int, str
         The strategy's seed, for methods that have a seed and were given none.
     strategy : type
         The class whose constructor was called, for the error.
+    base : type
+        `FedMerge`, for the error: its keyword-only arguments are the settings beside the method's and FedAvg's.
 
     Raises
     ------
@@ -63,8 +62,10 @@ def method_from(method: str | Method, options: Mapping[str, Any], seed: int, str
         return make_method(method, **options)
     known = method_options(method)
     if unknown := sorted(options.keys() - known):
-        expected = sorted(known | _OWN | FEDAVG)
+        own = {name for name, each in inspect.signature(base).parameters.items() if each.kind is each.KEYWORD_ONLY}
+        expected = sorted(known | own | FEDAVG)
         names = [*expected, *inspect.signature(strategy).parameters]
+        # where the method has `search`, `grid` is taken for a wrong name of it, not for start's argument
         started = [name for name in unknown if name in _START and not (name == "grid" and "search" in known)]
         meant = meant_by([name for name in unknown if name not in started], names, {"lora": "lora_config"})
         if started:
@@ -83,10 +84,10 @@ def check_fedavg(arguments: Mapping[str, Any]) -> None:
         >= 0, non-empty keys, functions or None. Other arguments are not checked.
     """
     for name, value in arguments.items():
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if name in _FRACTIONS and not (is_number and 0 <= value <= 1):
+        is_real = isinstance(value, Real) and not isinstance(value, bool)  # numpy's numbers and Fraction are accepted
+        if name in _FRACTIONS and not (is_real and 0 <= value <= 1):
             raise ValueError(f"{name}: expected a share of the nodes, a number from 0 to 1, found {value!r}")
-        if name in _COUNTS and not (is_number and value >= 0 and isinstance(value, Integral)):
+        if name in _COUNTS and not (is_real and value >= 0 and isinstance(value, Integral)):
             raise ValueError(f"{name}: expected a whole number of nodes >= 0, found {value!r}")
         if name in _KEYS and not (isinstance(value, str) and value):
             raise ValueError(f"{name}: expected a key, text of at least one character, found {value!r}")
@@ -119,7 +120,9 @@ def check_screening(examples_cap: float | None, min_valid_replies: int, select: 
     if select not in (None, "multikrum"):
         raise ValueError(f"select: expected 'multikrum' or None, found {select!r}")
     if not is_whole(attackers) or attackers < 0 or (attackers > 0 and select is None):
-        raise ValueError(f"attackers: expected a whole number >= 0, above 0 with select= alone, found {attackers!r}")
+        raise ValueError(
+            f"attackers: expected a whole number >= 0, above 0 only together with select=, found {attackers!r}"
+        )
 
 
 def check_run(

@@ -1,25 +1,26 @@
-"""Tensors in files, read a block at a time: of replies on disk, and of safetensors files."""
+"""Tensors that are read from files a block at a time: from the files of replies on disk, and from safetensors files."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
+from fedfrom.tensor_bytes import bytes_of
 
 
 class StoredFile(ABC):
-    """An open file that is read at any place, from many threads at once.
+    """An open file that many threads may read at once, each at its own position.
 
     Parameters
     ----------
     file : IO[bytes]
-        Without a buffer.
+        Opened without a buffer.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -27,26 +28,26 @@ class StoredFile(ABC):
 
     @abstractmethod
     def damaged(self, key: str, missing: int, position: int, error: Exception | None) -> ValueError:
-        """Return what to raise where a tensor can't be read; whose file it is, its owner knows.
+        """Return the error to raise where a tensor can't be read; a subclass knows whose file this is.
 
         Parameters
         ----------
         key : str
-            The tensor's.
+            The tensor's key.
         missing, position : int
-            How many bytes could not be read, and from where on.
+            Number of bytes that could not be read, and the byte from which on.
         error : Exception | None
-            What was raised; None where the file has come to its end.
+            The error of the reading; None where the file ended.
         """
 
     def read_into(self, out: Tensor, start: int, key: str) -> None:
-        """Fill a tensor with the bytes from `start` on, or raise what `damaged` makes of it."""
+        """Fill a tensor with the file's bytes from `start` on, or raise the error that `damaged` returns."""
         rest, position = memoryview(bytes_of(out)), start
         while len(rest):  # a read may give less than was asked for
             error: Exception | None = None
             try:
                 found = os.preadv(self.file.fileno(), [rest], position)
-            except (OSError, ValueError) as caught:  # ValueError: it is closed
+            except (OSError, ValueError) as caught:  # ValueError: the file is closed
                 found, error = 0, caught
             if not found:
                 raise self.damaged(key, len(rest), position, error) from error
@@ -55,24 +56,27 @@ class StoredFile(ABC):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: see `fedfrom.merging.linalg.blocks.Reader`.
+    """One tensor of a file, a `fedfrom.merging.linalg.blocks.Reader`.
 
     Attributes
     ----------
     file : StoredFile
-        Where it lies, in C order, and `start` the byte there.
+        The file that holds the tensor's entries, in C order.
     key : str
-        What errors call it.
+        The tensor's key, for errors.
+    start : int
+        The byte in the file at which the entries begin.
     shape : torch.Size
-        Its shape.
+        The tensor's shape.
     stored : torch.dtype
-        What its entries are in the file; they are read as `dtype`.
+        The dtype of the entries in the file.
     dtype : torch.dtype
-        See there.
+        The dtype to which the entries are converted when they are read.
     device : torch.device
-        Where they are read to.
+        The device of the tensors that reading returns.
     sample_start : int | None (default: None)
-        The byte from which on its sample lies, once more and in one piece; None: it is read from among the others.
+        The byte at which a copy of the sampled entries begins, in one piece. None: there is no copy, and the sample is
+        read from among the other entries.
     """
 
     file: StoredFile
@@ -85,11 +89,11 @@ class StoredTensor:
     sample_start: int | None = None
 
     def numel(self) -> int:
-        """Return how many entries it has."""
+        """Return the number of entries."""
         return self.shape.numel()
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return the entries from `start` to `stop` in C order; in `out`, flat and of this dtype, where given."""
+        """Return the entries from `start` to `stop` in C order, in `out` where given: flat, and of `self.dtype`."""
         direct = out is not None and out.dtype == self.stored and out.device.type == "cpu"
         read = out if out is not None and direct else torch.empty(stop - start, dtype=self.stored)
         self.file.read_into(read, self.start + start * self.stored.itemsize, self.key)
@@ -98,9 +102,9 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.linalg.samples.sampled` does of all its entries; no others are read."""
+        """Return `fedfrom.merging.linalg.samples.sampled` of the tensor, reading only the sampled entries."""
         numel = self.numel()
-        size = sampled(torch.empty(1).expand(numel)).numel()
+        size = sampled(torch.empty(1).expand(numel)).numel()  # an expanded tensor takes no memory
         if size == numel:
             return self.read(0, numel)
         out, step = torch.empty(size, dtype=self.stored), numel // RUNS
@@ -110,8 +114,3 @@ class StoredTensor:
         else:
             self.file.read_into(out, self.sample_start, self.key)
         return out.to(self.device, self.dtype)
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a contiguous tensor of the CPU where they lie."""
-    return tensor.view(torch.uint8).numpy().data if tensor.numel() else b""

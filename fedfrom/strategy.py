@@ -134,7 +134,7 @@ class FedMerge(RoundLoop):
         fedavg = {name: options.pop(name) for name in FEDAVG & options.keys()}
         check_fedavg(fedavg)
         super().__init__(**fedavg)
-        self.method = method_from(method, options, seed, type(self))
+        self.method = method_from(method, options, seed, type(self), FedMerge)
         self.server_lr, self.clip = check_merge(self.method, server_lr, clip)
         check_screening(examples_cap, min_valid_replies, select, attackers)
         check_run(
@@ -251,7 +251,7 @@ class FedMerge(RoundLoop):
         config["server-round"] = server_round
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         if self.lora_config is not None:
-            content[ADAPTER_KEY] = adapter_record(self.lora_config, arrays)
+            content[ADAPTER_KEY] = adapter_record(self.lora_config, arrays, "global arrays")
         if frozen:
             content[FROZEN_KEY] = frozen_record(frozen)
         available, seed, timeout = self.min_available_nodes, self.seed, self.node_timeout

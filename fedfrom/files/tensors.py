@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fedfrom.errors import BadInput
 from fedfrom.merging.linalg.blocks import Values
-from fedfrom.stored import StoredFile, StoredTensor, bytes_of
+from fedfrom.stored import StoredFile, StoredTensor
+from fedfrom.tensor_bytes import bytes_of
 
 # safetensors' names of dtypes; tensors of other dtypes can't be merged
 DTYPES = {

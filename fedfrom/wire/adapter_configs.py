@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ConfigRecord
 
 from fedfrom.merging.peft.configs import spell_out
 from fedfrom.merging.peft.layers import find_layers
@@ -39,9 +39,19 @@ def config_to_record(config: Mapping[str, Any], modules: Iterable[str]) -> Confi
     return record
 
 
-def adapter_record(config: Mapping[str, Any], arrays: ArrayRecord) -> ConfigRecord:
-    """Return the record that tells clients the config of the global adapter, whose arrays these are."""
-    layers = find_layers(arrays, "global arrays")
+def adapter_record(config: Mapping[str, Any], keys: Iterable[str], who: str) -> ConfigRecord:
+    """Return the record that tells the other side an adapter's config.
+
+    Parameters
+    ----------
+    config : Mapping
+        The content of adapter_config.json.
+    keys : Iterable[str]
+        The keys of the adapter's arrays.
+    who : str
+        Whose adapter this is, for errors.
+    """
+    layers = find_layers(keys, who)
     return config_to_record(config, [name for name, layer in layers.items() if layer.is_adapter])
 
 

@@ -16,8 +16,8 @@ _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 def records_of(content: RecordDict, kind: type[_R]) -> dict[str, _R]:
     """Return a content's records of one type, by name.
 
-    Flower's own views (`content.array_records`) make a reference cycle: a reply read through them stays in memory until
-    Python's next garbage collection.
+    Flower's own views (`content.array_records`) make a reference cycle: a message read through them stays in memory
+    until Python's next garbage collection.
     """
     return {name: record for name, record in content.items() if isinstance(record, kind)}
 

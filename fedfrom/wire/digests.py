@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-import torch
 from flwr.app import Array, ArrayRecord
 
+from fedfrom.tensor_bytes import bytes_of
 from fedfrom.wire.records import to_state
 
 _BYTES = 8  # enough against mistakes, not against attacks
@@ -29,4 +29,4 @@ def _numbers(array: Array) -> memoryview | bytes:
         (tensor,) = to_state(ArrayRecord({"": array})).values()
     except ValueError:  # an unreadable array is an error of the merge, not of its digest
         return array.data
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return bytes_of(tensor.contiguous().reshape(-1))

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedfrom.merging.peft import layers as L
+from fedfrom.wire.contents import records_of
 
 FROZEN_KEY = "fedfrom.frozen"
 """Name of the ConfigRecord in train messages with the keys that clients need not send back."""
@@ -68,8 +69,7 @@ def frozen_record(keys: Iterable[str]) -> ConfigRecord:
 
 def told_frozen(content: RecordDict) -> set[str]:
     """Return the keys that a message says are frozen."""
-    record = content.config_records.get(FROZEN_KEY, ConfigRecord())
-    keys = record.get("keys")
+    keys = records_of(content, ConfigRecord).get(FROZEN_KEY, ConfigRecord()).get("keys")
     return set(map(str, keys)) if isinstance(keys, list) else set()
 
 

@@ -29,10 +29,10 @@ class _Held(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def array(self, size: int) -> Array:
-        """Return the array of `size` bytes; a copy where the tensor is still referenced, and could be written to."""
+    def array(self) -> Array:
+        """Return the array; its bytes are a copy where the tensor is still referenced, and could be written to."""
         try:
-            self.buffer.truncate(size)  # raises BufferError while a tensor uses the buffer
+            self.buffer.truncate(len(self.buffer.getbuffer()))  # raises BufferError while a tensor uses the buffer
             data = self.buffer.getvalue()
         except BufferError:
             data = bytes(self.buffer.getbuffer())
@@ -69,9 +69,8 @@ class Outgoing:
             if held is None or (held.shape, held.dtype) != (tuple(tensor.shape), tensor.dtype):
                 record[key] = to_array(key, tensor)
             else:
-                size = len(held.buffer.getbuffer())
                 del tensor
-                record[key] = held.array(size)
+                record[key] = held.array()
         return record
 
 

@@ -99,7 +99,7 @@ def _check_layers(state: dict[str, Tensor], sent: Sent, config: dict[str, Any] |
         for part, key in layer.keys.items():
             dimension = L.RANK_DIMENSION.get(part)
             if key in deltas and (part != "tensor" or layer.is_running_statistic):
-                raise ValueError(f"reply, {key!r}: expected what the client ended with, found a delta")
+                raise ValueError(f"reply, {key!r}: expected the client's own values, found a delta")
             try:
                 L.check_same(state[key], sent.state[key], "reply", key, dimension if free else None, key in deltas)
             except ValueError as error:

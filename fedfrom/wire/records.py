@@ -13,6 +13,8 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from torch import Tensor
 
+from fedfrom.tensor_bytes import bytes_of
+
 BF16 = "fedfrom.bf16"
 """Array kind (`stype`) for bfloat16 values: the data are the raw values in C order, without a header."""
 
@@ -76,7 +78,7 @@ def delta_array(change: Tensor) -> Array:
     """Return a client's delta of a tensor as an array of its own kind, which Flower does not read as values."""
     if change.dtype not in _DELTAS.values():
         raise ValueError(f"as_delta: expected True or torch's {', '.join(_DELTAS)}, found {change.dtype}")
-    raw = change.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = bytes(bytes_of(change.detach().cpu().contiguous().reshape(-1)))
     return Array(str(change.dtype).removeprefix("torch."), tuple(change.shape), DELTA, raw)
 
 
@@ -156,5 +158,4 @@ def to_array(key: str, tensor: Tensor) -> Array:
         name, kind, header = layout(shape, tensor.dtype)
     except TypeError as error:
         raise TypeError(f"{key!r}: expected a dtype that numpy has, or bfloat16, found {tensor.dtype}") from error
-    values = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return Array(name, shape, kind, b"".join((header, values.reshape(-1).view(np.uint8).data)))
+    return Array(name, shape, kind, b"".join((header, bytes_of(tensor.reshape(-1)))))

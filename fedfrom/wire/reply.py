@@ -62,8 +62,8 @@ class Rejection(NamedTuple):
     ----------
     kind : str
         One of "unreadable", "keys", "shapes" (dtypes and ranks too), "config", "not-finite", "too-large",
-        "statistics", "examples", "spool" and "unselected", which the round's metrics count. "metrics" is of evaluate
-        replies, and is logged alone.
+        "statistics", "examples", "spool" and "unselected", which the round's metrics count. "metrics", for NaN or
+        infinity among a reply's metrics, is logged but not counted.
     reason : str
         Names the key, what was expected and what was found.
     """

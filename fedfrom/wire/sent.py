@@ -124,8 +124,11 @@ class Sent:
             ranks = {name: min(rank, cut.get(name, rank)) for name, rank in ranks.items()}
             if all(ranks[name] >= own[name] for name in own):
                 received.append(None)
-            else:
-                received.append(cuts.setdefault(tuple(ranks.values()), L.cut_to_ranks(self.state, self.layers, ranks)))
+                continue
+            key = tuple(ranks.values())
+            if key not in cuts:
+                cuts[key] = L.cut_to_ranks(self.state, self.layers, ranks)
+            received.append(cuts[key])
         return received
 
     def trained(self, record: ArrayRecord) -> ArrayRecord:

@@ -45,7 +45,7 @@ def check_sizes(reply: Reply, sent: Sent) -> None:
     with rejecting("shapes"):
         for layer in sent.layers.values():
             for key in layer.keys.values():
-                # |entry| <= largest sent + norm of the delta: spares all but strange replies a pass over memory
+                # |entry| <= largest sent + norm of the delta: only a reply beyond this bound needs a pass over memory
                 limit = _limit(state[key])
                 if layer.name in reply.deltas:  # the tensor that it is added to may have a narrower dtype
                     limit = min(limit, torch.finfo(sent.state[key].dtype).max / 4)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.samples import sampled
-from fedfrom.stored import StoredFile, StoredTensor, bytes_of
+from fedfrom.stored import StoredFile, StoredTensor
+from fedfrom.tensor_bytes import bytes_of
 
 
 class SpoolError(ValueError):
-    """What is wrong with a reply's file; names the folder, whose reply it is, and what to do."""
+    """A reply's file can't be written or read; the message names the client, the folder and the fault."""
 
 
 class SpooledState(Mapping[str, Tensor]):
@@ -28,16 +29,16 @@ class SpooledState(Mapping[str, Tensor]):
     Parameters
     ----------
     state : Mapping[str, Tensor]
-        What to write; on the CPU.
+        The tensors to write, on the CPU.
     folder : Path
-        Where; must be there.
+        An existing folder for the file.
     who : str
         Whose state it is, for errors.
 
     Raises
     ------
     SpoolError
-        It can't be written: no room, or no right to. Nothing of it is left.
+        The state can't be written, for lack of room or of the right to. No part of the file is left.
     """
 
     def __init__(self, state: Mapping[str, Tensor], folder: Path, who: str) -> None:
@@ -45,9 +46,16 @@ class SpooledState(Mapping[str, Tensor]):
         try:
             self._file = _File(folder, who)
             for key, tensor in state.items():
-                place, dtype = self._file.size, tensor.dtype
-                own = self._file, key, place, tensor.shape, dtype, dtype, torch.device("cpu"), place + tensor.nbytes
-                self._tensors[key] = StoredTensor(*own)
+                self._tensors[key] = StoredTensor(
+                    self._file,
+                    key,
+                    start=self._file.size,
+                    shape=tensor.shape,
+                    stored=tensor.dtype,
+                    dtype=tensor.dtype,
+                    device=torch.device("cpu"),
+                    sample_start=self._file.size + tensor.nbytes,
+                )
                 self._file.write(bytes_of(tensor.detach().reshape(-1).contiguous()))
                 if (sample := sampled(tensor)).numel() < tensor.numel():
                     self._file.write(bytes_of(sample.contiguous()))
@@ -61,7 +69,7 @@ class SpooledState(Mapping[str, Tensor]):
 
     @property
     def damage(self) -> str | None:
-        """What was wrong when it could not be read."""
+        """Why the file could not be read; None where no reading has failed."""
         return self._file.damage
 
     def __getitem__(self, key: str) -> Tensor:
@@ -76,11 +84,11 @@ class SpooledState(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def reader(self, key: str) -> StoredTensor:
-        """Return what reads a tensor a block at a time."""
+        """Return a tensor as a `StoredTensor`, which is read a block at a time."""
         return self._tensors[key]
 
     def close(self) -> None:
-        """Give the disk its room back; what reads from here fails from now on."""
+        """Close the file, which frees its room on the disk; later reads fail."""
         if "_file" in vars(self):
             self._file.close()
 
@@ -102,7 +110,7 @@ class _File(StoredFile):
             rest = rest[self.file.write(rest) :]
 
     def damaged(self, key: str, missing: int, position: int, error: Exception | None) -> SpoolError:
-        """Return what to raise where a tensor can't be read, and keep it: its reply is left out."""
+        """Return the error to raise where a tensor can't be read; its text is kept in `damage`."""
         found = f"its end at {position}: something cut it short" if error is None else str(error)
         self.damage = (
             f"{self.who}, spool: expected {missing} bytes at {position} of its file in {self.folder}, found {found}"
@@ -110,5 +118,5 @@ class _File(StoredFile):
         return SpoolError(self.damage)
 
     def close(self) -> None:
-        """Give the disk its room back."""
+        """Close the file, which frees its room on the disk."""
         self.file.close()
