@@ -10,6 +10,7 @@ from benchmarks.attacks.attacks import MALFORMED, UNTARGETED
 from benchmarks.attacks.bench import Outcome
 from benchmarks.attacks.contenders import CONTENDERS, FEDFROM
 from benchmarks.attacks.rounds import SKEWED
+from fedfrom.atomic import write_whole
 from fedfrom.pages import intervals
 from simulations.tables import write_table
 
@@ -184,4 +185,4 @@ def write_about(folder: Path, seeds: int, paired_seeds: int) -> None:
         f"- The trade-off: {paired_seeds} paired seeds of 6 clients with Dirichlet 0.5 shares, 8 rounds.",
         "- Again: `python -m benchmarks.attacks`, with FEDFROM_GLUE_DIR naming a folder that has GLUE's SST-2.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fedfrom.atomic import write_whole
 from simulations.environment import command, machine
 from simulations.studies.federated import figures, tables
 from simulations.studies.federated.options import FederatedOptions
@@ -22,7 +23,7 @@ def write(options: FederatedOptions, frame: Frame, folder: Path) -> None:
         table = tables.comparison(comparison, options.target)
         write_table(folder, "comparison", table, tables.ABOUT_COMPARISON)
         figures.draw_curves(comparison, folder / "curves.png")
-    (folder / "README.md").write_text("\n".join(_lines(options, frame)) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(_lines(options, frame)) + "\n")
 
 
 def _lines(options: FederatedOptions, frame: Frame) -> list[str]:
