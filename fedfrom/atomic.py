@@ -1,8 +1,8 @@
-"""Files and folders that are there as a whole or not at all: written under a hidden name, then renamed.
+"""Files and folders that appear complete or not at all: written under a hidden name, then renamed.
 
-What is renamed is on the disk before, so that a loss of power leaves the old or the new, as a kill does; a kill may
-also leave the hidden name, which nothing reads. Rights are those that the umask leaves, as of any new file. A link in
-the place is itself replaced: what it leads to stays as it is.
+The content is flushed to the disk before the renaming, so that after a loss of power, as after a kill, the place has
+either the old content or the new. A kill may also leave the hidden file or folder, which nothing reads. Permissions
+are those of any new file, by the umask. A link in the place is replaced itself; its target does not change.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STEM, _SUFFIX = 100, 20
-"""Bytes of the name, and of its suffix, that the hidden one takes up: a file system allows 255 in all."""
+"""Most bytes of a file's name and of its suffix in the hidden name: file systems allow names of 255 bytes."""
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield the hidden name to write a file under, which takes the file's place where the block ends without error.
+    """Yield a hidden path to write to; the hidden file replaces the real one when the block ends without an error.
 
     Parameters
     ----------
     path : str | Path
-        The file, in a folder that is there; an earlier one is replaced. The hidden name has its suffix, by which some
+        The file, in an existing folder; an earlier file is replaced. The hidden path has the same suffix, by which some
         libraries choose a format.
 
     Raises
     ------
     OSError
-        It can't be written; the hidden file is gone, as after any error in the block, and the earlier one is as it was.
+        The file can't be written. As after any error in the block, the hidden file is removed and an earlier file is
+        unchanged.
     """
     path = Path(path)
     _check_place(path, is_folder=False)
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _SUFFIX else ""
     hidden = _hidden(path.with_name(path.name.removesuffix(suffix)), suffix)
-    # not tempfile's, which keeps others out: the kernel takes off the umask, which no process reads without setting it
+    # not by tempfile, whose files only their owner may read: the kernel applies the umask, which no process can read
+    # without setting it
     os.close(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         mode = stat.S_IMODE(os.stat(hidden).st_mode)
@@ -55,18 +57,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write a file, text as UTF-8, that is there as a whole or not at all: see `whole_file`."""
+    """Write a file that appears complete or not at all, text as UTF-8: see `whole_file`."""
     with whole_file(path) as hidden:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def staging_folder(path: Path) -> Path:
-    """Make a hidden folder beside a folder's place, which `publish` will move there, and return it.
+    """Make and return a hidden folder beside `path`, to be filled and then moved to `path` by `publish`.
 
     Raises
     ------
     OSError
-        It can't be made, or the place is a file's.
+        It can't be made, or `path` is a file.
     """
     _check_place(path, is_folder=True)
     hidden = _hidden(path)
@@ -75,12 +77,12 @@ def staging_folder(path: Path) -> Path:
 
 
 def publish(staging: Path, path: Path) -> None:
-    """Move a folder that is filled into its place, an earlier one replaced; its files get the rights of new ones.
+    """Move a filled folder to `path`, replacing an earlier one; its files get the permissions of new files.
 
     Raises
     ------
     OSError
-        It can't be moved: an earlier folder is where it was, and `staging` is left to the caller.
+        It can't be moved. An earlier folder is back in its place, and `staging` is left for the caller to remove.
     """
     mode = stat.S_IMODE(os.stat(staging).st_mode) & 0o666
     for folder, _, files in os.walk(staging):
@@ -91,7 +93,7 @@ def publish(staging: Path, path: Path) -> None:
 
 
 def take_place(staging: Path, path: Path) -> None:
-    """Rename a folder, and flush the new name; what has the name is removed, or put back where the renaming fails."""
+    """Rename a folder and flush the new name. An earlier folder is removed, or put back if the renaming fails."""
     previous = staging.with_name(staging.name + "-previous")
     replaces = os.path.lexists(path)
     if replaces:
@@ -132,7 +134,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_place(path: Path, is_folder: bool) -> None:
-    """Raise OSError, before the work, where a name is none that the file system takes, or another thing has it."""
+    """Raise OSError before any work, where the name is invalid, or a folder is in a file's place or the reverse."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -144,6 +146,6 @@ def _check_place(path: Path, is_folder: bool) -> None:
 
 
 def _hidden(path: Path, suffix: str = "") -> Path:
-    """Return a new hidden name beside a path: as much of its name as leaves room for the rest."""
+    """Return a new hidden path beside `path`, with its name cut to fit, a random part and the suffix."""
     stem = os.fsencode(path.name)[:_STEM].decode(errors="ignore")
     return path.with_name(f".{stem}-{secrets.token_hex(4)}{suffix}")

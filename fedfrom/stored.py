@@ -1,4 +1,4 @@
-"""Tensors in files, read a block at a time: of replies on disk, and of safetensors files."""
+"""Tensors that are read from files a block at a time: from spool files of replies, and from safetensors files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedfrom.merging.linalg.samples import RUN, RUNS, sampled
 
 
 class StoredFile(ABC):
-    """An open file that is read at any place, from many threads at once.
+    """An open file of which many threads may read any part at once.
 
     Parameters
     ----------
     file : IO[bytes]
-        Without a buffer.
+        Opened for reading, unbuffered.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -27,20 +27,20 @@ class StoredFile(ABC):
 
     @abstractmethod
     def damaged(self, key: str, missing: int, position: int, error: Exception | None) -> ValueError:
-        """Return what to raise where a tensor can't be read; whose file it is, its owner knows.
+        """Return the error for a tensor that can't be read; subclasses name the file or the client.
 
         Parameters
         ----------
         key : str
-            The tensor's.
+            The tensor's key.
         missing, position : int
-            How many bytes could not be read, and from where on.
+            Number of bytes that could not be read, and the offset in the file where they start.
         error : Exception | None
-            What was raised; None where the file has come to its end.
+            The exception of the failed read; None where the file ended.
         """
 
     def read_into(self, out: Tensor, start: int, key: str) -> None:
-        """Fill a tensor with the bytes from `start` on, or raise what `damaged` makes of it."""
+        """Fill a tensor with the file's bytes from offset `start` on, or raise the error of `damaged`."""
         rest, position = memoryview(bytes_of(out)), start
         while len(rest):  # a read may give less than was asked for
             error: Exception | None = None
@@ -55,24 +55,26 @@ class StoredFile(ABC):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: see `fedfrom.merging.linalg.blocks.Reader`.
+    """One tensor in a file, as a `fedfrom.merging.linalg.blocks.Reader`.
 
     Attributes
     ----------
     file : StoredFile
-        Where it lies, in C order, and `start` the byte there.
+        The file, which has the entries in C order.
     key : str
-        What errors call it.
+        The tensor's key, for errors.
+    start : int
+        Offset of its first byte in the file.
     shape : torch.Size
         Its shape.
     stored : torch.dtype
-        What its entries are in the file; they are read as `dtype`.
+        Dtype of the entries in the file.
     dtype : torch.dtype
-        See there.
+        Dtype in which they are returned.
     device : torch.device
-        Where they are read to.
+        Device on which they are returned.
     sample_start : int | None (default: None)
-        The byte from which on its sample lies, once more and in one piece; None: it is read from among the others.
+        Offset of a copy of the sample's entries, in one piece; None: the sample is read from among all entries.
     """
 
     file: StoredFile
@@ -85,11 +87,11 @@ class StoredTensor:
     sample_start: int | None = None
 
     def numel(self) -> int:
-        """Return how many entries it has."""
+        """Return the number of entries."""
         return self.shape.numel()
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return the entries from `start` to `stop` in C order; in `out`, flat and of this dtype, where given."""
+        """Return the entries from `start` to `stop` in C order, flat; in `out`, which is flat too, where given."""
         direct = out is not None and out.dtype == self.stored and out.device.type == "cpu"
         read = out if out is not None and direct else torch.empty(stop - start, dtype=self.stored)
         self.file.read_into(read, self.start + start * self.stored.itemsize, self.key)
@@ -98,7 +100,7 @@ class StoredTensor:
         return out if read is out else out.copy_(read)
 
     def sample(self) -> Tensor:
-        """Return what `fedfrom.merging.linalg.samples.sampled` does of all its entries; no others are read."""
+        """Return the entries that `fedfrom.merging.linalg.samples.sampled` takes of a tensor; only they are read."""
         numel = self.numel()
         size = sampled(torch.empty(1).expand(numel)).numel()
         if size == numel:
@@ -113,5 +115,5 @@ class StoredTensor:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a contiguous tensor of the CPU where they lie."""
+    """Return a view of the bytes of a contiguous tensor on the CPU; nothing is copied."""
     return tensor.view(torch.uint8).numpy().data if tensor.numel() else b""
