@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all: written under a hidden name, then renamed.
+"""Files and folders that appear complete or not at all: written under a hidden name, then renamed.
 
 Files are flushed to the disk before they are renamed, so that a kill or a loss of power leaves the old file or the new
 one. A kill may also leave the hidden file, which nothing reads. The umask sets the permissions, as for any new file. A

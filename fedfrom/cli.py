@@ -18,7 +18,7 @@ from fedfrom.closest import did_you_mean
 from fedfrom.commands.inspect import inspect
 from fedfrom.commands.merge import merge
 from fedfrom.commands.methods import methods
-from fedfrom.pages.command import report
+from fedfrom.commands.report import report
 
 app = typer.Typer(
     name="fedfrom",

@@ -34,6 +34,7 @@ def curves(one: Round, attackers: int, scales: Sequence[float] = SCALES) -> Mapp
 
 
 def main() -> None:
+    """Run the parts asked for."""
     parser = argparse.ArgumentParser(description="Attacks of 1 to 3 clients of 10 against FedFroM and Flower's own.")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder of tables and pictures")
     parser.add_argument("--work", type=Path, default=None, help="folder of what was trained [default: OUT/work]")

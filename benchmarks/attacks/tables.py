@@ -10,6 +10,7 @@ from benchmarks.attacks.attacks import MALFORMED, UNTARGETED
 from benchmarks.attacks.bench import Outcome
 from benchmarks.attacks.contenders import CONTENDERS, FEDFROM
 from benchmarks.attacks.rounds import SKEWED
+from fedfrom.atomic import write_whole
 from fedfrom.pages import intervals
 from simulations.tables import write_table
 
@@ -41,11 +42,11 @@ def write_outcomes(found: pd.DataFrame, cosines: Mapping[str, float], folder: Pa
     Parameters
     ----------
     found : pd.DataFrame
-        Of `frame`.
+        The outcomes, from `frame`.
     cosines : Mapping[str, float]
         The mean pairwise cosine of the honest updates of each round.
     folder, work : Path
-        Are made where they are missing.
+        Folders, made where they are missing.
     """
     write_table(
         work,
@@ -111,9 +112,9 @@ def tradeoff(
     Parameters
     ----------
     accuracies : Mapping
-        Of `tradeoff.honest`.
+        Accuracies of honest clients by setting, from `tradeoff.honest`.
     held : Mapping
-        Of `tradeoff.held`.
+        Lowest cosines by setting, from `tradeoff.held`.
     """
     baseline = accuracies["clip", None]
     rows = [
@@ -132,7 +133,7 @@ def tradeoff(
 
 
 def write_tradeoff(table: pd.DataFrame, seeds: int, folder: Path) -> None:
-    """Write the table of `tradeoff`."""
+    """Write the table that `tradeoff` returned."""
     about = (
         "Clip: FedFroM's `clip` with `examples_cap=None`; cap: `examples_cap` with `clip=None`. Accuracy of six "
         f"honest, unequal clients (mean of the last rounds, {seeds} paired seeds, ± half a 95 % interval), and "
@@ -144,7 +145,7 @@ def write_tradeoff(table: pd.DataFrame, seeds: int, folder: Path) -> None:
 
 
 def write_accuracies(found: Mapping[tuple[float, int, str, str], float], folder: Path) -> None:
-    """Write the accuracy of whole federations under attack, of `tradeoff.under_attack`."""
+    """Write the accuracy of whole federations under attack, from `tradeoff.under_attack`."""
     strategies = [name for name in CONTENDERS if any(key[3] == name for key in found)]
     accuracies = pd.Series(found).unstack().reindex(list(dict.fromkeys(key[:3] for key in found)))[strategies]
     accuracies.index.names = ["Dirichlet", "attackers", "attack"]
@@ -160,7 +161,7 @@ def write_accuracies(found: Mapping[tuple[float, int, str, str], float], folder:
 
 
 def write_about(folder: Path, seeds: int, paired_seeds: int) -> None:
-    """Write what was run, and how to run it again."""
+    """Write README.md: the rounds that were run, the files, and the command that repeats the run."""
     lines = [
         "# Attacks of 1 to 3 clients of 10",
         "",
@@ -184,4 +185,4 @@ def write_about(folder: Path, seeds: int, paired_seeds: int) -> None:
         f"- The trade-off: {paired_seeds} paired seeds of 6 clients with Dirichlet 0.5 shares, 8 rounds.",
         "- Again: `python -m benchmarks.attacks`, with FEDFROM_GLUE_DIR naming a folder that has GLUE's SST-2.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")

@@ -40,22 +40,22 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def numel(model: str) -> int:
-    """Return how many parameters a model has."""
+    """Return a model's number of parameters."""
     return sum(math.prod(shape) for shape in shapes(model).values())
 
 
 def dtype_of(model: str) -> torch.dtype:
-    """Return what its numbers are."""
+    """Return the dtype of a model's tensors."""
     return torch.bfloat16 if model.endswith(BF16) else torch.float32
 
 
 def bytes_of(model: str) -> int:
-    """Return how many bytes its parameters take."""
+    """Return the bytes of a model's parameters."""
     return numel(model) * dtype_of(model).itemsize
 
 
 def examples(client: int) -> int:
-    """Return how many examples a client trained on."""
+    """Return a client's number of examples."""
     return 100 + client
 
 

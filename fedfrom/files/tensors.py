@@ -39,8 +39,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24  # bytes written at once
-# entries of a tensor that is read in blocks: its memory costs more than reading it twice, and a sample of it has a
-# thousand places
+# tensors of at least this many entries are read in blocks. Smaller ones are read whole: their memory costs less than a
+# second reading, or than the thousand short reads of a sample
 _LARGE = 1 << 20
 
 

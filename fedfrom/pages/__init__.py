@@ -1,6 +1,6 @@
 """Reports: one self-contained HTML page on one or several simulations.
 
-`write_report(runs, out)` writes the page, and `fedfrom.pages.command.report` is its command line. Both need matplotlib,
+`write_report(runs, out)` writes the page, and `fedfrom.commands.report` is its command line. Both need matplotlib,
 scipy and Jinja2, which the extras `cli` and `simulation` install; they are imported when a page is written.
 """
 

@@ -1,6 +1,8 @@
 """What a page says is what results.json says, whoever wrote it."""
 
 import base64
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -9,13 +11,13 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from typer.testing import CliRunner
 
 from fedfrom.errors import BadInput
 from fedfrom.pages import write_report
@@ -287,10 +289,11 @@ def test_an_adapter_that_cant_be_read_is_said_to_be_so(
 
 
 def invoke(*arguments: object) -> Any:
-    from fedfrom.pages.command import report
-    from simulations.commands import command
+    from fedfrom import cli
 
-    return CliRunner().invoke(command(report), list(map(str, arguments)))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.run(["report", *map(str, arguments)])
+    return SimpleNamespace(exit_code=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_the_command_writes_beside_the_run_and_says_where(edited: Edited, undrawn: None) -> None:
@@ -343,7 +346,7 @@ def test_no_page_needs_the_simulations_and_its_command_loads_nothing_heavy(
     real_runs: list[Path], tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; import fedfrom.pages.command\n"
+        "import sys; from pathlib import Path; import fedfrom.commands.report, fedfrom.pages\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'flwr', 'scipy', 'jinja2'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         f"fedfrom.pages.write_report([Path({str(real_runs[0])!r})], Path({str(tmp_path)!r}))\n"

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pandas as pd
+
+from fedfrom.atomic import write_whole
 from simulations.environment import command, machine
 from simulations.studies.federated import figures, tables
 from simulations.studies.federated.options import FederatedOptions
@@ -22,11 +25,11 @@ def write(options: FederatedOptions, frame: Frame, folder: Path) -> None:
         table = tables.comparison(comparison, options.target)
         write_table(folder, "comparison", table, tables.ABOUT_COMPARISON)
         figures.draw_curves(comparison, folder / "curves.png")
-    (folder / "README.md").write_text("\n".join(_lines(options, frame)) + "\n", encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(_lines(options, frame, rows)) + "\n")
 
 
-def _lines(options: FederatedOptions, frame: Frame) -> list[str]:
-    missing, cells, rows = frame.missing(), frame.study.cells, frame.rows()
+def _lines(options: FederatedOptions, frame: Frame, rows: pd.DataFrame) -> list[str]:
+    missing, cells = frame.missing(), frame.study.cells
     hours = rows["seconds"].sum() / 3600
     chosen = "not known yet" if any(cell.part == "grid" for cell in missing) else best(rows)
     simulation = options.simulation()

@@ -37,8 +37,9 @@ def grid(rows: pd.DataFrame) -> pd.DataFrame:
 def comparison(rows: pd.DataFrame, target: float) -> pd.DataFrame:
     """Return the comparison's table: a line for each kind of clients and strategy."""
     lines = []
+    scores_of = {setting: scores_by_seed(rows, setting) for setting in rows["kind"].unique()}
     for (setting, row), own in rows.groupby(["kind", "method"], sort=False):
-        scores = scores_by_seed(rows, setting)
+        scores = scores_of[setting]
         values = scores.loc[row, MEAN].tolist()
         there = row != BASELINE and BASELINE in scores.index.unique(level=0)
         shared = there and len(scores.loc[row].index.intersection(scores.loc[BASELINE].index))

@@ -1,6 +1,5 @@
 """The search of one row: every setting is scored on the validation half, the best one on the reported half."""
 
-import time
 from typing import Any
 
 from simulations.studies.paper.arena import Arena, mean_accuracy
@@ -30,7 +29,6 @@ def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[st
     the earlier one in the grid. The greedy soup also chooses its clients on the validation half, by 2 n - 1 further
     scores at server_lr 1.
     """
-    start = time.perf_counter()
     merging = _Greedy(clients, arena) if row.method == "greedy-soup" else _Plain(row.method, clients)
     tried: list[dict[str, Any]] = []
     for setting in row.grid[:candidates]:
@@ -44,7 +42,6 @@ def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[st
         "clients": report.clients,
         "reported": arena.score(state, TASKS, REPORTED, report.config),
         "interference": report.interference,
-        "seconds": time.perf_counter() - start,
     }
 
 
