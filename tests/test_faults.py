@@ -30,6 +30,7 @@ strategies = pytest.mark.parametrize("lora_config", [None, CONFIG], ids=["plain"
 def assert_names(message: str, who: str, fault: Fault) -> None:
     for word in (who, "expected", "found", *fault.words):
         assert word in message, f"{word!r} is not in: {message}"
+    assert fault.found in message.partition("found ")[2], f"{fault.found!r} is not found in: {message}"
 
 
 # --- Where they are merged -------------------------------------------------------------------------------------------
@@ -49,7 +50,8 @@ def without_it(kind: str, has_config: bool) -> ArrayRecord:
     return strategy.start(silent, to_record(STATES[kind][1](5)), num_rounds=1).arrays
 
 
-def rejected_alone(fault: Fault, spoil: Callable[[RecordDict], None], kind: str, lora_config: Any) -> None:
+def rejected_alone(fault: Fault, spoil: Callable[[RecordDict], None], kind: str, lora_config: Any) -> str:
+    """Return the reason that the round gives for it."""
     grid, strategy = InProcessGrid(faulty({1: spoil}), 3), FedFroM(lora_config=lora_config)
     result = strategy.start(grid, to_record(STATES[kind][1](5)), num_rounds=1)
     report = strategy.reports[1]
@@ -58,12 +60,15 @@ def rejected_alone(fault: Fault, spoil: Callable[[RecordDict], None], kind: str,
     assert report.reasons == {fault.kind: 1}
     assert_names(f"node {node}: {report.rejected[node]}", f"node {node}", fault)
     assert same_bits(result.arrays, without_it(kind, lora_config is not None))
+    return report.rejected[node]
 
 
 def refused_by_the_commands(fault: Fault, capsys: Any, root: Path, *arguments: str) -> None:
     before = sorted(root.rglob("*"))
     for command in (["merge", str(root / "out")], ["inspect"]):
-        assert_names(folders.refused(capsys, *command, *arguments), "client-1", fault)
+        line = folders.refused(capsys, *command, *arguments)
+        assert_names(line, "client-1", fault)
+        assert len(line) < 700 + 4 * len(str(root))
     assert sorted(root.rglob("*")) == before
 
 
@@ -131,7 +136,7 @@ def test_a_round_rejects_a_config_alone(name: str, lora_config: Any) -> None:
     def spoil(content: RecordDict) -> None:
         content[ADAPTER_KEY] = ConfigRecord(fields)
 
-    rejected_alone(CONFIGS[name], spoil, "adapter", lora_config)
+    assert ADAPTER_KEY in rejected_alone(CONFIGS[name], spoil, "adapter", lora_config)
 
 
 @configs
