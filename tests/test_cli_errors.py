@@ -71,6 +71,7 @@ FAULTS = {
     "a config of another kind": (lambda f: change(f, peft_type="IA3"), ["IA3"]),
     "a config that is no object": (lambda f: (Path(f) / "adapter_config.json").write_text("[]"), ["JSON object"]),
     "a config without r": (lambda f: change(f, r=None), ["number r"]),
+    "a config that would be tried for ever": (lambda f: change(f, rank_pattern={"(a+)+b": 4}), ["for ever"]),
     "PiSSA": (lambda f: change(f, init_lora_weights="pissa"), ["--same-base"]),
 }
 

@@ -1,5 +1,6 @@
 """CONTRIBUTING's methods, one of each kind: a file and a registry entry are all that a method takes."""
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedfrom import FedMerge, merge
+from fedfrom import FedMerge
 from fedfrom.merging.methods import registry
-from tests.merging.samples import TENSOR, adapter_case, merged_product, tensor_case, with_grams
+from tests.conftest import ROOT
+from tests.merging import oracle, properties
+from tests.merging.samples import adapter_case, tensor_case, with_grams
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S
-)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 D_IN = 6
 
 
@@ -52,13 +53,14 @@ KINDS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
 
 @pytest.fixture(params=KINDS)
 def added(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A method of that name, from its file and one entry."""
-    (text,) = [block for block in BLOCKS if f"class {request.param}(" in block]
-    (tmp_path / f"added_{request.param.lower()}.py").write_text(text, encoding="utf-8")
+    """The name of a method that is a file of CONTRIBUTING's and an entry in the registry."""
+    name = request.param
+    (text,) = [block for block in BLOCKS if f"class {name}(" in block]
+    (tmp_path / f"added_{name.lower()}.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    module = __import__(f"added_{request.param.lower()}")
-    monkeypatch.setitem(registry._METHODS, request.param, getattr(module, request.param))
-    return str(request.param)
+    module = importlib.import_module(f"added_{name.lower()}")
+    monkeypatch.setitem(registry._METHODS, name, getattr(module, name))
+    return name
 
 
 @pytest.mark.parametrize("kind", ["tensor", "adapter"])
@@ -68,13 +70,7 @@ def test_a_file_and_an_entry_make_a_method(added: str, kind: str) -> None:
         tensor_case(3, shape=(9, D_IN), n=4) if kind == "tensor" else adapter_case(3, d_out=9, d_in=D_IN, n=4)
     )
     grams = [next(iter(own.values())) for own in case.statistics or []]
-    given = {**case.arguments(), "method": added, "rank": D_IN}
-    merged, report = merge(**given)
-    found = merged[TENSOR] if kind == "tensor" else merged_product(merged, report)
-    expected = KINDS[added](case.layer.deltas, grams)
-    error = torch.linalg.matrix_norm(found - case.layer.W - expected) / torch.linalg.matrix_norm(expected)
-    assert float(error) <= 1e-10
-    turned = case.permuted([2, 0, 3, 1]).arguments()
-    again, _ = merge(**{**given, **turned})
-    assert all(torch.equal(tensor, again[key]) for key, tensor in merged.items())
+    change = properties.result(case, method=added, rank=D_IN) - case.layer.W
+    assert oracle.relative_error(change, KINDS[added](case.layer.deltas, grams)) <= 1e-10
+    properties.assert_order_of_clients_changes_nothing(case, [2, 0, 3, 1], method=added, rank=D_IN)
     assert FedMerge(added).method.settings()["name"] == added

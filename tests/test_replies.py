@@ -31,7 +31,6 @@ from tests.models import Fault, arrays_of, crossed, faulty, mixed_state, noisy, 
 A = "base_model.model.q.lora_A.weight"
 B = "base_model.model.q.lora_B.weight"
 HEAD = "base_model.model.head.weight"
-COUNT = "base_model.model.norm.num_batches_tracked"
 CONFIG = {"r": 4, "lora_alpha": 8, "use_rslora": False}
 
 
@@ -104,7 +103,6 @@ def config(**changes: Any) -> Fault:
     return more(ADAPTER_KEY, ConfigRecord({key: value for key, value in fields.items() if value is not None}))
 
 
-GOOD = Array(np.zeros(2))
 SPOILED = {
     # what is wrong: (fault, what the reason must name)
     "a rank, as text says what to do": (edit(B, lambda b: b[:, :2]), [B, "lora_config", "fedfrom.client"]),

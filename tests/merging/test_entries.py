@@ -48,7 +48,7 @@ def arguments(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> di
 def test_in_blocks_it_is_what_it_is_of_whole_tensors_to_the_bit(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for masks, which are drawn block by block."""
+    """All but DARE's below density 1: their masks are drawn block by block."""
     given = arguments(options, dtype)
     found, report = merge(**given)
     monkeypatch.setattr(tensors, "BLOCK", SHAPE[0] * SHAPE[1])

@@ -159,7 +159,7 @@ def test_one_value_has_no_interval() -> None:
 
 def test_a_difference_is_settled_where_its_interval_excludes_0() -> None:
     above, below, neither = (intervals.mean(values) for values in ([0.2, 0.3], [-0.21, -0.2], [-0.1, 0.1]))
-    assert not above.settled and below.settled and not neither.settled  # one degree of freedom: ± 12.7 deviations
+    assert not above.settled and below.settled and not neither.settled  # one degree of freedom: ± 12.7 standard errors
     assert below.signed == "-0.205 ± 0.064"
 
 
