@@ -62,8 +62,7 @@ def write_outcomes(found: pd.DataFrame, cosines: Mapping[str, float], folder: Pa
         )
         own = some[some["strategy"] == FEDFROM].groupby("attack")
         table = cells.reindex(found["attack"].unique()).fillna("n/a")
-        heaviest = own["weight"].max().astype(object).where(lambda values: values.notna(), "")
-        table["weight"] = heaviest.map(lambda weight: 0 if weight == 0 else weight)  # a plain 0: none was merged
+        table["weight"] = own["weight"].max().astype(object).where(lambda values: values.notna(), "")
         table["distance"] = own["distance"].mean()
         about = (
             f"Cosine of the global update to the honest merge with {attackers} of 10 clients attacking: mean over the "
