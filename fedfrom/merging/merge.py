@@ -20,6 +20,7 @@ from fedfrom.merging.peft.configs import output_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
 from fedfrom.merging.sources import Inputs
+from fedfrom.numeric import plain
 
 
 def merge(
@@ -123,7 +124,7 @@ def merge(
         names=names,
         statistics=statistics,
     )
-    shared = Round(reference, reference_config, server_lr, clip, as_reference, dora, same_base)
+    shared = Round(reference, reference_config, plain(server_lr), plain(clip), as_reference, dora, same_base)
     return merge_clients(clients, shared, chosen)
 
 

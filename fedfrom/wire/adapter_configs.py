@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord
 
 from fedfrom.merging.peft.configs import spell_out
 from fedfrom.merging.peft.layers import find_layers
+from fedfrom.numeric import is_number, is_whole
 
 ADAPTER_KEY = "fedfrom.adapter"
 """Name of the ConfigRecord that carries an adapter's rank and scaling, from the server and in replies."""
@@ -93,7 +94,7 @@ def record_to_config(record: ConfigRecord, who: str = ADAPTER_KEY) -> dict[str, 
 
 def _positive(who: str, field: str, value: Any, kind: type[int] | type[float]) -> int | float:
     """Return the value as a number > 0 that a float can hold, whole where `kind` is int; or raise ValueError."""
-    if not isinstance(value, int if kind is int else int | float) or not 0 < value <= sys.float_info.max:
+    if not (is_whole(value) if kind is int else is_number(value)) or not 0 < value <= sys.float_info.max:
         whole = "whole " if kind is int else ""
         raise ValueError(f"{who}, {field}: expected a {whole}number > 0, found {value!r}")
     return kind(value)

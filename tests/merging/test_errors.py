@@ -323,10 +323,14 @@ def test_options_that_are_no_numbers(method, option, value):
 
 def test_numbers_of_numpys_are_taken_as_pythons_own():
     given = merge(
-        adapters(), k=np.float32(0.25), examples_power=np.int64(1), examples=[np.int64(3), np.float32(0.3), 2]
+        adapters(),
+        method=FroM(k=np.float32(0.25), examples_power=np.int64(1), rank=np.int64(3)),
+        examples=[np.int64(3), np.float32(0.3), 2],
+        server_lr=np.float32(0.5),
+        clip=np.int64(1),
     )
     own = float(np.float32(0.3))
-    meant = merge(adapters(), k=0.25, examples_power=1, examples=[3, own, 2])
+    meant = merge(adapters(), k=0.25, examples_power=1, rank=3, examples=[3, own, 2], server_lr=0.5, clip=1)
     assert all(torch.equal(given[0][key], value) for key, value in meant[0].items())
     assert json.loads(json.dumps(given[1].to_dict())) == meant[1].to_dict()
     refused("client 0", "examples", "True", states=adapters(), examples=[np.bool_(True), 1, 1])

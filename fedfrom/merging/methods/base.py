@@ -13,6 +13,7 @@ from torch import Tensor
 from fedfrom.merging.solve import Solver
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import check_weighting, log_shares, normalised
+from fedfrom.numeric import plain
 
 
 class Traits:
@@ -47,6 +48,8 @@ class Method(Traits):
     known: Any = field(default=None, init=False, repr=False, compare=False)  # what `survey` returned
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         check_weighting(self.k, self.examples_power, self.scope)
 
     def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
@@ -137,8 +140,8 @@ class Method(Traits):
     def settings(self) -> dict[str, Any]:
         """Return the name and the options as plain types, functions left out."""
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        plain = {name: "infinity" if value == math.inf else value for name, value in options.items()}
-        return {"name": type(self).__name__, **{name: v for name, v in plain.items() if name != "validate"}}
+        written = {name: "infinity" if value == math.inf else value for name, value in options.items()}
+        return {"name": type(self).__name__, **{name: v for name, v in written.items() if name != "validate"}}
 
 
 @dataclass(frozen=True, kw_only=True)

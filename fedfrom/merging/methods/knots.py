@@ -72,7 +72,7 @@ class Aligned(ProductMethod):
         U, S, parts = align(updates.products, updates.tolerance)
         V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
         assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
-        return updates.formed(LowRank(U * S, V.tensor))
+        return updates.formed(LowRank(U * S, V.tensor), V.coefficients)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
-from fedfrom.numeric import plain
 
 _METHODS: dict[str, type[Method]] = {
     "from": FroM,
@@ -126,4 +125,4 @@ def make_method(method: str | Method, **options: Any) -> Method:
             raise ValueError(f"method: expected a name of {', '.join(_METHODS)} or a method object, found {method!r}")
         return method
     check_method(method, options)
-    return _METHODS[method](**{name: plain(value) for name, value in options.items()})
+    return _METHODS[method](**options)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+from fedfrom.numeric import is_number
+
 Config = Mapping[str, Any]
 
 # initialisations that subtract from the base model what they put into the adapter
@@ -118,10 +120,16 @@ def check_config(config: Any, who: str, dora: bool = False, same_base: bool = Fa
             numbers[f"{field}[{pattern!r}]"] = value
     for field, number in numbers.items():
         # compared, not converted: an int may be beyond any float
-        if not isinstance(number, int | float) or not 0 < number <= sys.float_info.max:
+        if not is_number(number) or not 0 < number <= sys.float_info.max:
             raise ValueError(f"{who}: expected a number {field} > 0 in its adapter config, found {number!r}")
         if field.startswith("r") and number != int(number):
             raise ValueError(f"{who}: expected a whole number {field} in its adapter config, found {number!r}")
+    for field in ("use_rslora", "use_dora"):
+        # text such as "False" would count as true
+        if not isinstance(config.get(field), bool | None):
+            raise ValueError(
+                f"{who}: expected true or false for {field} in its adapter config, found {config[field]!r}"
+            )
     init = str(config.get("init_lora_weights") or "").lower()
     if init.startswith(_ALTERS_BASE) and not same_base:
         raise ValueError(
