@@ -1,10 +1,12 @@
 """Tokenised examples, and the order in which a client trains on them."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -12,34 +14,78 @@ from torch.nn.utils.rnn import pad_sequence
 from simulations.options import Options
 
 EVALUATION_BATCH = 64
+_BESIDE = ("starts", "lengths", "labels")  # the tensors of `Tokens` beside its values
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of examples without padding, and their labels."""
+    """Tokenised examples without padding, and their labels; in few tensors, so that processes can share them.
 
-    rows: list[dict[str, list[int]]]
-    labels: Tensor  # (n,) int64 classes or float32 scores
+    Attributes
+    ----------
+    values : dict[str, Tensor]
+        What the model takes, by name ("input_ids"): int32, the tokens of all examples one after the other.
+    starts, lengths : Tensor
+        (n,) int64: where in them an example begins, and how many tokens it has.
+    labels : Tensor
+        (n,) int64 classes or float32 scores.
+    pad : dict[str, int]
+        The value that padding has, by name.
+    """
+
+    values: dict[str, Tensor]
+    starts: Tensor
+    lengths: Tensor
+    labels: Tensor
     pad: dict[str, int]
 
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, list[int]]], labels: Tensor, pad: dict[str, int]) -> "Tokens":
+        """Return examples of which each is a list of tokens by name."""
+        values = {
+            name: torch.from_numpy(np.fromiter(itertools.chain.from_iterable(row[name] for row in rows), np.int32))
+            for name in pad
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows], dtype=torch.int64)
+        return cls(values, lengths.cumsum(0) - lengths, lengths, labels, pad)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], pad: dict[str, int]) -> "Tokens":
+        """Return the examples whose `tensors` these are."""
+        return cls({name: tensors[name] for name in pad}, **{field: tensors[field] for field in _BESIDE}, pad=pad)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+        return {**self.values, **{field: getattr(self, field) for field in _BESIDE}}
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
+
+    @property
+    def rows(self) -> list[dict[str, list[int]]]:
+        """The tokens of each example, by name."""
+        return [{name: self._row(name, row).tolist() for name in self.values} for row in range(len(self))]
 
     def batch(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return inputs padded to the longest of the chosen examples, and their labels."""
+        """Return int64 inputs padded to the longest of the chosen examples, and their labels."""
         inputs = {
-            name: pad_sequence([torch.tensor(self.rows[row][name]) for row in chosen], True, value)
+            name: pad_sequence([self._row(name, row) for row in chosen], True, value).long()
             for name, value in self.pad.items()
         }
         return inputs, self.labels[chosen]
 
     def select(self, chosen: list[int]) -> "Tokens":
-        """Return some of the examples."""
-        return Tokens([self.rows[row] for row in chosen], self.labels[chosen], self.pad)
+        """Return some of the examples; their tokens are not copied."""
+        return Tokens(self.values, self.starts[chosen], self.lengths[chosen], self.labels[chosen], self.pad)
+
+    def _row(self, name: str, row: int) -> Tensor:
+        start = int(self.starts[row])
+        return self.values[name][start : start + int(self.lengths[row])]
 
     def by_length(self) -> list[list[int]]:
         """Return evaluation batches of examples sorted by length, which need little padding."""
-        order = sorted(range(len(self)), key=lambda row: len(self.rows[row]["input_ids"]))
+        lengths = self.lengths.tolist()
+        order = sorted(range(len(self)), key=lambda row: lengths[row])
         return [order[start : start + EVALUATION_BATCH] for start in range(0, len(order), EVALUATION_BATCH)]
 
 
@@ -52,7 +98,7 @@ def tokenise(examples: datasets.Dataset, tokenizer: Any, options: Options, regre
     pad["input_ids"] = tokenizer.pad_token_id or 0
     rows = [{name: encoded[name][row] for name in pad} for row in range(len(examples))]
     labels = torch.tensor(list(examples["label"]), dtype=torch.float32 if regression else torch.int64)
-    return Tokens(rows, labels, pad)
+    return Tokens.of(rows, labels, pad)
 
 
 def training_batches(count: int, options: Options, seed: int) -> Iterator[list[int]]:

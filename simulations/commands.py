@@ -13,7 +13,7 @@ import click
 import typer
 
 from fedfrom.errors import BadInput
-from simulations.options import flag, read
+from simulations.fields import flag, read
 
 Command = Callable[..., None]
 
@@ -78,7 +78,7 @@ def takes(
     Parameters
     ----------
     options : type
-        A dataclass of `simulations.options.option` and `argument` fields. The function is given an instance of it.
+        A dataclass of `simulations.fields.option` and `argument` fields. The function is given an instance of it.
     preset : Mapping[str, Any] | None (default: None)
         Values that the flag "quick" sets. Options that the user gives come first.
     **flags : str

@@ -6,7 +6,8 @@ from typing import Any
 
 from fedfrom.errors import BadInput
 from simulations import commands, environment
-from simulations.options import Options, argument
+from simulations.fields import argument
+from simulations.options import Options
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class Experiment:
     options: Options
     tasks: list[tasks.Task]
     shares: list[partitions.Share]
+    head: models.Head
+    tokenizer: Any
     model: nn.Module
     initial: dict[str, Tensor]
     held_out: list[Tokens]
@@ -51,7 +53,7 @@ class Experiment:
             tokenise(task.validation, tokenizer, options, head.regression) for task in loaded if task.validation
         ]
         initial = {name: tensor.detach().clone() for name, tensor in models.trained_state(model).items()}
-        experiment = cls(options, loaded, shares, model, initial, held_out, validation)
+        experiment = cls(options, loaded, shares, head, tokenizer, model, initial, held_out, validation)
         for spec in options.strategies:
             experiment.strategy(spec)
         return experiment
@@ -115,8 +117,7 @@ class Experiment:
 
     def client_model(self, client: int) -> nn.Module:
         """Return a model of a client's rank."""
-        head = models.Head(self.tasks[0].num_labels, self.tasks[0].regression)
-        return models.build(self.options, head, self.options.client_rank(client))
+        return models.build(self.options, self.head, self.options.client_rank(client))
 
     def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
         # Clients wait during the evaluation, so all cores are free. A GPU needs one worker.

@@ -32,7 +32,7 @@ def _draw_scores(axes: Axes, experiment: Any, histories: Sequence[Any]) -> None:
     correlation = any(task.name in ("cola", "stsb") for task in experiment.tasks)
     for position, history in enumerate(histories):
         axes.plot(
-            [entry.number for entry in history.rounds],
+            [entry.number for entry in history.scored],
             history.curve,
             color=COLOURS[position % len(COLOURS)],
             marker=MARKERS[position % len(MARKERS)],

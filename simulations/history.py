@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass
 class Round:
-    """One round: the global model's scores after it, and its seconds and bytes. Round 0 is the untrained model."""
+    """One round: the global model's scores after it, and its seconds and bytes. Round 0 is the untrained model.
+
+    Rounds that `--eval-every` leaves out have no scores.
+    """
 
     number: int
     scores: dict[str, float]
@@ -85,9 +88,14 @@ class History:
         return 1 - busy / self.wall_seconds if self.wall_seconds else 0.0
 
     @property
+    def scored(self) -> list[Round]:
+        """The rounds after which the global model was scored, from the untrained model's on."""
+        return [entry for entry in self.rounds if entry.scores]
+
+    @property
     def curve(self) -> list[float]:
-        """Scores by round, from the untrained model's on."""
-        return [entry.scores["score"] for entry in self.rounds]
+        """Scores of the scored rounds."""
+        return [entry.scores["score"] for entry in self.scored]
 
     @property
     def final(self) -> float:
@@ -100,8 +108,8 @@ class History:
         return max(self.curve)
 
     def rounds_to(self, target: float) -> int | None:
-        """Return the first round that reaches the target, None if none does."""
-        return next((entry.number for entry in self.rounds if entry.scores["score"] >= target), None)
+        """Return the first scored round that reaches the target, None if none does."""
+        return next((entry.number for entry in self.scored if entry.scores["score"] >= target), None)
 
     def total(self, name: str) -> float:
         """Return the sum of a quantity over the rounds."""

@@ -107,10 +107,10 @@ class Narrator:
         remaining = f"  about {left / 60:.0f} min left" if left > 90 else f"  about {left:.0f} s left" if left else ""
         weights = "  ".join(f"{client}: {weight:.2f}" for client, weight in entry.weights.items())
         weighed = f"  weights {weights}" if weights else ""
-        self.console.print(
-            f"  round {entry.number}/{rounds}  [bold]{metric} {entry.scores['score']:.3f}[/]  "
-            f"loss {entry.scores['loss']:.3f}  {entry.seconds:.1f} s{weighed}{remaining}"
-        )
+        scores = "not scored"
+        if entry.scores:
+            scores = f"[bold]{metric} {entry.scores['score']:.3f}[/]  loss {entry.scores['loss']:.3f}"
+        self.console.print(f"  round {entry.number}/{rounds}  {scores}  {entry.seconds:.1f} s{weighed}{remaining}")
 
     def table(self, experiment: "Experiment", histories: Sequence["History"]) -> None:
         """Print the table that compares the strategies."""
@@ -141,14 +141,14 @@ class Narrator:
         Parameters
         ----------
         before : Mapping[str, float]
-            Seconds of "preparing" and "starting-ray", before the first strategy.
+            Seconds of "preparing" and "starting-clients", before the first strategy.
         total : float
-            Seconds of the whole run. The rest beside the parts is writing results and stopping Ray.
+            Seconds of the whole run. The rest beside the parts is writing results and stopping the clients.
         """
         rest = total - sum(before.values()) - sum(history.wall_seconds for history in histories)
         title = (
-            f"Seconds: {total:.0f} in all; {before['preparing']:.0f} to prepare, {before['starting-ray']:.0f} until "
-            f"Ray's clients were ready, {rest:.0f} to stop it and write results"
+            f"Seconds: {total:.0f} in all; {before['preparing']:.0f} to prepare, "
+            f"{before['starting-clients']:.0f} until the clients were ready, {rest:.0f} to stop them and write results"
         )
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")

@@ -1,4 +1,4 @@
-"""Every option of a simulation with its default and bounds, and how options are declared, read, checked and sent.
+"""Every option of a simulation with its default and bounds, and how the options are sent.
 
 One frozen object holds all options. The server sends it to the clients as JSON inside the train and evaluate
 configuration (`run_simulation` has an empty run configuration). `flwr run` fills it from `[tool.flwr.app.config]`.
@@ -7,13 +7,12 @@ configuration (`run_simulation` has an empty run configuration). `flwr run` fill
 import dataclasses
 import json
 import os
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fedfrom.errors import BadInput
+from simulations.fields import as_json, check_bounds, option, read
 
 if TYPE_CHECKING:
     from flwr.app import ConfigRecord
@@ -26,44 +25,6 @@ RECORD_KEY = "options"
 ABOUT = "simulation"  # a reply's record of which client trained, and how fast; no strategy aggregates it
 OWN = "own"  # the partition of a deployment: each site's folder holds that site's share
 PARTITIONS = ("iid", "dirichlet", "natural", "tasks", OWN)
-T = TypeVar("T")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declare one option of a dataclass.
-
-    Parameters
-    ----------
-    default : Any
-        Its value where the option is not given.
-    help : str
-        The sentence that `--help` shows.
-    least, most : float | None (default: None)
-        Bounds of a number, both included.
-    above : float | None (default: None)
-        Bound of a finite number, excluded.
-    choices : tuple[str, ...] (default: ())
-        All values of a text; empty: any text.
-
-    Notes
-    -----
-    `check_bounds` checks the bounds. Those of a tuple hold for each of its entries. None is never out of bounds.
-    """
-    bounds = {"least": least, "most": most, "above": above, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
-
-
-def argument(metavar: str, help: str, **default: Any) -> Any:
-    """Declare one positional argument of a command: its name in `--help`, its help, and perhaps `default=`."""
-    return dataclasses.field(**default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -138,12 +99,21 @@ class Options:
     server_lr: float = option(1.0, "Share of the merged update that the server applies (all but fedavg).", above=0)
 
     seed: int = option(0, "Fixes partition, initial weights, batches and dropout.", least=0, most=2**32 - 1)
+    eval_every: int = option(1, "Score the global model after every so many rounds, and after the last.", least=1)
     federated_evaluation: bool = option(False, "Also evaluate on a tenth of each client's data, kept out of training.")
     target: float | None = option(None, "Score whose first round is reported. [default: 0.08 above a constant answer]")
     save_clients: bool = option(False, "Also save each client's adapter of the last round, in STRATEGY-clients.")
     out: str = option("results/simulation", "Results folder; an earlier result in it is replaced at the end.")
+    engine: str = option(
+        "local",
+        "local (processes of this machine, or its GPU) or ray (Flower's own simulation engine): the same results.",
+        choices=("local", "ray"),
+    )
     processes: int = option(0, "Client processes at a time, 0: one a core.", least=0)
-    gpus_per_client: float = option(0.5, "Share of a GPU for a client process, where there is a GPU.", above=0)
+    client_timeout: float = option(
+        3600.0, "Seconds for one client's work in a round; the local engine then ends its process.", above=0
+    )
+    gpus_per_client: float = option(0.5, "Share of a GPU for a client process of Ray's, where there is a GPU.", above=0)
     verbose: bool = option(False, "Show what Flower and Ray log.")
 
     @property
@@ -255,16 +225,6 @@ class Options:
         return read(cls, values)
 
 
-def read(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Return a dataclass of options from names and values, as `Options.from_mapping` does."""
-    hints = typing.get_type_hints(kind)
-    given = {name.replace("-", "_"): value for name, value in values.items() if value is not None}
-    for name in given:
-        if name not in hints:
-            raise BadInput(f"unknown option {name!r}")
-    return kind(**{name: _converted(name, value, hints[name]) for name, value in given.items()})
-
-
 def like(name: str, default: Any = None) -> Any:
     """Declare a study's option like the simulation's of that name: its help, its bounds, and its default or another."""
     found = Options.__dataclass_fields__[name]
@@ -276,66 +236,3 @@ def shared(study: Any) -> dict[str, Any]:
     return {
         name: value for name, value in vars(study).items() if name in Options.__dataclass_fields__ and name != "out"
     }
-
-
-def as_json(options: Any) -> dict[str, Any]:
-    """Return a dataclass of options as plain JSON types."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}
-
-
-def flag(name: str) -> str:
-    """Return a field's name as a command line has it: `--batch-size` for batch_size."""
-    return "--" + name.replace("_", "-")
-
-
-def check_bounds(options: Any) -> None:
-    """Check every option of a dataclass against the bounds that `option` declared.
-
-    Raises
-    ------
-    BadInput
-        An option is out of its bounds.
-    """
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None and (expected := _expected(one, **field.metadata)):
-                raise BadInput(f"{flag(field.name)}: expected {expected}, found {one!r}")
-
-
-def _expected(
-    value: Any,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    **_: Any,
-) -> str:
-    """Return what was expected in place of a value that is out of bounds; empty where the value is fine."""
-    if choices and value not in choices:
-        return f"one of {', '.join(choices)}"
-    if least is not None and not value >= least:  # so that a NaN is refused too
-        return f"{least} or more"
-    if most is not None and not value <= most:
-        return f"{most} or less"
-    if above is not None and not above < value < float("inf"):
-        return "a positive number" if above == 0 else f"a number above {above}"
-    return ""
-
-
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
-        if value == "":
-            return None
-    try:
-        if typing.get_origin(kind) is tuple:
-            items = value.split(",") if isinstance(value, str) else value
-            return tuple(typing.get_args(kind)[0](item) for item in items if item != "")
-        if kind is bool and isinstance(value, str):
-            return {"true": True, "false": False}[value.lower()]
-        if kind is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        raise BadInput(f"{flag(name)}: can't read {value!r}") from None

@@ -1,4 +1,4 @@
-"""A run of all strategies with its results, and the simulation on this machine: Flower over Ray, started once."""
+"""A run of all strategies with its results, and the simulation on this machine, whose engine is started once."""
 
 import contextlib
 import logging
@@ -9,6 +9,7 @@ from typing import Any
 
 from fedfrom.errors import BadInput
 from simulations import environment
+from simulations.engines import forks
 from simulations.options import OWN, Options
 
 # Phrases of warnings that Flower logs in every run.
@@ -46,13 +47,13 @@ def run(options: Options) -> Path:
     environment.prepare(options.needs_hub)
     if options.partition == OWN:
         raise BadInput("--partition own: every client of a simulation reads the same folder; deploy (see deployment/)")
+    if options.engine == "local":
+        forks.preload()
     with quiet(options.verbose):
         return compare(options.validated(), simulate, start)
 
 
-def compare(
-    options: Options, strategies: Callable[[Any, Any], Iterable[Any]], ray_started: float | None = None
-) -> Path:
+def compare(options: Options, strategies: Callable[[Any, Any], Iterable[Any]], started: float | None = None) -> Path:
     """Run all strategies of the options, write and print their results, and return the results folder.
 
     Parameters
@@ -61,7 +62,7 @@ def compare(
         Of the run.
     strategies : Callable[[Experiment, Narrator], Iterable[History]]
         Runs the strategies of a prepared experiment, and returns a history of each.
-    ray_started : float | None (default: None)
+    started : float | None (default: None)
         The start of a simulation, by `time.perf_counter`. None: a deployment, whose clients run already.
 
     Raises
@@ -81,53 +82,51 @@ def compare(
         narrator.partition(experiment)
         prepared = time.perf_counter()
         histories = list(strategies(experiment, narrator))
-        if ray_started is not None:
-            # until the first strategy starts: Ray, its client processes, their data and model
-            before = {"preparing": prepared - ray_started, "starting-ray": histories[0].started - prepared}
+        if started is not None:
+            # until the first strategy starts: the client processes, and what they load
+            before = {"preparing": prepared - started, "starting-clients": histories[0].started - prepared}
         folder.publish(experiment, histories, before)
     narrator.table(experiment, histories)
-    if ray_started is not None:
-        narrator.seconds(histories, before, time.perf_counter() - ray_started)
+    if started is not None:
+        narrator.seconds(histories, before, time.perf_counter() - started)
     narrator.results(experiment, folder.path, write_page(folder.path))
     return folder.path
 
 
 def simulate(experiment: Any, narrator: Any, finished: Callable[[Any], None] = lambda history: None) -> list[Any]:
-    """Run a prepared experiment in Flower's simulation and return a history of every strategy.
+    """Run a prepared experiment on this machine, by the engine of its options, and return each strategy's history.
 
     `finished` is called with each history when its strategy ends.
-    """
-    from flwr.simulation import run_simulation
 
+    Raises
+    ------
+    RuntimeError
+        A client can't start, or every client failed in a round.
+    """
     from simulations import client_app, server_app, training
+    from simulations.engines import local, ray
     from simulations.history import History
 
     options: Options = experiment.options
     processes = options.processes or min(environment.cores(), options.clients)
-    gpus = options.gpus_per_client if training.device().type == "cuda" else 0.0
-    narrator.say(f"\nStarting Ray with {processes} client process{'es' if processes > 1 else ''} …")
     histories: list[History] = []
 
     def keep(history: History) -> None:
         histories.append(history)
         finished(history)
 
-    run_simulation(
-        server_app=server_app.app_for(experiment, narrator, keep),
-        client_app=client_app.app,
-        num_supernodes=options.clients,
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": gpus},
-            "init_args": {
-                "num_cpus": processes,
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-                "logging_level": logging.INFO if options.verbose else logging.ERROR,
-                "log_to_driver": options.verbose,
-            },
-        },
-        verbose_logging=options.verbose,
-    )
-    if len(histories) != len(options.strategies):
-        raise RuntimeError("the simulation ended early; --verbose shows what Flower and Ray say")
+    server = server_app.app_for(experiment, narrator, keep)
+    if options.engine == "ray":
+        narrator.say(f"\nStarting Ray with {_processes(processes)} …")
+        ray.run(server, client_app.app, options, processes)
+        if len(histories) != len(options.strategies):
+            raise RuntimeError("the simulation ended early; --verbose shows what Flower and Ray say")
+        return histories
+    on_gpu = training.device().type == "cuda"
+    narrator.say("\nClients take turns on the GPU …" if on_gpu else f"\nStarting {_processes(processes)} …")
+    local.run(server, experiment, processes)
     return histories
+
+
+def _processes(number: int) -> str:
+    return f"{number} client process{'es' if number > 1 else ''}"

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from simulations import environment, running
 from simulations.aggregation import distance_from_mean
 from simulations.history import History, Round, client_weights
+from simulations.metrics import Scores
 from simulations.options import ABOUT, Options
 from simulations.traffic import CountingGrid
 
@@ -154,7 +155,8 @@ class Recorder:
 
         @functools.wraps(aggregate)
         def aggregate_train(server_round: int, replies: Any) -> Any:
-            self._replies = replies = list(replies)  # waiting for clients is not the server's time
+            # Waiting for clients is not the server's time. In the order of the clients: FedAvg's sums depend on it.
+            self._replies = replies = sorted(replies, key=self._client)
             start = time.perf_counter()
             try:
                 return aggregate(server_round, replies)
@@ -162,6 +164,9 @@ class Recorder:
                 self._merge_seconds += time.perf_counter() - start
 
         return aggregate_train
+
+    def _client(self, reply: Message) -> int:
+        return self._client_of_node.get(reply.metadata.src_node_id, -1)
 
     def on_reply(self, reply: Message) -> None:
         """Record a reply's client and its numbers, and print them."""
@@ -178,13 +183,16 @@ class Recorder:
         self._clients[client] = numbers
         self.narrator.client(number, self.experiment.options.rounds, client, numbers["loss"], numbers["speed"])
 
-    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Evaluate the global model; Flower calls this before the first round and after each."""
+    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate the global model; Flower calls this before the first round and after each.
+
+        Rounds that `--eval-every` leaves out are recorded without scores, and give None.
+        """
         if server_round and not self._clients:
             raise RuntimeError(f"{self.history.label}, round {server_round}: every client failed; see above")
         start = time.perf_counter()
         state = arrays.to_torch_state_dict()
-        scores = self.experiment.evaluate(state) if server_round else self.experiment.start()
+        scores = self._scores(server_round, state)
         now = time.perf_counter()
         entry = Round(server_round, scores, evaluation_seconds=now - start)
         if server_round:
@@ -201,7 +209,15 @@ class Recorder:
         self.narrator.round(entry, self.experiment.options.rounds, self.experiment.metric, self._seconds_left())
         self._counting.down = self._counting.up = 0
         self._new_round()
-        return MetricRecord(scores)
+        return MetricRecord({**scores}) if scores else None
+
+    def _scores(self, server_round: int, state: dict[str, Any]) -> Scores:
+        options = self.experiment.options
+        if server_round == 0:
+            return dict(self.experiment.start())
+        if server_round % options.eval_every and server_round < options.rounds:
+            return {}
+        return dict(self.experiment.evaluate(state))
 
     def _distance_from_mean(self, state: dict[str, Any]) -> float | None:
         replies = [reply.content for reply in self._replies if reply.has_content()]

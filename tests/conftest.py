@@ -116,7 +116,7 @@ def task_identity() -> Iterator[None]:
     """Let a test build Flower messages itself; what was set before is put back."""
     from flwr.supercore.task_identity import TaskIdentity
 
-    from tests.inprocess import set_task_identity
+    from simulations.engines.jobs import set_task_identity
 
     names = ("_run_id", "_node_id", "_task_id")
     before = {name: getattr(TaskIdentity, name) for name in names}

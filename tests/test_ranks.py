@@ -142,7 +142,7 @@ def test_a_node_may_change_its_rank() -> None:
 def test_a_node_that_could_not_reply_is_sent_everything_again() -> None:
     """An error, a rejection or silence: what it said before may be the reason."""
     grid = InProcessGrid(with_ranks(lambda i, server_round: None if (i, server_round) == (1, 2) else 4), 3, record=True)
-    inner = grid.client_app
+    inner = grid.workers.client
 
     def app(msg: Message, context: Context) -> Message:
         reply = inner(msg, context)
@@ -150,7 +150,7 @@ def test_a_node_that_could_not_reply_is_sent_everything_again() -> None:
             reply.content["metrics"]["num-examples"] = 0
         return reply
 
-    grid.client_app = app
+    grid.workers.client = app
     started(None, 4, grid, fraction_evaluate=0.0)
     assert sent_ranks(grid) == [
         {0: 8, 1: 8, 2: 8},

@@ -342,8 +342,7 @@ class Watched(InProcessGrid):
         self.pulls.append(len(ids))
         ready = []
         for message_id in ids:
-            partition = self.partition_of[self._waiting[message_id].metadata.dst_node_id]
-            if self.clock.now >= self.after.get(partition, 0):
+            if self.clock.now >= self.after.get(self.partition(message_id), 0):
                 ready.append(message_id)
         return super().pull_messages(ready) if ready else []
 

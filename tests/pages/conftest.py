@@ -43,7 +43,7 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     }
     folder = tmp_path_factory.mktemp("runs")
     for seed in SEEDS:
-        client_app._worker.cache_clear()
+        client_app._workers.clear()
         options = Options.from_mapping({**values, "seed": seed, "out": str(folder / f"seed-{seed}")})
         narrator = Narrator(Console(file=io.StringIO()))
         with pytest.MonkeyPatch.context() as patch, results.Folder(options.out) as out:

@@ -22,7 +22,7 @@ NEEDY = ("regmean", "lorm", "fisher")
 
 def run(values: dict[str, Any]) -> dict[str, History]:
     """Run the two apps over an in-process grid and return what each strategy did."""
-    client_app._worker.cache_clear()
+    client_app._workers.clear()
     experiment = Experiment.prepare(Options.from_mapping(values))
     grid = InProcessGrid(client_app.app, experiment.options.clients)
     narrator = Narrator(Console(file=io.StringIO()))

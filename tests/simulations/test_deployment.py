@@ -278,7 +278,7 @@ def flwr(here: Deployment, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def in_process(ran: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the same run in this process, whose third client fails where the site was killed."""
-    client_app._worker.cache_clear()
+    client_app._workers.clear()
     out = tmp_path_factory.mktemp("in-process") / "results"
 
     def client(message: Message, context: Context) -> Message:

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from fedfrom.errors import BadInput
-from simulations.options import Options, read
+from simulations.fields import read
+from simulations.options import Options
 from simulations.studies.federated import plan, tables
 from simulations.studies.federated.options import FederatedOptions
 from simulations.studies.paper.options import PaperOptions
@@ -81,7 +82,7 @@ def test_a_history_is_a_row_a_round() -> None:
         distance_from_mean=None,
         train_metrics={"lambda-max": 1.5},
     )
-    (row,) = plan.rows_of(SimpleNamespace(label="from", rounds=[entry]), 400)
+    (row,) = plan.rows_of(SimpleNamespace(label="from", scored=[entry]), 400)
     assert (
         row["setting"] == "from" and row["task"] == "sst2" and (row["n"], row["score"], row["round"]) == (400, 0.75, 1)
     )

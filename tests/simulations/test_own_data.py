@@ -19,7 +19,7 @@ from tests.simulations.conftest import write_tsv
 
 def run(values: dict[str, Any], glue_dirs: list[str] | None, **node: Any) -> Path:
     """Run both apps as `flwr run` does, each node with a folder of its own, and return the results folder."""
-    client_app._worker.cache_clear()
+    client_app._workers.clear()
     config = {name.replace("_", "-"): value for name, value in values.items()}
     nodes = [{**({"glue-dir": glue_dirs[number]} if glue_dirs else {}), **node} for number in range(values["clients"])]
     grid = InProcessGrid(client_app.app, values["clients"], node_config=nodes.__getitem__)

@@ -29,7 +29,7 @@ class Ran:
     """A finished run: what was asked, what came out, what was said, what was written."""
 
     def __init__(self, values: dict[str, Any], grid_seed: int = 0) -> None:
-        client_app._worker.cache_clear()
+        client_app._workers.clear()
         self.console = io.StringIO()
         narrator = Narrator(Console(file=self.console, width=200))
         with results.Folder(values["out"]) as folder:
@@ -128,9 +128,20 @@ def test_the_same_seed_gives_the_same_run_on_other_nodes(tiny: dict) -> None:
     for one, two in zip(first.histories, again.histories, strict=True):
         assert one.curve == two.curve
         assert [entry.weights for entry in one.rounds] == [entry.weights for entry in two.rounds]
-    from_first, from_again, from_other = (ran.histories[0].state for ran in (first, again, other))
-    assert all(torch.equal(from_first[name], from_again[name]) for name in from_first)
-    assert not all(torch.equal(from_first[name], from_other[name]) for name in from_first)
+        assert same_bits(one.state, two.state)
+    assert not same_bits(first.histories[0].state, other.histories[0].state)
+
+
+def test_rounds_that_are_not_scored_leave_the_others_as_they_are(tiny: dict) -> None:
+    every, second = (Ran({**tiny, "rounds": 5, "eval_every": each, "out": f"{tiny['out']}-{each}"}) for each in (1, 2))
+    for one, two in zip(every.histories, second.histories, strict=True):
+        assert [entry.number for entry in two.scored] == [0, 2, 4, 5] and len(two.rounds) == 6
+        assert [entry.scores for entry in two.scored] == [one.rounds[entry.number].scores for entry in two.scored]
+        assert same_bits(one.state, two.state)
+        reached = two.rounds_to(max(two.curve))
+        assert reached in (0, 2, 4, 5) and one.rounds[reached].scores["score"] == max(two.curve)
+    assert second.json["strategies"]["from"]["rounds"][1]["scores"] == {}
+    assert "round 1/5  not scored" in second.said and "round 5/5  accuracy" in second.said
 
 
 def test_peft_loads_the_final_adapter(tiny: dict) -> None:
@@ -224,7 +235,7 @@ def test_evaluate_refuses_what_is_no_weights_of_the_run(tiny: dict, tmp_path: Pa
 
 def test_flwr_run_takes_its_options_from_the_run_configuration(tiny: dict) -> None:
     config = {name.replace("_", "-"): value for name, value in tiny.items() if name != "clients"}
-    client_app._worker.cache_clear()
+    client_app._workers.clear()
     grid = InProcessGrid(client_app.app, 4)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     server_app.app(grid, context)
@@ -385,9 +396,9 @@ def test_a_strategy_that_has_not_trained_has_a_split_too() -> None:
 
 def test_the_split_is_said_with_what_came_before_and_after() -> None:
     narrator = Narrator(Console(file=io.StringIO(), width=200))
-    narrator.seconds([recorded()], {"preparing": 10.0, "starting-ray": 20.0}, 50.0)
+    narrator.seconds([recorded()], {"preparing": 10.0, "starting-clients": 20.0}, 50.0)
     said = narrator.console.file.getvalue()
-    assert "50 in all; 10 to prepare, 20 until Ray's clients were ready, 6 to stop it" in said
+    assert "50 in all; 10 to prepare, 20 until the clients were ready, 6 to stop them" in said
     row = next(line for line in said.splitlines() if "from" in line and "7.0" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
         *("from", "7.0", "2.0", "1.5", "0.5", "3.0", "14.0", "100%")

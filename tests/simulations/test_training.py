@@ -95,7 +95,7 @@ def test_evaluation_batches_hold_every_example_once(tiny: dict) -> None:
 
 def test_a_batch_is_padded_to_its_longest_example_and_the_padding_is_masked() -> None:
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}, {"input_ids": [8], "attention_mask": [1]}]
-    tokens = Tokens(
+    tokens = Tokens.of(
         [*rows, {"input_ids": [9] * 6, "attention_mask": [1] * 6}],
         torch.tensor([0, 1, 1]),
         {"input_ids": 3, "attention_mask": 0},

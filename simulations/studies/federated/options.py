@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.options import Options, check_bounds, like, option, shared
+from simulations.fields import check_bounds, option
+from simulations.options import Options, like, shared
 
 TASK = "sst2"
 QUICK: dict[str, Any] = {

@@ -137,7 +137,7 @@ def _run(options: FederatedOptions, cells: Sequence[Cell], known: pd.DataFrame) 
 
 
 def rows_of(history: Any, examples: int) -> list[Row]:
-    """Return a row for each round of a strategy's history, from the initial model's on."""
+    """Return a row for each scored round of a strategy's history, from the initial model's on."""
     return [
         {
             "setting": history.label,
@@ -154,5 +154,5 @@ def rows_of(history: Any, examples: int) -> list[Row]:
             "distance_from_mean": entry.distance_from_mean,
             **{name.replace("-", "_"): entry.train_metrics.get(name) for name in MEASURED},
         }
-        for entry in history.rounds
+        for entry in history.scored
     ]

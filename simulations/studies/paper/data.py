@@ -86,7 +86,7 @@ def pooled(parts: list[tuple[Tokens, Options, int]]) -> Tokens:
         rows += seen.rows
         labels.append(seen.labels)
         pad = seen.pad
-    return Tokens(rows, torch.cat(labels), pad)
+    return Tokens.of(rows, torch.cat(labels), pad)
 
 
 def constant(tokens: Tokens) -> dict[str, float]:

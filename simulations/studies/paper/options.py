@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfrom.errors import BadInput
-from simulations.options import Options, as_json, check_bounds, like, option, shared
+from simulations.fields import as_json, check_bounds, option
+from simulations.options import Options, like, shared
 
 TASKS = ("qnli", "rte", "wnli")
 BASE_TASK = "mnli"

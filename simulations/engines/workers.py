@@ -1,0 +1,185 @@
+"""Who runs the clients of the local engine: this process, one client after the other, or a pool of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from multiprocessing.connection import Connection
+
+from flwr.common.constant import ErrorCode
+
+from simulations.engines.forks import context
+from simulations.engines.jobs import Client, Job, Outcome, failed, set_task_identity, work
+
+GRACE = 5.0
+"""Seconds for a process that closed its connection to end by itself, with an exit code of its own."""
+
+
+class InTurn:
+    """Runs clients in this process, one after the other, each when its reply is first asked for.
+
+    For a GPU, which one process uses best. A client that hangs, or that ends its process, ends the run.
+
+    Parameters
+    ----------
+    client : Client
+        The ClientApp.
+
+    Attributes
+    ----------
+    errors : list[Exception]
+        What clients raised.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.errors: list[Exception] = []
+        self._waiting: dict[str, Job] = {}
+
+    def submit(self, job: Job) -> None:
+        """Take a job for later."""
+        self._waiting[job.message_id] = job
+
+    def finished(self, message_ids: Collection[str]) -> list[Outcome]:
+        """Do these jobs, in the order in which they came, and return what came of them."""
+        jobs = [job for message_id, job in self._waiting.items() if message_id in message_ids]
+        for job in jobs:
+            del self._waiting[job.message_id]
+        return [self._done(job) for job in jobs]
+
+    def _done(self, job: Job) -> Outcome:
+        try:
+            return work(self.client, job)
+        except Exception as error:
+            self.errors.append(error)
+            return failed(job, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error)
+
+    def close(self) -> None:
+        """Forget what was not done."""
+        self._waiting.clear()
+
+
+class Pool:
+    """Runs clients in worker processes, one a core, that stay for the whole run.
+
+    A process that dies, or takes longer than `timeout` for one message, is replaced; its client gives an error reply.
+
+    Parameters
+    ----------
+    load : Callable[[], Client]
+        Returns the ClientApp. It is pickled, and called once in each process.
+    processes : int
+        Number of processes.
+    timeout : float
+        Seconds for one message.
+    """
+
+    def __init__(self, load: Callable[[], Client], processes: int, timeout: float) -> None:
+        self._load, self._timeout = load, timeout
+        self._queue: deque[Job] = deque()
+        self._done: dict[str, Outcome] = {}
+        self._processes = [_Process(load) for _ in range(processes)]
+
+    def submit(self, job: Job) -> None:
+        """Give a job to a process that is free, or keep it until one is."""
+        self._queue.append(job)
+        self._assign()
+
+    def finished(self, message_ids: Collection[str]) -> list[Outcome]:
+        """Return the outcomes of these messages that are there."""
+        for place, process in enumerate(self._processes):
+            outcome = process.outcome(self._timeout)
+            if outcome is not None:
+                self._done[outcome.message_id] = outcome
+            if process.is_gone:
+                self._processes[place] = _Process(self._load)
+        self._assign()
+        return [self._done.pop(message_id) for message_id in list(self._done) if message_id in message_ids]
+
+    def _assign(self) -> None:
+        for process in self._processes:
+            if self._queue and process.job is None:
+                process.start(self._queue.popleft())
+
+    def close(self) -> None:
+        """End all processes, whatever they do."""
+        for process in self._processes:
+            process.end()
+
+
+class _Process:
+    """One process of the pool, and the job that it does."""
+
+    def __init__(self, load: Callable[[], Client]) -> None:
+        start = context()
+        self._connection, theirs = start.Pipe()
+        # daemon: it does not outlive this process
+        self._process = start.Process(target=_serve, args=(theirs, load), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.job: Job | None = None
+        self.is_gone = False
+        self._since = 0.0
+
+    def start(self, job: Job) -> None:
+        """Send it a job; it must be free."""
+        self.job, self._since = job, time.monotonic()
+        with contextlib.suppress(OSError):  # it died: `outcome` finds that
+            self._connection.send(job)
+
+    def outcome(self, timeout: float) -> Outcome | None:
+        """Return what came of its job, None while it works, or where it has none."""
+        if self.job is None:
+            return None
+        job, seconds = self.job, time.monotonic() - self._since
+        try:
+            if self._connection.poll():
+                outcome: Outcome = self._connection.recv()
+                self.job = None
+                return outcome
+        except (EOFError, OSError):
+            self._process.join(GRACE)
+            self.end()
+            reason = f"the client's process ended with exit code {self._process.exitcode}"
+            return failed(job, ErrorCode.CLIENT_APP_CRASHED, reason)
+        if seconds > timeout:
+            self.end()
+            reason = f"the client did not reply within {timeout:g} s"
+            return failed(job, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason)
+        return None
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+        self.job, self.is_gone = None, True
+
+
+def _serve(connection: Connection, load: Callable[[], Client]) -> None:
+    """Do jobs until the other end of the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    set_task_identity()
+    client, error = None, None
+    try:
+        client = load()
+    except Exception as raised:
+        error = raised
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(client, error, job))
+
+
+def _outcome(client: Client | None, error: Exception | None, job: Job) -> Outcome:
+    if client is None:
+        return failed(job, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, error or "no client")
+    try:
+        return work(client, job)
+    except Exception as raised:
+        return failed(job, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, raised)
