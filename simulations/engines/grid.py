@@ -16,7 +16,7 @@ from flwr.supercore.run import Run
 
 from simulations.engines.jobs import Job, Outcome, decode, encode, encode_content, envelope, set_task_identity
 
-PAUSE = 0.01  # seconds between two looks for replies
+PAUSE = 0.1  # the longest, in seconds, between two looks for replies
 
 
 class Workers(Protocol):
@@ -28,8 +28,26 @@ class Workers(Protocol):
     def finished(self, message_ids: Collection[str]) -> list[Outcome]:
         """Return the outcomes of these messages that are there, each once."""
 
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until there is an outcome."""
+
     def close(self) -> None:
         """End whatever still runs."""
+
+
+class Clock:
+    """The time, for who waits for replies: `sleep` ends as soon as there is one."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    def monotonic(self) -> float:
+        """Return seconds, as `time.monotonic` does."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait for a reply, at most so long."""
+        self._workers.wait(seconds)
 
 
 class LocalGrid(Grid):
@@ -57,7 +75,11 @@ class LocalGrid(Grid):
     ----------
     partition_of : dict[int, int]
         Partition by node id.
+    clock : Clock
+        What waits for replies takes it in place of the module `time`.
     """
+
+    clock: Any
 
     def __init__(
         self,
@@ -72,7 +94,7 @@ class LocalGrid(Grid):
         partitions = range(num_nodes) if partitions is None else partitions
         if sorted(partitions) != list(range(num_nodes)):
             raise ValueError(f"partitions: expected a permutation of 0 to {num_nodes - 1}, found {partitions}")
-        self.workers = workers
+        self.workers, self.clock = workers, Clock(workers)
         self._random = random.Random(seed)
         self._run = Run.create_empty(run_id=1)
         set_task_identity(self._run.run_id)
@@ -162,15 +184,15 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages, and return the replies that come within the timeout."""
         waiting, replies = set(self.push_messages(messages)), list[Message]()
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = float("inf") if timeout is None else self.clock.monotonic() + timeout
         while waiting:
             arrived = list(self.pull_messages(waiting))
             replies += arrived
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-            if time.monotonic() >= deadline:
+            if self.clock.monotonic() >= deadline:
                 break
             if not arrived:
-                time.sleep(PAUSE)
+                self.clock.sleep(PAUSE)
         return replies
 
     def partition(self, message_id: str) -> int:

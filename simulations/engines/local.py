@@ -12,6 +12,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import ServerApp
 
 from simulations import client_app, environment, models, training, worker
+from simulations.engines import forks
 from simulations.engines.grid import LocalGrid, Workers
 from simulations.engines.workers import InTurn, Pool
 from simulations.options import Options
@@ -37,6 +38,7 @@ def run(server: ServerApp, experiment: Any, processes: int) -> None:
         serve(server, InTurn(client_app.app), options.clients, options.seed)
         return
     with tempfile.TemporaryDirectory(prefix="fedfrom-") as folder:
+        forks.preload()
         tokens = Path(folder) / "clients.safetensors"
         worker.save(experiment, tokens)
         load = partial(_load, options, experiment.head, tokens)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from flwr.common.constant import ErrorCode
 
@@ -57,6 +57,10 @@ class InTurn:
             self.errors.append(error)
             return failed(job, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error)
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass: no client works in the meantime."""
+        time.sleep(seconds)
+
     def close(self) -> None:
         """Forget what was not done."""
         self._waiting.clear()
@@ -104,6 +108,14 @@ class Pool:
             if self._queue and process.job is None:
                 process.start(self._queue.popleft())
 
+    def wait(self, seconds: float) -> None:
+        """Wait until a process that works has replied or died, at most so long."""
+        working = [process.connection for process in self._processes if process.job is not None]
+        if working:
+            wait(working, seconds)
+        else:
+            time.sleep(seconds)
+
     def close(self) -> None:
         """End all processes, whatever they do."""
         for process in self._processes:
@@ -111,11 +123,11 @@ class Pool:
 
 
 class _Process:
-    """One process of the pool, and the job that it does."""
+    """One process of the pool, the connection to it, and the job that it does."""
 
     def __init__(self, load: Callable[[], Client]) -> None:
         start = context()
-        self._connection, theirs = start.Pipe()
+        self.connection, theirs = start.Pipe()
         # daemon: it does not outlive this process
         self._process = start.Process(target=_serve, args=(theirs, load), daemon=True)
         self._process.start()
@@ -128,7 +140,7 @@ class _Process:
         """Send it a job; it must be free."""
         self.job, self._since = job, time.monotonic()
         with contextlib.suppress(OSError):  # it died: `outcome` finds that
-            self._connection.send(job)
+            self.connection.send(job)
 
     def outcome(self, timeout: float) -> Outcome | None:
         """Return what came of its job, None while it works, or where it has none."""
@@ -136,8 +148,8 @@ class _Process:
             return None
         job, seconds = self.job, time.monotonic() - self._since
         try:
-            if self._connection.poll():
-                outcome: Outcome = self._connection.recv()
+            if self.connection.poll():
+                outcome: Outcome = self.connection.recv()
                 self.job = None
                 return outcome
         except (EOFError, OSError):
@@ -155,7 +167,7 @@ class _Process:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.join()
-        self._connection.close()
+        self.connection.close()
         self.job, self.is_gone = None, True
 
 
