@@ -14,7 +14,7 @@ from fedfrom import merge
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 SVD, ALTERNATING = "FedFroM svd", "FedFroM alternating"
 DENSE, LEAN, GIVEN = "dense Algorithm 1", "dense Algorithm 1, lean", "dense Algorithm 1, T given"
-FLEXLORA, KNOTS, PEFT = "FlexLoRA-style", "KnOTS (fedfrom's)", "PEFT svd"
+FLEXLORA, KNOTS, PEFT = "FlexLoRA-style", "KnOTS-TIES (fedfrom's)", "PEFT svd"
 ITERATIONS = 20
 
 State = dict[str, Tensor]
@@ -113,7 +113,7 @@ def contender(name: str, states: list[State]) -> Callable[[], object]:
         DENSE: lambda: algorithm_1(target(states), rank),
         LEAN: lambda: algorithm_1(target(states, keep=False), rank),
         FLEXLORA: lambda: flexlora(states),
-        KNOTS: lambda: merge(states, method="knots-ta"),
+        KNOTS: lambda: merge(states, method="knots-ties"),
     }
     return runs[name]
 

@@ -37,8 +37,8 @@ class _ProductChange(Change):
     ----------
     matrix : LowRank
         theta*, in units.
-    coefficients : Tensor | None (default: None)
-        See `Change`; 0 where theta_i is.
+    coefficients : Tensor | None
+        (n,) c_i where theta* is sum_i c_i theta_i, 0 where theta_i is.
     """
 
     matrix: LowRank
@@ -126,19 +126,15 @@ class AdapterUpdates(LayerUpdates):
         return self.inputs.statistics(self.name, self.order, (self.shape[1],) * 2 if kind == "gram" else self.shape)
 
     def sum(self, coefficients: Tensor) -> Change:
-        c = self._of_updates(coefficients)
+        # a zero update adds nothing but rounding
+        c = coefficients * (torch.tensor(self.sizes, dtype=torch.float64) > 0)
         return _ProductChange(LowRank.sum(self.products, c.tolist()), c)
-
-    def _of_updates(self, coefficients: Tensor) -> Tensor:
-        """Return the coefficients, 0 where theta_i is: a zero update adds nothing but rounding."""
-        return coefficients * (torch.tensor(self.sizes, dtype=torch.float64) > 0)
 
     def entrywise(self, combine: Combine) -> Change:
         return _ProductChange(LowRank.from_dense(form(self.entries, combine).reshape(self.shape)))
 
-    def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
-        c = None if coefficients is None else self._of_updates(coefficients)
-        return _ProductChange(matrix if isinstance(matrix, LowRank) else LowRank.from_dense(matrix), c)
+    def formed(self, matrix: Tensor | LowRank) -> Change:
+        return _ProductChange(matrix if isinstance(matrix, LowRank) else LowRank.from_dense(matrix))
 
     def cores(self) -> Cores:
         cores = [self._stack.core(theta.terms) for theta in self.products]

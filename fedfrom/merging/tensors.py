@@ -118,7 +118,7 @@ class TensorUpdates(LayerUpdates):
     def entrywise(self, combine: Combine) -> Change:
         return _TensorChange(partial(self._write_entrywise, combine))
 
-    def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
+    def formed(self, matrix: Tensor | LowRank) -> Change:
         assert isinstance(matrix, Tensor)
         row = matrix.reshape(-1)
         return self.entrywise(lambda rows, start: row[start : start + len(rows[0])])

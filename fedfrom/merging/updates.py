@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,14 +24,7 @@ class Change:
 
     A method gets it from `Updates.sum`, `entrywise`, `formed` or `cores`, and hands it back; the updates that it came
     from know how to turn it into tensors.
-
-    Attributes
-    ----------
-    coefficients : Tensor | None
-        (n,) c_i where theta* is known to be sum_i c_i theta_i, None elsewhere.
     """
-
-    coefficients: Tensor | None = None
 
 
 class Destination(NamedTuple):
@@ -132,11 +125,8 @@ class Updates(ABC):
         """
 
     @abstractmethod
-    def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
-        """Return theta* that the method has formed itself: of a LoRA module as products, else in the layer's shape.
-
-        `coefficients` are the (n,) c_i where it is sum_i c_i theta_i all the same: what is reported then costs less.
-        """
+    def formed(self, matrix: Tensor | LowRank) -> Change:
+        """Return theta* that the method has formed itself: of a LoRA module as products, else in the layer's shape."""
 
     def edited(self, edit: Edit) -> Updates:
         """Return these updates with their entries edited (trimmed, dropped), a row at a time as they are read."""
@@ -195,8 +185,8 @@ class _Edited(Updates):
 
         return self._updates.entrywise(edited)
 
-    def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
-        return self._updates.formed(matrix, coefficients)
+    def formed(self, matrix: Tensor | LowRank) -> Change:
+        return self._updates.formed(matrix)
 
     @property
     def entries(self) -> Entries:
@@ -217,7 +207,6 @@ class DenseChange(Change):
     """
 
     tensor: Tensor
-    coefficients: Tensor | None = None
 
 
 class DenseUpdates(Updates):
@@ -250,13 +239,13 @@ class DenseUpdates(Updates):
         return self._entries
 
     def sum(self, coefficients: Tensor) -> DenseChange:
-        return replace(self.entrywise(summed(coefficients)), coefficients=coefficients)
+        return self.entrywise(summed(coefficients))
 
     def entrywise(self, combine: Combine) -> DenseChange:
         return DenseChange(form(self._entries, combine).reshape(self.shape))
 
-    def formed(self, matrix: Any, coefficients: Tensor | None = None) -> DenseChange:
-        return DenseChange(matrix, coefficients)
+    def formed(self, matrix: Any) -> DenseChange:
+        return DenseChange(matrix)
 
 
 def summed(coefficients: Tensor) -> Combine:

@@ -72,18 +72,14 @@ class Aligned(ProductMethod):
         U, S, parts = align(updates.products, updates.tolerance)
         V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
         assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
-        return updates.formed(LowRank(U * S, V.tensor), V.coefficients)
+        return updates.formed(LowRank(U * S, V.tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsTA(Aligned, TaskArithmetic):
-    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then Task Arithmetic: the same as Task Arithmetic, by way of V.
+class KnotsTA(TaskArithmetic):
+    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then Task Arithmetic: Task Arithmetic by another name.
 
-    The V_i are merged without the singular values and trimmed layer by layer, as the paper's text has it. The released
-    code (github.com/gstoica27/KnOTS) multiplies V by S before it is merged, trims over all layers at once, and drops
-    directions with S <= 1e-5, so its TIES keeps other entries than this one. Here a direction is dropped where it is
-    rounding in the inputs' dtype: see `rounding.rank_tolerance`. Nothing dense: see `align`. Clients send nothing more
-    than their state.
+    U diag(S) sum_i c_i V_i is sum_i c_i theta_i, so the sum is formed without the basis.
 
     Parameters
     ----------
@@ -94,7 +90,13 @@ class KnotsTA(Aligned, TaskArithmetic):
 
 @dataclass(frozen=True, kw_only=True)
 class KnotsTies(Aligned, Ties):
-    """KnOTS, then TIES on the V parts.
+    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then TIES on the V parts.
+
+    The V_i are merged without the singular values and trimmed layer by layer, as the paper's text has it. The released
+    code (github.com/gstoica27/KnOTS) multiplies V by S before it is merged, trims over all layers at once, and drops
+    directions with S <= 1e-5, so its TIES keeps other entries than this one. Here a direction is dropped where it is
+    rounding in the inputs' dtype: see `rounding.rank_tolerance`. Nothing dense: see `align`. Clients send nothing more
+    than their state.
 
     Parameters
     ----------
