@@ -52,7 +52,12 @@ def loss_of(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    model: nn.Module, tokens: Tokens, options: Options, seed: int, after_step: Callable[[int], None] | None = None
+    model: nn.Module,
+    tokens: Tokens,
+    options: Options,
+    seed: int,
+    after_step: Callable[[int], None] | None = None,
+    rate: Callable[[float], float] | None = None,
 ) -> Trained:
     """Train the model in place on a client's examples, with fresh moments of AdamW.
 
@@ -68,6 +73,8 @@ def train(
         Fixes the order of the examples and the dropout. On one device the same seed gives the same weights.
     after_step : Callable[[int], None] | None (default: None)
         Called with the number of steps done after each, to keep checkpoints.
+    rate : Callable[[float], float] | None (default: None)
+        What the learning rate is multiplied by, given the share of the steps that is done; None is 1 throughout.
 
     Raises
     ------
@@ -83,7 +90,10 @@ def train(
     start, losses, seen = time.perf_counter(), [], 0
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
-        for chosen in training_batches(len(tokens), options, seed):
+        batches = list(training_batches(len(tokens), options, seed))
+        for step, chosen in enumerate(batches):
+            if rate is not None:
+                optimizer.param_groups[0]["lr"] = options.learning_rate * rate((step + 0.5) / len(batches))
             inputs, labels = tokens.batch(chosen)
             with _precision(where):
                 output = models.logits(model, {name: value.to(where) for name, value in inputs.items()})
@@ -102,8 +112,13 @@ def train(
     return Trained(mean, len(losses), seen, time.perf_counter() - start)
 
 
-def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> metrics.Scores:
-    """Return the task's metrics, its "score" and the mean loss over the examples.
+def warmed_up(done: float, share: float = 0.06) -> float:
+    """Return a learning rate's factor that rises to 1 over the first share of the steps, and falls to 0 from there."""
+    return min(done / share, (1 - done) / (1 - share))
+
+
+def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[list[int], torch.Tensor]]:
+    """Return the rows of each batch of the examples, by length, and the model's float32 outputs for them.
 
     Parameters
     ----------
@@ -111,28 +126,42 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
         It is moved to the GPU where there is one, and put into evaluation mode.
     tokens : Tokens
         The examples.
-    task : str
-        Names the metrics.
     workers : int
         Threads, each of which evaluates whole batches. Torch's own threads wait for each other within each product,
         which on a busy machine takes more time than they save. The result does not depend on the number of threads.
+
+    Returns
+    -------
+    list[tuple[list[int], Tensor]]
+        The rows, and their (rows, outputs of the head) logits or scores, on the model's device.
     """
     where = device()
     model.to(where).eval()
 
     @torch.inference_mode()
-    def answers(chosen: list[int]) -> tuple[np.ndarray, float]:
-        inputs, labels = tokens.batch(chosen)
+    def output(chosen: list[int]) -> torch.Tensor:
+        inputs, _ = tokens.batch(chosen)
         with _precision(where):
-            output = models.logits(model, {name: value.to(where) for name, value in inputs.items()}).float()
-        answer = output.squeeze(-1) if labels.is_floating_point() else output.argmax(-1)
-        return answer.cpu().numpy(), float(loss_of(output, labels.to(where))) * len(chosen)
+            return models.logits(model, {name: value.to(where) for name, value in inputs.items()}).float()
 
     batches = tokens.by_length()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        outcomes = list(pool.map(answers, batches))
+        return list(zip(batches, pool.map(output, batches), strict=True))
+
+
+def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> metrics.Scores:
+    """Return the task's metrics, its "score" and the mean loss over the examples; see `outputs`.
+
+    Parameters
+    ----------
+    task : str
+        Names the metrics.
+    """
     labels = tokens.labels.numpy()
-    predictions = np.empty_like(labels)
-    for chosen, (answer, _) in zip(batches, outcomes, strict=True):
-        predictions[chosen] = answer
-    return {**metrics.scores(task, predictions, labels), "loss": sum(loss for _, loss in outcomes) / len(tokens)}
+    predictions, loss = np.empty_like(labels), 0.0
+    for chosen, output in outputs(model, tokens, workers):
+        own = tokens.labels[chosen]
+        answer = output.squeeze(-1) if own.is_floating_point() else output.argmax(-1)
+        predictions[chosen] = answer.cpu().numpy()
+        loss += float(loss_of(output, own.to(output.device))) * len(chosen)
+    return {**metrics.scores(task, predictions, labels), "loss": loss / len(tokens)}

@@ -1,4 +1,4 @@
-"""`python -m simulations.studies paper|federated`: the command lines of the studies."""
+"""`python -m simulations.studies paper|federated|glue`: the command lines of the studies."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from simulations import commands, environment
 from simulations.studies.federated.options import QUICK as FEDERATED_QUICK
 from simulations.studies.federated.options import FederatedOptions
+from simulations.studies.glue.options import QUICK as GLUE_QUICK
+from simulations.studies.glue.options import GlueOptions
 from simulations.studies.paper.options import QUICK as PAPER_QUICK
 from simulations.studies.paper.options import PaperOptions
 from simulations.studies.study import Study
@@ -52,6 +54,19 @@ def federated(options: FederatedOptions, report: bool) -> None:
     _run(plan.study(options), folder, 1, report, lambda frame: summary.write(options, frame, folder))
 
 
+@commands.takes(GlueOptions, GLUE_QUICK, **FLAGS)
+def glue(options: GlueOptions, report: bool) -> None:
+    """Merge the adapters of seven GLUE tasks by every method at every scale, and score them under the tasks' heads.
+
+    A run that was stopped goes on with the missing work when the same command is given again.
+    """
+    environment.prepare(options.simulation("sst2", 0).needs_hub)
+    from simulations.studies.glue import plan, summary
+
+    folder = Path(options.out)
+    _run(plan.study(options), folder, options.processes, report, lambda frame: summary.write(frame, folder))
+
+
 def _run(study: Study, folder: Path, processes: int, report: bool, write: "Callable[[Frame], None]") -> None:
     """Compute the missing cells of a study, unless only its report is asked for, and write its tables and pictures."""
     from simulations.studies.frame import Frame
@@ -67,7 +82,7 @@ def _run(study: Study, folder: Path, processes: int, report: bool, write: "Calla
 
 def main() -> None:
     """Run the command line."""
-    commands.execute(commands.commands([paper, federated]), "python -m simulations.studies")
+    commands.execute(commands.commands([paper, federated, glue]), "python -m simulations.studies")
 
 
 if __name__ == "__main__":

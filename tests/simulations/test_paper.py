@@ -16,10 +16,10 @@ from simulations import training as plain_training
 from simulations.batches import Tokens, training_batches
 from simulations.studies.paper import data, findings, grids, summary, training
 from simulations.studies.paper.arena import Arena, new_model, trained_state
-from simulations.studies.paper.files import Shelf
 from simulations.studies.paper.merging import Clients
 from simulations.studies.paper.options import CANDIDATES, KINDS, TASKS, PaperOptions
 from simulations.studies.paper.search import search
+from simulations.studies.shelf import Shelf
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from fedfrom.pages.look import percent
 from simulations.studies.paper import training
 from simulations.studies.paper.arena import Arena, Scores
 from simulations.studies.paper.data import REPORTED, VALIDATION, constant
-from simulations.studies.paper.files import Shelf
 from simulations.studies.paper.grids import ALPHAS, KS_FIGURE, KS_PAIRS, KS_TABLE, rows, setting_text
 from simulations.studies.paper.merging import Clients, geometry
 from simulations.studies.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
 from simulations.studies.paper.search import search
+from simulations.studies.shelf import Shelf
 from simulations.studies.study import Cell, Done, Row, Study
 
 CONSTANT, BASE, POOLED = "constant answer", "base head", "all data pooled"

@@ -10,8 +10,8 @@ import fedfrom
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import make_method, method_options
 from fedfrom.merging.report import MergeReport
-from simulations.studies.paper.files import Shelf, State
 from simulations.studies.paper.grids import Setting
+from simulations.studies.shelf import Shelf, State
 
 Merged = tuple[dict[str, Tensor], MergeReport]
 

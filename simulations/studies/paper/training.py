@@ -5,9 +5,9 @@ from torch import Tensor
 from simulations import client_statistics, training
 from simulations.batches import Tokens
 from simulations.studies.paper import arena, data
-from simulations.studies.paper.files import Shelf
 from simulations.studies.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
 from simulations.studies.paper.precision import computing
+from simulations.studies.shelf import Shelf
 from simulations.studies.study import Row
 
 STATISTICS = ("gram", "fisher")

@@ -38,9 +38,12 @@ class Shelf:
         BadInput
             Its file is missing, though the cell that wrote it is finished.
         """
-        if not self._path(name).is_file():
+        if name not in self:
             raise BadInput(f"{self._path(name)}: missing; remove cells.jsonl, which says that it was written")
         return load_file(self._path(name))
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -1,0 +1,122 @@
+"""Scores of one body under every task's head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simulations import environment, models, training
+from simulations.batches import Tokens
+from simulations.studies.glue import bodies
+from simulations.studies.glue.data import TaskData, score
+from simulations.studies.glue.options import GlueOptions
+
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A body's outputs on some rows of one task.
+
+    Attributes
+    ----------
+    task : str
+        The task.
+    outputs : NDArray
+        (n, classes) float32 logits, or (n, 1) scores.
+    labels : NDArray
+        (n,) the right answers.
+    """
+
+    task: str
+    outputs: NDArray[np.float32]
+    labels: NDArray[np.generic]
+
+    def score(self, bias: NDArray[np.float64] | None = None) -> float:
+        """Return the score, with a bias added to the logits where one is given."""
+        if self.outputs.shape[1] == 1:
+            return score(self.task, self.outputs[:, 0], self.labels)
+        return score(self.task, (self.outputs + (0 if bias is None else bias)).argmax(1), self.labels)
+
+    def bias(self) -> NDArray[np.float64] | None:
+        """Return (classes,) what added to the logits gives the lowest cross-entropy; None for real numbers.
+
+        The head's bias is fitted anew, by Newton's method on a convex function, with a weak pull towards 0 where a
+        class is missing in these rows.
+        """
+        n, classes = self.outputs.shape
+        if classes == 1:
+            return None
+        logits, bias, right = self.outputs.astype(np.float64), np.zeros(classes), np.eye(classes)[self.labels]
+        for _ in range(30):
+            shifted = logits + bias
+            shares = np.exp(shifted - shifted.max(1, keepdims=True))
+            shares /= shares.sum(1, keepdims=True)
+            gradient = (shares - right).mean(0) + _PULL * bias
+            curvature = np.diag(shares.mean(0)) - shares.T @ shares / n + _PULL * np.eye(classes)
+            bias = bias - np.linalg.solve(curvature, gradient)
+        return bias
+
+
+_PULL = 1e-3
+
+
+class Arena:
+    """The pretrained encoder, whose weights a merged body is added to.
+
+    Parameters
+    ----------
+    options : GlueOptions
+        Of the study.
+    seed : int
+        Whose heads are used.
+    data : Mapping[str, TaskData]
+        Every task's rows.
+    """
+
+    def __init__(self, options: GlueOptions, seed: int, data: Mapping[str, TaskData]) -> None:
+        first = next(iter(data.values()))
+        self._model: nn.Module = models.base_model(options.simulation(first.task, seed), first.head)
+        self._data = data
+        self._heads = {task: bodies.head(options, seed, task) for task in data}
+        self._pretrained: dict[str, Tensor] = {}
+
+    def wear(self, body: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Set the encoder to its pretrained weights plus scale B A for each module of an adapter.
+
+        B carries the adapter's scaling.
+        """
+        with torch.no_grad():
+            for key, B in body.items():
+                if key.endswith(_B):
+                    module = key.removeprefix(_PREFIX).removesuffix(_B)
+                    weight = self._model.get_submodule(module).weight
+                    start = self._pretrained.setdefault(module, weight.detach().cpu().clone())
+                    A = body[key.removesuffix(_B) + _A]
+                    weight.copy_(start + scale * (B.double() @ A.double()).to(start.dtype))
+
+    def answer(self, task: str, tokens: Tokens) -> Answers:
+        """Return what the body that is worn answers under the task's head."""
+        head = nn.Linear(self._heads[task]["weight"].shape[1], self._heads[task]["weight"].shape[0])
+        head.load_state_dict(self._heads[task])
+        self._model.classifier = head
+        workers = environment.cores() if training.device().type == "cpu" else 1
+        found = np.empty((len(tokens), head.out_features), np.float32)
+        for chosen, output in training.outputs(self._model, tokens, workers):
+            found[chosen] = output.cpu().numpy()
+        return Answers(task, found, tokens.labels.numpy())
+
+    def reported(self) -> dict[str, Answers]:
+        """Return the answers on the rows that are reported, by task."""
+        return {task: self.answer(task, data.reported) for task, data in self._data.items()}
+
+    def tuning(self, first: int | None = None) -> dict[str, Answers]:
+        """Return the answers on the tuning rows, or on the first of them, by task."""
+        rows = {task: data.tuning for task, data in self._data.items()}
+        return {
+            task: self.answer(task, tokens if first is None else tokens.select(list(range(min(first, len(tokens))))))
+            for task, tokens in rows.items()
+        }

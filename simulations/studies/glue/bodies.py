@@ -1,0 +1,64 @@
+"""The models that are merged: for each task and seed an adapter and a head, trained once and kept in a folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from simulations import models, training
+from simulations.studies.glue.data import TaskData
+from simulations.studies.glue.options import GlueOptions
+from simulations.studies.shelf import Shelf
+
+State = dict[str, Tensor]
+
+
+def shelf(options: GlueOptions) -> Shelf:
+    """Return the folder of the trained models, one for each set of the settings of training."""
+    parts = [options.model, options.layers, options.lora_r, options.lora_alpha, options.lr, options.batch_size]
+    parts += [options.epochs, options.small_epochs, options.max_length, options.train_examples, options.tuning_examples]
+    name = "-".join(str(part).replace(os.sep, "_") for part in parts)
+    return Shelf(Path(os.path.expanduser(options.cache)) / name)
+
+
+def train(options: GlueOptions, seed: int, data: TaskData) -> float:
+    """Train one task's adapter and head from the common start, keep them, and return the training's loss.
+
+    The start is the pretrained encoder with one fresh adapter, the same for all tasks of a seed, under a fresh head.
+    """
+    simulation = options.simulation(data.task, seed)
+    model = models.adapt(models.base_model(simulation, data.head), simulation, options.lora_r)
+    order = training.round_seed(seed, sum(data.task.encode()))
+    done = training.train(model, data.train, simulation, order, rate=training.warmed_up)
+    shelf(options).put(_name(seed, data.task), models.trained_state(model.cpu()))
+    return done.loss
+
+
+def is_trained(options: GlueOptions, seed: int, task: str) -> bool:
+    """Return whether the task's model is in the folder."""
+    return _name(seed, task) in shelf(options)
+
+
+def body(options: GlueOptions, seed: int, task: str) -> State:
+    """Return a task's adapter, without its head."""
+    return {key: tensor for key, tensor in _state(options, seed, task).items() if "lora_" in key}
+
+
+def head(options: GlueOptions, seed: int, task: str) -> State:
+    """Return the weight and the bias of a task's head."""
+    found = {key.rsplit(".", 1)[1]: tensor for key, tensor in _state(options, seed, task).items() if "lora_" not in key}
+    return found
+
+
+def config(options: GlueOptions) -> dict[str, Any]:
+    """Return the rank and the scaling of every adapter."""
+    return {"r": options.lora_r, "lora_alpha": options.lora_alpha}
+
+
+def _state(options: GlueOptions, seed: int, task: str) -> State:
+    return shelf(options).get(_name(seed, task))
+
+
+def _name(seed: int, task: str) -> str:
+    return f"{task}-s{seed}"

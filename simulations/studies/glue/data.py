@@ -1,0 +1,76 @@
+"""Each task's rows: to train on, to tune on (held out of the training set), and to report on (of the dev set)."""
+
+import random
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulations import models, tasks
+from simulations.batches import Tokens, tokenise
+from simulations.studies.glue.options import TASKS, GlueOptions
+
+_SEED = 0  # of all rows: every seed of the study trains and reports on the same ones
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's rows, tokenised."""
+
+    task: str
+    head: models.Head
+    train: Tokens
+    tuning: Tokens
+    reported: Tokens
+
+    @property
+    def constant(self) -> float:
+        """Score of the best constant answer on the reported rows."""
+        labels = self.reported.labels.numpy()
+        if self.head.regression:
+            return 0.0
+        values, counts = np.unique(labels, return_counts=True)
+        return score(self.task, np.full_like(labels, values[counts.argmax()]), labels)
+
+
+@lru_cache(maxsize=1)
+def load(options: GlueOptions) -> dict[str, TaskData]:
+    """Return the rows of every task.
+
+    Raises
+    ------
+    BadInput
+        The data or the tokenizer can't be used.
+    """
+    return {task: _load(options, task) for task in TASKS}
+
+
+def _load(options: GlueOptions, task: str) -> TaskData:
+    simulation = options.simulation(task, _SEED)
+    (found,) = tasks.load(replace(simulation, train_examples=0, eval_examples=options.reported_examples))
+    rows = list(range(len(found.train)))
+    random.Random(f"glue:{task}").shuffle(rows)
+    tuning, train = rows[: options.tuning_examples], rows[options.tuning_examples :]
+    if options.train_examples:
+        train = train[: options.train_examples]
+    tokenizer = models.tokenizer(simulation)
+    head = models.Head(found.num_labels, found.regression)
+    parts = (found.train.select(sorted(train)), found.train.select(tuning), found.held_out)
+    return TaskData(task, head, *(tokenise(part, tokenizer, simulation, head.regression) for part in parts))
+
+
+def score(task: str, answers: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
+    """Return accuracy; Matthews' correlation for CoLA, MRPC and QQP, whose classes are uneven; Spearman's for STS-B.
+
+    A correlation with a constant is 0 here, where GLUE's own evaluation has NaN.
+    """
+    if task == "stsb":
+        from scipy.stats import spearmanr
+
+        return 0.0 if np.ptp(answers) == 0 else float(spearmanr(answers, labels)[0])
+    if task in ("cola", "mrpc", "qqp"):
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(labels, answers))
+    return float(np.mean(answers == labels))

@@ -1,0 +1,54 @@
+"""The merging methods of the study, each with its published scale and the constant that the design seed suggests."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+REFERENCE = "average"  # what the other methods are compared with, at its tuned scale
+CHALLENGER = "tsv"  # compared with it first
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One row of the tables.
+
+    Attributes
+    ----------
+    name : str
+        In the tables.
+    method : str
+        Name of fedfrom's method.
+    options : dict[str, Any]
+        Its options.
+    published : float
+        The scale that the method's paper or its released code has as default: what theta* is multiplied by.
+    constant : float | None
+        The scale that was best on the design seed; None before it was chosen.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    published: float = 1.0
+    constant: float | None = None
+
+
+ROWS = (
+    MethodRow("average", "average"),
+    MethodRow("from k=1", "from", {"k": 1.0, "examples_power": 0.0}),
+    MethodRow("from k=2", "from", {"k": 2.0, "examples_power": 0.0}),
+    MethodRow("ties", "ties", {"density": 0.2}),
+    MethodRow("dare-ties", "dare-ties", {"density": 0.5}),
+    MethodRow("knots-ties", "knots-ties", {"density": 0.2}),
+)
+
+
+def by_name(name: str) -> MethodRow:
+    """Return the row of that name."""
+    return next(row for row in ROWS if row.name == name)
+
+
+def scales(count: int) -> list[float]:
+    """Return the scales that are tried: from 0.25 to 4, each the same multiple of the one before."""
+    return [float(f"{scale:.3g}") for scale in np.geomspace(0.25, 4, count)]
