@@ -1,1 +1,1 @@
-"""Which method and which scale merge adapters of several GLUE tasks best: bodies merged, each task under its own head."""
+"""Which method and which scale merge adapters of several GLUE tasks best: one body, each task under its own head."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class Arena:
             for key, B in body.items():
                 if key.endswith(_B):
                     module = key.removeprefix(_PREFIX).removesuffix(_B)
-                    weight = self._model.get_submodule(module).weight
+                    weight: Any = self._model.get_submodule(module).weight
                     start = self._pretrained.setdefault(module, weight.detach().cpu().clone())
                     A = body[key.removesuffix(_B) + _A]
                     weight.copy_(start + scale * (B.double() @ A.double()).to(start.dtype))

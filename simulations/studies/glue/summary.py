@@ -20,22 +20,23 @@ def write(frame: Frame, folder: Path) -> None:
     rows = frame.rows()
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / "scores.csv", index=False, float_format="%.6g", lineterminator="\n")
-    about = f"`{command('python -m simulations.studies glue')}`; {machine()}; {frame.took('cpu-seconds') / 3600:.1f} core-hours."
-    write_table(
-        folder,
-        "own",
-        own(rows),
-        f"Own models by task, on the reported rows. A task counts where its own model is {GATE:.2f} above the constant answer. {about}",
+    asked = command("python -m simulations.studies glue")
+    about = f"`{asked}`; {machine()}; {frame.took('cpu-seconds') / 3600:.1f} core-hours."
+    text = (
+        "Own models by task, on the reported rows: Matthews' correlation for CoLA, MRPC and QQP, Spearman's for STS-B, "
+        f"accuracy for the others. A task counts where its own model is {GATE:.2f} above the constant answer."
     )
-    if (rows["part"] == MERGE).any():
-        text = (
-            "Share of each task's own lead over a constant answer that the merged body keeps, (s - c) / (own - c): mean over the tasks that count, then over seeds, "
-            "± half of a 95 % interval. `refit`: with the bias of each head fitted anew on the tuning rows."
-        )
-        write_table(folder, "methods", methods(rows), f"{text} {about}")
-        write_table(
-            folder, "contrasts", contrasts(rows), f"Tuned against the tuned average, in shares, paired by seed. {about}"
-        )
+    write_table(folder, "own", own(rows), f"{text} {about}")
+    if not (rows["part"] == MERGE).any():
+        return
+    text = (
+        "Share of each task's own lead over a constant answer that the merged body keeps, (s - c) / (own - c): mean "
+        "over the tasks that count, then over seeds, ± half of a 95 % interval. `raw`: the same mean of the scores. "
+        "`refit`: the share with the bias of each head fitted anew on the tuning rows."
+    )
+    write_table(folder, "methods", methods(rows), f"{text} {about}")
+    text = "Tuned against the tuned average, in shares, paired by seed."
+    write_table(folder, "contrasts", contrasts(rows), f"{text} {about}")
 
 
 def own(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,135 @@
+"""The study of merged bodies on GLUE: its rows, its models, its scores and its choice of a scale."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from simulations import models
+from simulations.studies.frame import Frame
+from simulations.studies.glue import bodies, data, plan, summary
+from simulations.studies.glue.arena import Answers, Arena
+from simulations.studies.glue.options import TASKS, GlueOptions
+from simulations.studies.glue.rows import ROWS, scales
+from simulations.studies.glue.search import halved
+from simulations.studies.running import run
+
+
+@pytest.fixture
+def options(tiny_model: str, tiny_glue: str, tmp_path: Path) -> GlueOptions:
+    return GlueOptions(
+        out=str(tmp_path / "glue"),
+        cache=str(tmp_path / "cache"),
+        glue_dir=tiny_glue,
+        model=tiny_model,
+        lora_r=2,
+        lora_alpha=4.0,
+        lr=0.02,
+        batch_size=8,
+        tuning_examples=20,
+        first_examples=8,
+        reported_examples=25,
+        scales=4,
+        seeds=2,
+    )
+
+
+def trained(options: GlueOptions, task: str = "sst2", seed: int = 0) -> data.TaskData:
+    found = data.load(options)[task]
+    bodies.train(options, seed, found)
+    return found
+
+
+def test_rows_to_tune_on_are_in_no_training(options: GlueOptions) -> None:
+    found = data.load(options)["qnli"]
+    assert [len(found.train), len(found.tuning), len(found.reported)] == [70, 20, 25]
+    everything = data.load(replace(options, tuning_examples=90 - 1))["qnli"]
+    key = [str(row) for row in everything.tuning.rows + everything.train.rows]
+    assert sorted(str(row) for row in found.tuning.rows + found.train.rows) == sorted(key)
+    assert data.load(options)["qnli"].tuning.rows == found.tuning.rows
+
+
+def test_a_body_worn_answers_as_the_adapter_in_peft_does(options: GlueOptions) -> None:
+    found = trained(options)
+    simulation = options.simulation("sst2", 0)
+    model = models.adapt(models.base_model(simulation, found.head), simulation, options.lora_r)
+    models.load_trained_state(model, bodies.shelf(options).get("sst2-s0"))
+    inputs, _ = found.reported.batch(list(range(25)))
+    with torch.no_grad():
+        expected = models.logits(model.eval(), inputs).numpy()
+    arena = Arena(options, 0, {"sst2": found})
+    arena.wear(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
+    worn = arena.reported()["sst2"].outputs
+    np.testing.assert_allclose(worn, expected, atol=1e-5)
+    assert np.abs(worn - _pretrained(arena, options)).max() > 1e-2  # the body does something
+    # and again after another body was worn
+    arena.wear(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
+    np.testing.assert_array_equal(arena.reported()["sst2"].outputs, worn)
+
+
+def _pretrained(arena: Arena, options: GlueOptions) -> Any:
+    arena.wear(bodies.body(options, 0, "sst2"), 0.0)
+    return arena.reported()["sst2"].outputs
+
+
+def test_a_bias_fitted_anew_has_the_lowest_cross_entropy() -> None:
+    generator = np.random.default_rng(0)
+    logits = (generator.normal(size=(60, 3)) + [2.0, 0.0, -1.0]).astype(np.float32)
+    answers = Answers("mnli", logits, generator.integers(0, 3, 60))
+
+    def loss(bias: Any) -> float:
+        shifted = logits.astype(np.float64) + bias
+        own = shifted[np.arange(60), answers.labels]
+        return float((np.log(np.exp(shifted).sum(1)) - own).mean() + 0.5e-3 * (bias**2).sum())
+
+    bias = answers.bias()
+    assert bias is not None
+    np.testing.assert_allclose(bias, minimize(loss, np.zeros(3), tol=1e-12).x, atol=1e-4)
+    assert answers.score(bias) > answers.score()
+    assert Answers("stsb", logits[:, :1], generator.normal(size=60)).bias() is None
+
+
+def test_successive_halving_tries_all_on_few_rows_and_the_better_half_on_all() -> None:
+    few, everything = {1.0: 0.1, 2.0: 0.5, 3.0: 0.4, 4.0: 0.0}, {2.0: 0.2, 3.0: 0.3}
+    best, tried = halved([1.0, 2.0, 3.0, 4.0], lambda scale, all_rows: (everything if all_rows else few)[scale])
+    assert best == 3.0
+    assert [(trial["scale"], trial["all"]) for trial in tried] == [
+        *((scale, False) for scale in few),
+        *((scale, True) for scale in (2.0, 3.0)),
+    ]
+    assert halved([1.0, 2.0], lambda scale, all_rows: 0.5)[0] == 1.0
+    assert scales(8)[0] == 0.25 and scales(8)[-1] == 4.0 and len(set(scales(8))) == 8
+
+
+def test_the_average_of_bodies_is_the_mean_of_their_products(options: GlueOptions) -> None:
+    for task in TASKS:
+        trained(options, task)
+    merged = plan._merge(options, ROWS[0], 0, options.lora_r * len(TASKS))
+    states = [bodies.body(options, 0, task) for task in TASKS]
+    for key in (key for key in merged if "lora_B" in key):
+        other = key.replace("lora_B", "lora_A")
+        expected = 2.0 * sum(state[key].double() @ state[other].double() for state in states) / len(TASKS)
+        assert (merged[key].double() @ merged[other].double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_the_whole_study_runs_and_resumes(options: GlueOptions, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "GATE", 1e-6)  # tiny models learn little
+    monkeypatch.setattr(summary, "GATE", 1e-6)
+    study = plan.study(options)
+    frame = Frame(tmp_path / "work", study)
+    run(frame, say=lambda text: None)
+    rows = frame.rows()
+    merged = rows[rows["part"] == plan.MERGE]
+    assert not frame.missing() and set(merged["method"]) == {row.name for row in ROWS}
+    assert set(merged["setting"]) >= {plan.PUBLISHED, plan.TUNED} and set(merged["rank"]) == {"full", "2"}
+    assert merged[merged["setting"] == plan.TUNED]["scale"].isin(scales(4)).all()
+    summary.write(frame, tmp_path / "tables")
+    assert (tmp_path / "tables" / "methods.md").read_text().count("| average |") == 4
+    monkeypatch.setattr(plan, "_own", None)
+    monkeypatch.setattr(plan, "_merged", None)
+    run(Frame(tmp_path / "work", study), say=lambda text: None)
