@@ -77,7 +77,7 @@ def test_adapters(tiny: None, tmp_path: Path) -> None:
     text = (tmp_path / "adapters.md").read_text()
     assert "This is a rehearsal" in text and "torch 2" in text
     named = set(adapters.measured_methods()) | {"regmean", "fisher", "lorm", "greedy-soup", "soup"}
-    assert named == set(methods()) and all(f"{name}" in text for name in named)
+    assert named == set(methods()) and all(name in text for name in named)
 
 
 def test_full_models(tiny: None, tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def _no_model() -> None:
     assets.locate(assets.MODEL_PACKAGE, assets.MODEL_FILE)
 
 
-def test_all_parts_fit_into_eight_minutes() -> None:
-    assert sum(total for total, *_ in LIMITS.values()) <= 450
+def test_the_parts_time_is_seven_minutes_as_the_documentation_says() -> None:
+    assert 420 <= sum(total for total, *_ in LIMITS.values()) <= 435
 
 
 def test_what_would_take_too_long_is_scaled_by_its_work() -> None:

@@ -1,4 +1,4 @@
-"""Merging and federated LoRA on a CUDA device beside the CPU, in one run of at most 8 minutes on a large GPU.
+"""Merging and federated LoRA on a CUDA device beside the CPU, in one run; nothing new begins after some 7 minutes.
 
     python -m benchmarks.gpu --glue-dir GLUE                # all parts; writes results/gpu
     python -m benchmarks.gpu --only adapters full           # some of them
