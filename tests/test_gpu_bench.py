@@ -102,6 +102,15 @@ def test_federated_without_ray_and_datasets(glue_folder: Path, tmp_path: Path) -
     assert all(float(row["rounds a minute"]) > 0 and 0 < float(row["training share"]) <= 1 for row in found)
 
 
+def test_a_model_that_can_not_be_read_is_one_line(
+    glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tmp_path)  # a folder without a model
+    assert rehearse("--only", "federated", "--glue-dir", str(glue_folder), "--model", model) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"--model {model}: can't load its") and said.count("\n") == 1
+
+
 def test_a_rehearsal_writes_nothing_by_default(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

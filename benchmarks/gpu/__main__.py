@@ -23,7 +23,7 @@ from benchmarks.gpu.needs import PARTS
 OUT = Path("results/gpu")
 # seconds of a part, of the longest merge of one module, and after which a median is not repeated; most runs of a median
 LIMITS = {"adapters": (220, 8, 1.5, 5), "full": (100, 15, 3, 3), "federated": (110, 0, 0, 1)}
-LIMITS_QUICK = {"adapters": (40, 2, 0.2, 1), "full": (20, 2, 0.2, 1), "federated": (40, 0, 0, 1)}
+LIMITS_QUICK = {"adapters": (30, 2, 0.2, 1), "full": (20, 2, 0.2, 1), "federated": (40, 0, 0, 1)}
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,17 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     folder = asked.out or (None if asked.quick or asked.device == "cpu" else OUT)
     from benchmarks.gpu import run
+    from fedfrom.errors import BadInput
 
     limits = LIMITS_QUICK if asked.quick else LIMITS
-    run.parts(
-        [part for part in PARTS if part in parts],
-        run.sizes(asked.quick),
-        {part: run.limits(*limits[part]) for part in parts},
-        asked.device,
-        folder,
-        Path(os.path.expanduser(glue_folder)),
-        asked.model,
-    )
+    try:
+        run.parts(
+            [part for part in PARTS if part in parts],
+            run.sizes(asked.quick),
+            {part: run.limits(*limits[part]) for part in parts},
+            asked.device,
+            folder,
+            Path(os.path.expanduser(glue_folder)),
+            asked.model,
+        )
+    except BadInput as error:  # a model or a file that can't be read
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.conditions import conditions
 from benchmarks.gpu.needs import PACKAGES
@@ -13,27 +13,34 @@ from benchmarks.gpu.timing import Device, Limits
 from simulations import environment
 from simulations.options import Options
 
+if TYPE_CHECKING:
+    from benchmarks.gpu.adapters import Adapters
+    from benchmarks.gpu.federated import Federation
+    from benchmarks.gpu.full import Model
+
 PROGRAM = "python -m benchmarks.gpu"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the run is: names of constants of the parts, or values of their types.
+    """How large the run is.
 
     Attributes
     ----------
-    adapters : Adapters
-    full : Model
-    federated : Federation
-        None where the constant of the part is taken.
     quick : bool
-        Which constant that is.
+        Whether a part that is None here is that of a rehearsal, or of a whole run.
+    adapters : Adapters | None
+        What the part of this name measures.
+    full : Model | None
+        The same.
+    federated : Federation | None
+        The same.
     """
 
     quick: bool
-    adapters: Any = None
-    full: Any = None
-    federated: Any = None
+    adapters: Adapters | None = None
+    full: Model | None = None
+    federated: Federation | None = None
 
 
 def sizes(quick: bool) -> Sizes:
@@ -82,18 +89,18 @@ def parts(
         if name == "adapters":
             from benchmarks.gpu import adapters
 
-            size = what.adapters or (adapters.QUICK if what.quick else adapters.LLAMA)
-            adapters.measure(size, device, time[name], folder, about)
+            wanted = what.adapters or (adapters.QUICK if what.quick else adapters.LLAMA)
+            adapters.measure(wanted, device, time[name], folder, about)
         elif name == "full":
             from benchmarks.gpu import full
 
-            size = what.full or (full.QUICK if what.quick else full.LLAMA)
-            full.measure(size, device, time[name], folder, about)
+            sized = what.full or (full.QUICK if what.quick else full.LLAMA)
+            full.measure(sized, device, time[name], folder, about)
         else:
             from benchmarks.gpu import federated
             from simulations.running import quiet
 
-            size = what.federated or (federated.QUICK if what.quick else federated.FEDERATION)
+            federation = what.federated or (federated.QUICK if what.quick else federated.FEDERATION)
             with quiet(verbose=False):
-                federated.measure(size, model, glue_folder, device, time[name], folder, about)
+                federated.measure(federation, model, glue_folder, device, time[name], folder, about)
         device.release()
