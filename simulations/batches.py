@@ -3,9 +3,8 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +14,19 @@ from simulations.options import Options
 
 EVALUATION_BATCH = 64
 _BESIDE = ("starts", "lengths", "labels")  # the tensors of `Tokens` beside its values
+
+
+class Table(Protocol):
+    """Examples by column, as a `datasets.Dataset` has them."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns."""
+
+    def __getitem__(self, column: str, /) -> Any:
+        """Return a column's values."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Tokens:
         return [order[start : start + EVALUATION_BATCH] for start in range(0, len(order), EVALUATION_BATCH)]
 
 
-def tokenise(examples: datasets.Dataset, tokenizer: Any, options: Options, regression: bool) -> Tokens:
+def tokenise(examples: Table, tokenizer: Any, options: Options, regression: bool) -> Tokens:
     """Return the examples as token ids, cut to `--max-length`."""
     pairs = list(examples["pair"]) if "pair" in examples.column_names else None
     # The tokenizer cuts a pair's longer half first: a long premise never removes the hypothesis.

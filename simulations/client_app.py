@@ -97,8 +97,8 @@ def provide(worker: "Worker") -> None:
 
 
 def _worker(options: Options) -> "Worker":
-    from simulations.worker import load
-
     if options not in _workers:
+        from simulations.worker import load
+
         provide(load(options))
     return _workers[options]

@@ -1,15 +1,18 @@
 """The partition of the training examples over the clients, by the partitioners of flwr-datasets."""
 
+from __future__ import annotations
+
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from fedfrom.errors import BadInput
 from simulations.options import OWN, Options
 from simulations.tasks import Task
+
+if TYPE_CHECKING:
+    import datasets
 
 # Fewest examples of a client; flwr-datasets draws a Dirichlet partition again until all clients have them.
 SMALLEST = 8

@@ -1,20 +1,24 @@
 """A task: training and held-out examples, the names of its labels, and the score of a constant answer."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import random
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from numpy.typing import NDArray
 
 from fedfrom.errors import BadInput
 from simulations import assets, glue, metrics
 from simulations.options import Options
+
+if TYPE_CHECKING:  # imported where a table is made: what is made without one runs where it is not installed
+    import datasets
 
 HELD_OUT_SHARE = 0.2
 TRAIN, HELD_OUT = "train", "held-out"
@@ -147,6 +151,8 @@ def _load(
 
 
 def _dataset(columns: glue.Columns, regression: bool) -> datasets.Dataset:
+    import datasets
+
     typed: dict[str, list[Any]] = dict(columns)
     typed["label"] = [float(value) if regression else int(value) for value in columns["label"]]
     if regression:
@@ -156,6 +162,8 @@ def _dataset(columns: glue.Columns, regression: bool) -> datasets.Dataset:
 
 def _reviews(seed: int) -> Task:
     """Split the review snippets by film: titles and names in training examples then tell no held-out verdict."""
+    import datasets
+
     rows = assets.reviews()
     movies = sorted({movie for _, _, movie in rows})
     random.Random(f"reviews:{seed}").shuffle(movies)

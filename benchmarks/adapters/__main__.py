@@ -32,19 +32,13 @@ from benchmarks.adapters.contenders import (
     sample,
 )
 from benchmarks.adapters.figures import Curve, Panel, draw, slope
-from benchmarks.adapters.timing import Shape, extra_memory, medians
+from benchmarks.adapters.shapes import MODELS, RANKS, Shape
+from benchmarks.adapters.timing import extra_memory, medians
 from benchmarks.conditions import conditions
 from fedfrom import merge
 from simulations.tables import write_table
 
-# (d_out, d_in) -> number of modules of that shape, by model: all linear layers of all blocks
-MODELS: dict[str, dict[Shape, int]] = {
-    "MiniLM-L6": {(384, 384): 24, (1536, 384): 6, (384, 1536): 6},
-    "RoBERTa-large": {(1024, 1024): 96, (4096, 1024): 24, (1024, 4096): 24},
-    "Llama-3-8B": {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32},
-}
 SQUARE = (4096, 4096)
-RANKS = {"MiniLM-L6": 8, "RoBERTa-large": 8, "Llama-3-8B": 16}
 # entries of the largest matrix whose SVD peers compute; the time of larger ones is scaled by min(d)^2 max(d)
 LARGEST = 1024 * 4096
 

@@ -71,7 +71,10 @@ def flexlora(states: list[State]) -> tuple[Tensor, Tensor]:
 
 
 def with_peft(states: list[State]) -> Callable[[], object]:
-    """Return a function that merges one linear layer's adapters by PEFT's add_weighted_adapter(..., "svd")."""
+    """Return a function that merges one linear layer's adapters by PEFT's add_weighted_adapter(..., "svd").
+
+    On the device of the states.
+    """
     from peft import LoraConfig, get_peft_model
 
     (d_out, rank), d_in = states[0][B].shape, states[0][A].shape[1]
@@ -83,6 +86,7 @@ def with_peft(states: list[State]) -> Callable[[], object]:
         names = [str(i) for i in range(len(states))]
         for name in names[1:]:
             model.add_adapter(name, config)
+    model.to(states[0][A].device)
     layer = model.base_model.model["layer"]
     with torch.no_grad():
         for name, state in zip(names, states, strict=True):

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adapters.contenders import contender, sample
+from benchmarks.adapters.shapes import Shape
 from benchmarks.peaks import forget_peak, since
-
-Shape = tuple[int, int]
 
 
 def medians(names: Mapping[str, int], shape: Shape, rank: int, clients: int) -> tuple[dict[str, float], dict[str, Any]]:

@@ -19,6 +19,7 @@ from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
 from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines
 from fedfrom.merging.linalg.many import sketched
+from fedfrom.merging.linalg.numbers import numbers
 from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.linalg.stack import Stack
 from fedfrom.merging.peft import layers as L
@@ -60,7 +61,7 @@ class AdapterUpdates(LayerUpdates):
         super().__init__(inputs, name, shared)
         self._W, self._adapters, deltas = adapter_deltas(inputs, name)
         self.has_reference, self.shape = self._W is not None, deltas[0].shape
-        self.order = summing_order(inputs, name, [_ordering_number(delta) for delta in deltas])
+        self.order = summing_order(inputs, name, _ordering_numbers(deltas))
         self._deltas = [deltas[i] for i in self.order]
         if norms is None:
             found = sorted(zip(self.order, self._measured[0], strict=True))
@@ -240,13 +241,17 @@ class AdapterUpdates(LayerUpdates):
         return part
 
 
-def _ordering_number(delta: LowRank) -> float:
-    """Return a number of a delta's content alone, which the clients are ordered by; 0 where it is zero."""
-    first, last = delta.terms[0], delta.terms[-1]
-    if first.coefficient == 0.0:
-        return 0.0
+def _ordering_numbers(deltas: Sequence[LowRank]) -> list[float]:
+    """Return a number of each delta's content alone, which the clients are ordered by; 0 where it is zero."""
     # those that tie are parted by a digest of all there is
-    return 1.0 + float(torch.linalg.vector_norm(first.B[0]) * torch.linalg.vector_norm(last.A[0]))
+    sizes = [
+        torch.linalg.vector_norm(delta.terms[0].B[0]) * torch.linalg.vector_norm(delta.terms[-1].A[0])
+        for delta in deltas
+    ]
+    return [
+        0.0 if delta.terms[0].coefficient == 0.0 else 1.0 + size
+        for delta, size in zip(deltas, numbers(sizes), strict=True)
+    ]
 
 
 def _checked_rank(

@@ -186,7 +186,7 @@ def product(matrix: Tensor, few: Tensor) -> Tensor:
     As few rows times a matrix, some of its rows at a time: up to three times as fast. Large ones on several threads.
     """
     rows, (height, width) = few.T.to(matrix.dtype), matrix.shape
-    if matrix.device.type != "cpu" or width == 0:  # a device has streams of its own for each thread
+    if matrix.device.type != "cpu" or width == 0:  # a device shares the work out itself
         return (rows @ matrix.T).T
     found = rows.new_empty(len(rows), height)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedfrom.merging.linalg.numbers import numbers
 from fedfrom.merging.linalg.scale import power_of_two
 
 # Columns that lie this near (squared, relative) to the span of those before them are too near for Gram matrices, which
@@ -48,10 +49,11 @@ class Side:
         self.is_narrow = narrow or none
         self._in_single = none and self.width > _PIECE
         self._found: dict[tuple, tuple[int, float]] = {}
+        wide = [key for key, f in widest.items() if self.width > _PIECE or f.dtype == torch.float64]
+        largest = dict(zip(wide, numbers([widest[key].abs().amax() for key in wide]), strict=True))
         start = 0
         for key, factor in widest.items():
-            wide = self.width > _PIECE or factor.dtype == torch.float64
-            self._found[key] = start, power_of_two([float(factor.abs().amax())]) if wide else 1.0
+            self._found[key] = start, power_of_two([largest[key]]) if key in largest else 1.0
             start += factor.shape[1]
         self._columns: dict[torch.dtype, Tensor] = {}
         self._gram: Tensor | None = None
