@@ -12,6 +12,7 @@ from simulations.fields import read
 from simulations.options import Options
 from simulations.studies.federated import plan, tables
 from simulations.studies.federated.options import FederatedOptions
+from simulations.studies.glue.options import GlueOptions
 from simulations.studies.paper.options import PaperOptions
 from simulations.studies.study import Cell
 
@@ -95,7 +96,7 @@ def test_bad_options_are_named(wrong: dict[str, Any], named: str) -> None:
         read(FederatedOptions, wrong).simulation()
 
 
-@pytest.mark.parametrize("kind", [PaperOptions, FederatedOptions])
+@pytest.mark.parametrize("kind", [PaperOptions, FederatedOptions, GlueOptions])
 def test_an_option_of_a_study_is_read_and_explained_as_the_simulations_is(kind: type) -> None:
     shared = kind.__dataclass_fields__.keys() & Options.__dataclass_fields__.keys() - {
         "out",
