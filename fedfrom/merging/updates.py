@@ -62,7 +62,7 @@ class Cores(NamedTuple):
     lift : Callable[[Tensor], Change]
         lift(M): theta* = U M V^T.
     left, right : Callable[[Tensor], Tensor]
-        left(X): U X of X (p, any), and right(Y): V Y of Y (q, any), in the layer's coordinates. The identity by default.
+        left(X): U X of X (p, any), and right(Y): V Y of Y (q, any): in the layer's coordinates. Default: the identity.
     """
 
     matrices: list[Tensor]

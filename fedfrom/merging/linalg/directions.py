@@ -1,4 +1,4 @@
-"""Singular directions that several matrices share, cut where they are rounding: triplets, common bases, polar factors."""
+"""Singular directions of several matrices, cut where they are rounding: triplets, common bases, polar factors."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def left_basis(matrices: Sequence[Tensor], tolerance: float) -> Tensor:
 
     Notes
     -----
-    Of at least p columns in all from the eigenvectors of sum_i X_i X_i^T, where the tolerance is that of float32 or less:
-    O(p^2) memory, one X_i in float64 at a time. Else from the SVD of all side by side.
+    Where there are at least p columns in all, and the tolerance is that of float32 or less, from the eigenvectors of
+    sum_i X_i X_i^T: O(p^2) memory, one X_i in float64 at a time. Else from the SVD of all side by side.
     """
     if tolerance >= _SQUARED and sum(X.shape[1] for X in matrices) >= len(matrices[0]):
         gram = matrices[0].new_zeros(len(matrices[0]), len(matrices[0]), dtype=torch.float64)
@@ -118,9 +118,10 @@ def polar(columns: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
 
 
 def with_fixed_signs(vectors: Tensor, like: Tensor) -> Tensor:
-    """Return (p, m) vectors, each negated where its largest entry in `like`, the same in other coordinates, is negative.
+    """Return (p, m) vectors, each negated where its largest entry in `like` is negative.
 
-    Of entries that are equally large but for rounding the first decides.
+    `like` (d, m) has the same vectors in other coordinates. Of entries that are equally large but for rounding the
+    first decides.
     """
     sizes = like.abs()
     first = (sizes >= (1 - 1e-6) * sizes.amax(dim=0)).to(torch.int8).argmax(dim=0, keepdim=True)

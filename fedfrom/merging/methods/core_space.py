@@ -62,10 +62,10 @@ def _basis(matrices: Sequence[Tensor], tolerance: float, lift: Callable[[Tensor]
 class InCoreSpace(ProductMethod):
     """Merges the cores M_i by the method that it is mixed into; what is no weight of a linear layer is averaged.
 
-    The paper takes U from the factors B side by side and V from the A, so that its M_i depend on which factors a product
-    was sent in, and on alpha. Here they come from the products. Of a LoRA module nothing dense is formed. A plain
-    matrix, which the paper does not merge, gets its bases from the clients' matrices: all of them are held at once, and
-    time is that of an eigendecomposition of each side, O(d_out^3 + d_in^3).
+    The paper takes U from the factors B side by side and V from the A, so that its M_i depend on which factors a
+    product was sent in, and on alpha. Here they come from the products. Of a LoRA module nothing dense is formed. A
+    plain matrix, which the paper does not merge, gets its bases from the clients' matrices: all of them are held at
+    once, and time is that of an eigendecomposition of each side, O(d_out^3 + d_in^3).
     """
 
     coefficient: float  # the other method's
@@ -78,7 +78,9 @@ class InCoreSpace(ProductMethod):
         if not any(updates.sizes):
             return updates.sum(coefficients)
         U, merged, V = core_space(updates, cores)
-        M = super().change(DenseUpdates(merged, updates.name), coefficients, destination)
+        # by norm, since the order of the updates depends on the factors they came in, and DARE's draws on the order
+        order = sorted(range(len(merged)), key=updates.sizes.__getitem__)
+        M = super().change(DenseUpdates([merged[i] for i in order], updates.name), coefficients[order], destination)
         assert isinstance(M, DenseChange)  # as `DenseUpdates` give it
         return cores.lift((U @ M.tensor @ V.T).to(cores.matrices[0].dtype))
 
@@ -87,8 +89,8 @@ class InCoreSpace(ProductMethod):
 class CoreTies(InCoreSpace, Ties):
     """Core Space (Panariello et al., 2025, arXiv 2509.17786), then TIES on the cores: see `InCoreSpace`.
 
-    An update that is the others' but for rounding in the inputs' dtype adds no direction. Clients send nothing more than
-    their state.
+    An update that is the others' but for rounding in the inputs' dtype adds no direction. Clients send nothing more
+    than their state.
 
     Parameters
     ----------

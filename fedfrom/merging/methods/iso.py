@@ -12,8 +12,8 @@ from fedfrom.merging.linalg.directions import polar, triplets
 from fedfrom.merging.methods.spectral import Spectral, Tasks
 from fedfrom.numeric import is_number
 
-# Of equal singular values those that a cut to the rank is to keep are larger by this share: far more than rounding turns
-# their directions by, far less than counts.
+# Of equal singular values those that a cut to the rank is to keep are larger by this share: far more than rounding,
+# which would choose among them, far less than counts.
 _AHEAD = 2e-11
 
 
@@ -45,8 +45,8 @@ class Iso(Spectral):
 
     Departures. The mean is over the numerical rank of the sum. The paper's is over min(d_out, d_in), and for LoRA most
     of those singular values are the zeros of a low-rank sum: mean and directions beyond the rank would be arbitrary.
-    Where a LoRA module is cut to a rank, that of the sum's leading directions stay, since theta* has none. The cut loses
-    1 - rank / rank of the sum of the energy: a `rank` of T times the clients', or a share such as 0.99, loses none.
+    Where a LoRA module is cut to its rank, the sum's leading directions stay: theta* itself has none. The cut loses
+    1 - rank / (rank of the sum) of the energy; a `rank` of T times the clients', or a share such as 0.99, loses none.
 
     Parameters
     ----------

@@ -68,7 +68,7 @@ class Layer:
 
     @property
     def is_table(self) -> bool:
-        """Whether this is a plain tensor that has an embedding's name, which is all that tells it from a linear layer."""
+        """Whether this is a plain tensor with an embedding's name, which is all that tells it from a linear layer."""
         return not self.is_adapter and _TABLES.search(self.name.removesuffix(".weight")) is not None
 
     @property
