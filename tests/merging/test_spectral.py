@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, currently_in_test_context, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfrom import merge
@@ -46,15 +47,20 @@ every = pytest.mark.parametrize("options", EVERY, ids=label)
 # --- The papers, in full matrices -------------------------------------------------------------------------------------
 
 
+def known(condition: bool) -> None:
+    """Rejects a drawn case whose result rounding decides; one that was chosen has none."""
+    assume(condition) if currently_in_test_context() else pytest.fail("choose another seed") if not condition else None
+
+
 def numerical_rank(S: Tensor) -> int:
     """Singular values are rounding, or above 1e-3 of the largest: in between accuracy is not promised."""
     rank = int((1e-9 * S[0] < S).sum())
-    assume(rank == 0 or float(S[rank - 1]) >= 1e-3 * float(S[0]))
+    known(rank == 0 or float(S[rank - 1]) >= 1e-3 * float(S[0]))
     return rank
 
 
 def apart(S: Tensor, k: int) -> None:
-    assume(k >= len(S) or k == 0 or float(S[k]) < 0.99 * float(S[k - 1]) or float(S[k]) < 1e-9 * float(S[0]))
+    known(k >= len(S) or k == 0 or float(S[k]) < 0.99 * float(S[k - 1]) or float(S[k]) < 1e-9 * float(S[0]))
 
 
 def nearest(X: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def iso_cts(thetas: list[Tensor], fraction: float) -> Tensor:
         found = min(s, int((sizes > 1e-9 * torch.linalg.matrix_norm(theta, 2)).sum()))
         if s:
             apart(sizes, found)
-            assume(found == 0 or float(sizes[found - 1]) >= 1e-3 * float(torch.linalg.matrix_norm(theta, 2)))
+            known(found == 0 or float(sizes[found - 1]) >= 1e-3 * float(torch.linalg.matrix_norm(theta, 2)))
         left, values, right = [*left, own[:, :found]], [*values, sizes[:found]], [*right, rows[:found]]
     return torch.cat(values).mean() * nearest(torch.cat(left, 1)) @ nearest(torch.cat(right))
 
@@ -121,16 +127,11 @@ def assert_is(case: Case, options: dict[str, Any], change: Tensor, limit: float)
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("options", SPECTRAL, ids=label)
-@given(adapter_cases(spectrum="gaussian"))
+@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from(["fresh", "trained", "cut", "configs"]))
 @settings(max_examples=25)
-def test_adapters_by_formula(options, dtype, case):
+def test_adapters_by_formula(options, dtype, seed, n, start):
     """Ranks and alphas of their own, parts of the reference sent, server_lr 0.5."""
-    case = whole(case)
-    if dtype != torch.float64:
-        case = adapter_case(
-            len(case.label), d_out=21, d_in=17, n=len(case.states), dtype=dtype, start="trained", out=17
-        )
-    assume(any(float(theta.norm()) > 0 for theta in case.layer.deltas))
+    case = adapter_case(seed, d_out=17, d_in=21, n=n, dtype=dtype, start=start, out=17, server_lr=0.5)
     assert_is(case, options, update(case.layer.deltas, options), LIMITS[dtype])
 
 
@@ -281,6 +282,15 @@ def test_tsv_of_one_adapter_but_for_rounding_is_that_adapter(dtype, off):
     assert oracle.relative_error(dense(merged), mean) <= max(2 * torch.finfo(dtype).eps, 1e-12)
     ranks = torch.linalg.matrix_rank(dense(merged), rtol=1e-3)
     assert report.layers[0].rank_out == 60 and ranks == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tsv_of_one_matrix_of_low_rank_is_that_matrix(dtype):
+    """Rounding to the dtype has given it its full rank: 5 of 20 triplets of each of 4 copies are kept."""
+    g = generator(16)
+    theta = (normal(30, 3, g=g) @ normal(3, 20, g=g)).to(dtype)
+    merged, _ = merge([{"w": theta}] * 4, {"w": torch.zeros_like(theta)}, method="tsv")
+    assert oracle.relative_error(merged["w"], theta) <= max(torch.finfo(dtype).eps, 1e-12)
 
 
 @pytest.mark.parametrize("options", ISO[:2], ids=label)
