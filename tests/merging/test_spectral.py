@@ -257,10 +257,12 @@ def test_rounds_of_more_than_32_clients(options, dtype):
 # --- What is rounding -------------------------------------------------------------------------------------------------
 
 
-def copies(dtype: torch.dtype, off: float, n: int = 4, d_out: int = 80, d_in: int = 60, r: int = 8) -> list[dict]:
-    """n adapters that are one but for relative noise of that many epsilons; singular values down to 1/30."""
+def copies(dtype: torch.dtype, off: float, least: float, n: int = 4, r: int = 8) -> list[dict[str, Tensor]]:
+    """n adapters (80, 60) that are one but for relative noise of that many epsilons; singular values 1 to `least`."""
     g = generator(9)
-    A, B = normal(r, d_in, g=g), normal(d_out, r, g=g) * torch.logspace(0, -1.5, r, dtype=torch.float64)
+    # half of the singular values on each side, and mixed: else the noise of a small direction is as small
+    half, mixed = torch.logspace(0, math.log10(least) / 2, r, dtype=torch.float64), torch.linalg.qr(normal(r, r, g=g)).Q
+    A, B = mixed.T @ (half[:, None] * normal(r, 60, g=g)), normal(80, r, g=g) * half @ mixed
     eps = off * torch.finfo(dtype).eps
     return [
         {key: (X * (1 + eps * normal(*X.shape, g=g))).to(dtype) for key, X in ((A_KEY, A), (B_KEY, B))}
@@ -273,15 +275,13 @@ def dense(state: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("off", [0.0, 0.25])
+@pytest.mark.parametrize("off", [0.0, 1.0])
 def test_tsv_of_one_adapter_but_for_rounding_is_that_adapter(dtype, off):
-    states = copies(dtype, off)
-    merged, report = merge(states, method="tsv", rank=60)
+    """Singular vectors of the smallest turn by 30 epsilons and more: noise that a cut at 2 would take for directions."""
+    states = copies(dtype, off, 1e-3)
+    merged, _ = merge(states, method="tsv", rank=60)
     mean = sum(map(dense, states)) / len(states)
-    # singular vectors down to 1/30 turn by up to 30 epsilons times sqrt(r), of which little is seen in theta
     assert oracle.relative_error(dense(merged), mean) <= max(2 * torch.finfo(dtype).eps, 1e-12)
-    ranks = torch.linalg.matrix_rank(dense(merged), rtol=1e-3)
-    assert report.layers[0].rank_out == 60 and ranks == 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -296,7 +296,7 @@ def test_tsv_of_one_matrix_of_low_rank_is_that_matrix(dtype):
 @pytest.mark.parametrize("options", ISO[:2], ids=label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_iso_of_one_adapter_but_for_rounding_has_its_rank(options, dtype):
-    states = copies(dtype, 0.25)
+    states = copies(dtype, 0.25, 0.1)
     merged, _ = merge(states, rank=60, **options)
     S = torch.linalg.svdvals(dense(merged))
     mean = torch.linalg.svdvals(sum(map(dense, states)))[:8].mean()
@@ -324,15 +324,17 @@ def test_near_identical_and_rank_deficient_inputs_stay_bounded(options, noise, r
 def test_polar_leaves_out_what_rounding_made_of_a_shared_direction():
     """Two vectors, one off by 1e-9: one direction within 1e-6, two within 1e-12; orthonormal where it can be."""
     g = generator(11)
-    X = torch.linalg.qr(normal(9, 2, g=g)).Q
+    X = torch.linalg.qr(normal(9, 3, g=g)).Q
     pair = torch.stack([X[:, 0], X[:, 0] + 1e-9 * X[:, 1]], dim=1)
     ones = torch.ones(2, dtype=torch.float64)
     S = torch.linalg.svdvals(polar(pair, ones, 1e-6))
     assert S.tolist() == pytest.approx([1, 0], abs=1e-12)
     assert torch.linalg.svdvals(polar(pair, ones, 1e-12)).tolist() == pytest.approx([1, 1], abs=1e-6)
-    # a small one's direction turns by as much more: 1e-9 of the matrix is 1e-4 of a vector whose share is 1e-5
-    turned = torch.stack([X[:, 0], X[:, 0] + 1e-4 * X[:, 1]], dim=1)
-    assert torch.linalg.svdvals(polar(turned, 1e-5 * ones, 1e-3))[1] <= 1e-12
+    # of a vector whose share is 1e-5 rounding that is 1e-9 of the matrix is 1e-4
+    turned = torch.stack([X[:, 0], X[:, 0], X[:, 1], X[:, 1] + 1e-4 * X[:, 2]], dim=1)
+    shares = torch.tensor([1.0, 1.0, 1e-5, 1e-5], dtype=torch.float64)
+    assert torch.linalg.svdvals(polar(turned, shares, 1e-8)).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-12)
+    assert torch.linalg.svdvals(polar(turned, shares, 1e-12)).tolist() == pytest.approx([1, 1, 1, 0], abs=1e-9)
     columns = normal(9, 5, g=g)
     found = polar(columns, torch.ones(5, dtype=torch.float64), 1e-12)
     assert torch.allclose(found.T @ found, torch.eye(5, dtype=torch.float64), atol=1e-12)
