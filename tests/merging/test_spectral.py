@@ -277,7 +277,7 @@ def dense(state: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("off", [0.0, 1.0])
 def test_tsv_of_one_adapter_but_for_rounding_is_that_adapter(dtype, off):
-    """Singular vectors of the smallest turn by 30 epsilons and more: noise that a cut at 2 would take for directions."""
+    """Singular vectors of the smallest turn by 30 epsilons: noise that a cut at 2 would take for directions."""
     states = copies(dtype, off, 1e-3)
     merged, _ = merge(states, method="tsv", rank=60)
     mean = sum(map(dense, states)) / len(states)
