@@ -89,6 +89,12 @@ def test_copies_of_an_adapter_but_for_rounding_add_no_direction(options, dtype):
     merged, _ = merge(states, rank=60, **options)
     mean = sum(oracle.product(state[B_KEY], state[A_KEY]) for state in states) / 4
     assert oracle.relative_error(oracle.product(merged[B_KEY], merged[A_KEY]), mean) <= eps
+    if dtype != torch.bfloat16:  # in which an entry at the edge of the trim may be on its other side
+        # a share of the entries of 8 directions is kept, not of 32
+        options = {"method": "core-ties", "density": 0.4}
+        found, expected = (merge(s, rank=60, **options)[0] for s in (states, [states[0]] * 4))
+        found, expected = (oracle.product(state[B_KEY], state[A_KEY]) for state in (found, expected))
+        assert oracle.relative_error(found, expected) <= 10 * eps
 
 
 @given(adapter_cases(n=3, start="trained"))
