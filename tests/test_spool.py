@@ -152,6 +152,8 @@ STRATEGIES: dict[str, Any] = {
     "FedFroM": FedFroM,
     "whole updates": lambda **o: FedFroM(scope="model", lora_config={"r": 4, "lora_alpha": 4}, **o),
     "ties": lambda **o: FedMerge("ties", **o),
+    "tsv": lambda **o: FedMerge("tsv", **o),
+    "core-ties": lambda **o: FedMerge("core-ties", **o),
     "factor-average": lambda **o: FedMerge("factor-average", **o),
     "multikrum": lambda **o: FedFroM(select="multikrum", attackers=1, **o),
 }

@@ -140,8 +140,8 @@ def merge_folders(
     """Merge adapters or checkpoints on disk into a new folder, which PEFT or transformers load.
 
     A checkpoint is written a tensor at a time, into files named like the first input's. One layer of all models is in
-    memory at a time; of the inputs' large tensors only blocks are, except for RegMean and LoRM. An adapter is small,
-    and is written at the end, when its ranks are known.
+    memory at a time; of the inputs' large tensors only blocks are, except for RegMean, LoRM and methods on singular
+    directions. An adapter is small, and is written at the end, when its ranks are known.
 
     Parameters
     ----------

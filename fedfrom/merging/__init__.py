@@ -12,9 +12,11 @@ for its weights; `LayerUpdates.merge` (layer.py) asks it for theta*, writes T an
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.merge import merge
 from fedfrom.merging.methods.average import Average, FactorAverage
+from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.methods.fisher import Fisher
 from fedfrom.merging.methods.frobenius import FroM
+from fedfrom.merging.methods.iso import Iso, IsoCTS
 from fedfrom.merging.methods.knots import KnotsDareTies, KnotsTA, KnotsTies
 from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.registry import methods
@@ -22,10 +24,13 @@ from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
+from fedfrom.merging.methods.tsv import TSV
 from fedfrom.merging.report import LayerReport, MergeReport
 
 __all__ = [
     "Average",
+    "CoreDareTies",
+    "CoreTies",
     "Dare",
     "DareFroM",
     "DareTies",
@@ -33,6 +38,8 @@ __all__ = [
     "Fisher",
     "FroM",
     "GreedySoup",
+    "Iso",
+    "IsoCTS",
     "KnotsDareTies",
     "KnotsTA",
     "KnotsTies",
@@ -41,6 +48,7 @@ __all__ = [
     "LowRank",
     "MergeReport",
     "RegMean",
+    "TSV",
     "TaskArithmetic",
     "Ties",
     "merge",

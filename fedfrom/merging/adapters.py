@@ -114,6 +114,10 @@ class AdapterUpdates(LayerUpdates):
             if part in L.RANK_DIMENSION
         )
 
+    @property
+    def is_linear(self) -> bool:
+        return not self.inputs.template(self.name).layers[self.name].is_embedding
+
     @cached_property
     def entries(self) -> Entries:
         n = len(self)
@@ -145,7 +149,7 @@ class AdapterUpdates(LayerUpdates):
             identity = torch.eye(M.shape[1], dtype=M.dtype, device=M.device)
             return _ProductChange(LowRank(left.lift(M), right.lift(identity).T))
 
-        return Cores([core.C for core in cores], lift)
+        return Cores([core.C for core in cores], lift, left.lift, right.lift)
 
     def destination(self, weighing: Weighing) -> Destination:
         if not isinstance(weighing.method, Solver):  # methods on factors see no adapters

@@ -68,11 +68,11 @@ def merge(
     weights : Sequence[float] | None (default: None)
         u_i, one finite number a client, >= 0 and at least one above 0: multiplies what the method gives the client.
         None is 1 each. Most methods divide by the sum over clients, as FroM does: w_i = u_i n_i^p ||theta_i||^k /
-        sum_j u_j n_j^p ||theta_j||^k. Task Arithmetic, TIES, DARE (but "dare-from") and KnOTS do not, unless in the
-        form "mean": u_i multiplies theta_i as it is, and weights of 2 double the update. This is PEFT's convention.
-        Buffers, and tensors without a reference, are always a mean. A client of weight 0 adds nothing to the result,
-        but it has a say in three things: the median of `clip`; the signs that TIES elects, and the counts that it
-        divides by; and which entries DARE draws for the others.
+        sum_j u_j n_j^p ||theta_j||^k. Task Arithmetic, TIES, DARE (but "dare-from"), KnOTS, TSV-M, Iso and Core Space
+        do not, unless in the form "mean": u_i multiplies theta_i as it is, and weights of 2 double the update. This is
+        PEFT's convention. Buffers, and tensors without a reference, are always a mean. A client of weight 0 adds
+        nothing to the result, but it has a say in three things: the median of `clip`; the signs that TIES elects, and
+        the counts that it divides by; and which entries DARE draws for the others.
     server_lr : float | str (default: 1.0)
         alpha >= 0. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging:
         alpha (1 + k lambda_max) is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is

@@ -17,6 +17,7 @@ from fedfrom.merging.linalg import blocks, samples, sums
 from fedfrom.merging.linalg.blocks import BLOCK
 from fedfrom.merging.linalg.entries import Combine, Entries
 from fedfrom.merging.linalg.lowrank import LowRank
+from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.linalg.threads import each_block
 from fedfrom.merging.report import LayerReport
 from fedfrom.merging.sources import Inputs, check_finite, check_result, summing_order
@@ -75,6 +76,14 @@ class TensorUpdates(LayerUpdates):
     def is_update(self) -> bool:
         """Whether there is an update that a norm could weigh, and the server scale."""
         return self.has_reference and not self.is_buffer
+
+    @property
+    def is_linear(self) -> bool:
+        return len(self.shape) == 2 and not self._layer.is_table
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        return max(rank_tolerance(sent.dtype) for sent in self._sent)
 
     @property
     def ranks(self) -> list[int]:

@@ -54,10 +54,14 @@ class Cores(NamedTuple):
         n of (p, q), float64 (a plain float32 tensor's: float32). A plain matrix is its own core.
     lift : Callable[[Tensor], Change]
         lift(M): theta* = U M V^T.
+    left, right : Callable[[Tensor], Tensor]
+        left(X): U X of X (p, any), and right(Y): V Y of Y (q, any): in the layer's coordinates. Default: the identity.
     """
 
     matrices: list[Tensor]
     lift: Callable[[Tensor], Change]
+    left: Callable[[Tensor], Tensor] = lambda X: X
+    right: Callable[[Tensor], Tensor] = lambda Y: Y
 
 
 class Updates(ABC):
@@ -82,7 +86,11 @@ class Updates(ABC):
     products : Sequence[LowRank] | None
         theta_i of a LoRA module, as sums of products B A, divided by that power of two; None of a plain tensor.
     tolerance : float
-        Share of the largest singular value at and below which a direction of a LoRA module's updates is rounding.
+        Share of the largest singular value at and below which a direction of the updates is rounding in the dtype that
+        they came in.
+    is_linear : bool
+        Whether the layer is a LoRA module or a matrix that inputs are multiplied by, as far as name and shape tell:
+        neither an embedding nor of other than two dimensions.
     """
 
     name: str
@@ -98,6 +106,10 @@ class Updates(ABC):
     def __len__(self) -> int:
         """Return n, the number of clients."""
         return len(self.order)
+
+    @property
+    def is_linear(self) -> bool:
+        return len(self.shape) == 2
 
     @property
     def numel(self) -> int:

@@ -125,6 +125,19 @@ RANDOM = [
     {"method": "dare-ties", "density": 0.5, "majority": "frequency"},
     {"method": "dare-from", "density": 0.5, "k": 2.0},
     {"method": "knots-dare-ties", "density": 0.5},
+    {"method": "core-dare-ties", "density": 0.5},
+]
+
+
+# by formula in test_spectral.py: what is rounding, and what ties, has to be told apart
+SPECTRAL = [
+    {"method": "tsv", "coefficient": 0.7},
+    {"method": "tsv", "examples_power": 1.0},
+    {"method": "iso", "coefficient": 1.5, "examples_power": 0.5},
+    {"method": "iso-cts"},
+    {"method": "iso-cts", "common_space_fraction": 0.4, "coefficient": -0.7},
+    {"method": "core-ties", "density": 0.4},
+    {"method": "core-ties", "density": 0.3, "majority": "frequency", "examples_power": 0.5},
 ]
 
 
@@ -134,6 +147,7 @@ PRODUCTS = [
     {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},
+    *SPECTRAL,
     *RANDOM,
 ]
 

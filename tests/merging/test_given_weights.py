@@ -56,8 +56,15 @@ ELECTIONS = [
     {"method": "knots-ties", "density": 0.4},
     {"method": "knots-dare-ties", "density": 0.5},
 ]
+SPECTRAL = [
+    {"method": "tsv", "coefficient": 0.7},
+    {"method": "iso", "examples_power": 0.5},
+    {"method": "iso-cts"},
+    {"method": "core-ties", "density": 0.4},
+    {"method": "core-dare-ties", "density": 0.5},
+]
 DRAWN = [{"method": "dare", "density": 0.5}, {"method": "dare-from", "density": 0.5}]
-EVERY = [*NORMALISING, *SUMS, *ELECTIONS, *DRAWN]
+EVERY = [*NORMALISING, *SUMS, *ELECTIONS, *SPECTRAL, *DRAWN]
 CASES = adapter_cases(examples=True) | tensor_cases(examples=True)
 WEIGHTS = st.sampled_from([0.0, 0.3, 1.0, 2.0, 1e-100])
 

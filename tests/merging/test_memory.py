@@ -8,6 +8,9 @@ from fedfrom import merge
 from tests.merging.samples import A_KEY, B_KEY
 from tests.peaks import printed_last, reads_peaks
 
+BY_FACTORS = ["from", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"]
+BY_FACTORS += ["tsv", "iso", "iso-cts", "core-ties", "core-dare-ties"]
+
 
 class LargestResult(TorchDispatchMode):
     """Notes the largest tensor that any operation returns."""
@@ -71,9 +74,7 @@ def largest_result(states, reference, **options):
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
-@pytest.mark.parametrize(
-    "method", ["from", "average", "soup", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"]
-)
+@pytest.mark.parametrize("method", [*BY_FACTORS, "average", "soup"])
 def test_methods_form_no_matrix_of_the_layers_size(method, with_reference):
     d, r, n = 512, 4, 3
     g = torch.Generator().manual_seed(0)
@@ -104,7 +105,7 @@ MEASURE_METHODS = MEASURE.replace("range(4)", "range(9)").replace("solver=sys.ar
 
 @pytest.mark.slow
 @reads_peaks
-@pytest.mark.parametrize("method", ["from", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"])
+@pytest.mark.parametrize("method", BY_FACTORS)
 def test_extra_memory_of_methods(method):
     """8 clients at d = 4096, r = 16, each delta against a reference."""
     mib = printed_last(MEASURE_METHODS, method)

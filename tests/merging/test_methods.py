@@ -116,6 +116,8 @@ MEANS = [
     {"method": "knots-ta", "form": "mean"},
     {"method": "knots-ties", "density": 1.0},
     {"method": "knots-dare-ties", "density": 1.0},
+    {"method": "core-ties", "density": 1.0},
+    {"method": "core-dare-ties", "density": 1.0},
 ]
 
 
@@ -223,13 +225,18 @@ def test_every_name_is_tested_here():
         (
             "density",
             [0, 0.0, 1.5, -0.1, math.nan, math.inf],
-            ["ties", "dare", "dare-ties", "dare-from", "knots-ties", "knots-dare-ties"],
+            [name for name in methods() if "ties" in name or "dare" in name],
         ),
-        ("form", ["median", None], ["task-arithmetic", "dare", "knots-ta"]),
-        ("majority", ["sum", None], ["ties", "dare-ties", "knots-ties", "knots-dare-ties"]),
-        ("scope", ["all", None], ["from", "ties", "dare-from", "knots-ties"]),
-        ("scope", ["model"], ["knots-ties"]),
-        ("coefficient", [math.nan, math.inf], ["task-arithmetic", "ties", "dare", "knots-ta", "knots-ties"]),
+        ("form", ["median", None], ["task-arithmetic", "dare", "knots-ta", "core-dare-ties"]),
+        ("majority", ["sum", None], [name for name in methods() if "ties" in name]),
+        ("scope", ["all", None], ["from", "ties", "dare-from", "knots-ties", "core-ties"]),
+        ("scope", ["model"], ["knots-ties", "core-ties"]),
+        (
+            "coefficient",
+            [math.nan, math.inf],
+            ["task-arithmetic", "ties", "dare", "knots-ta", "knots-ties", "tsv", "iso", "iso-cts", "core-ties"],
+        ),
+        ("common_space_fraction", [-0.1, 1.1, math.nan, None], ["iso-cts"]),
         ("floor", [0.0, -1.0, math.nan, math.inf], ["fisher"]),
         ("off_diagonal", [-0.1, 1.1, math.nan], ["regmean", "lorm"]),
         ("validate", [None, 3], ["greedy-soup"]),

@@ -9,15 +9,18 @@ from typing import Any
 from fedfrom.closest import did_you_mean
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.base import Method
+from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.methods.fisher import Fisher
 from fedfrom.merging.methods.frobenius import FroM
+from fedfrom.merging.methods.iso import Iso, IsoCTS
 from fedfrom.merging.methods.knots import KnotsDareTies, KnotsTA, KnotsTies
 from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
+from fedfrom.merging.methods.tsv import TSV
 
 _METHODS: dict[str, type[Method]] = {
     "from": FroM,
@@ -33,6 +36,11 @@ _METHODS: dict[str, type[Method]] = {
     "knots-ta": KnotsTA,
     "knots-ties": KnotsTies,
     "knots-dare-ties": KnotsDareTies,
+    "tsv": TSV,
+    "iso": Iso,
+    "iso-cts": IsoCTS,
+    "core-ties": CoreTies,
+    "core-dare-ties": CoreDareTies,
     "lorm": LoRM,
     "soup": Average,
     "greedy-soup": GreedySoup,

@@ -35,6 +35,9 @@ _PARTS = {
 _OTHER_FACTORS = re.compile(r"\.(hada_|lokr_|vera_|oft_|boft_|ada_|lora\.(up|down)\.)|^\.?lora_")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _RUNNING = (".running_mean", ".running_var")
+# what embeddings are called in transformers' models: word_embeddings, embed_tokens, wte, T5's shared, ...; embed_out is
+# GPT-NeoX's head, which is linear
+_TABLES = re.compile(r"(^|\.)(\w*embeddings?|embed_(?!out$)\w+|\w*_embed|wte|wpe|shared|relative_attention_bias)$")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Layer:
     def is_embedding(self) -> bool:
         """Whether this is a LoRA module on an embedding, whose factors are named and laid out the other way."""
         return "embedding_A" in self.keys or "embedding_B" in self.keys
+
+    @property
+    def is_table(self) -> bool:
+        """Whether this is a plain tensor with an embedding's name, which is all that tells it from a linear layer."""
+        return not self.is_adapter and _TABLES.search(self.name.removesuffix(".weight")) is not None
 
     @property
     def is_running_statistic(self) -> bool:

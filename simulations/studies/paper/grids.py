@@ -48,6 +48,8 @@ _COEFFICIENTS = (0.4, 0.6, 1.0, 0.3, 0.5, 0.8)
 _OFF_DIAGONALS = (0.9, 0.5, 0.1, 1.0, 0.7, 0.0)
 _TIES = ((0.2, 1.0), (0.5, 2.0), (0.2, 2.0), (0.5, 1.0), (0.1, 1.0), (0.1, 2.0))
 _DARE_TIES = ((0.5, 1.0), (0.8, 2.0), (0.2, 1.0), (0.8, 1.0), (0.5, 2.0), (0.2, 2.0))
+# TSV-M's scale is between the mean's and the sum's, Iso's is the sum's: its paper searches 1 to 3.
+_LEVELS = (1.0, 0.5, 1.5, 0.3, 2.0, 3.0)
 SCALED = "from, scaled"
 
 
@@ -77,6 +79,11 @@ def rows(kind: str) -> tuple[Row, ...]:
         Row("fisher", "fisher", _grid(server_lr=_SCALES)),
         Row("knots-ties", "knots-ties", _pairs(_TIES)),
         Row("knots-dare-ties", "knots-dare-ties", _pairs(_DARE_TIES)),
+        Row("tsv", "tsv", _grid(coefficient=_LEVELS)),
+        Row("iso", "iso", _grid(coefficient=_LEVELS)),
+        Row("iso-cts", "iso-cts", _grid(coefficient=_LEVELS)),
+        Row("core-ties", "core-ties", _pairs(_TIES)),
+        Row("core-dare-ties", "core-dare-ties", _pairs(_DARE_TIES)),
         Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),
         Row("greedy-soup", "greedy-soup", _grid(server_lr=_SCALES)),
     ]
