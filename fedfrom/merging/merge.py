@@ -16,6 +16,7 @@ from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, chec
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import check_method, make_method
+from fedfrom.merging.oversize import warn_of_size
 from fedfrom.merging.peft.configs import output_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -189,7 +190,9 @@ class LayerByLayer:
             settings["weights"] = self.inputs.weights
         config = _config(self.inputs, layers, keep=self.shared.as_reference or chosen.on_factors)
         clients = [source.who for source in self.inputs.sent]
-        return MergeReport(settings, clients, layers, config, list(validation))
+        report = MergeReport(settings, clients, layers, config, list(validation))
+        warn_of_size(report)
+        return report
 
 
 def layer_by_layer(clients: Sequence[Client], shared: Round, method: Method) -> LayerByLayer:

@@ -53,6 +53,11 @@ class LayerReport:
         adapters of more than 32 clients, of 2^10 random projections, which read up to a fifth too high.
     cosines : list[list[float]]
         cos(theta_i, theta_j) by client, in the order given, of the same entries; empty above 32 clients.
+    size_ratio : float
+        ||theta*||_F / mean_i ||theta_i||_F, after clipping; 0 where all of them are zero, or none is an update.
+    cosines_merged : list[float]
+        cos(theta_i, theta*) by client, in the order given, of the same entries; 0 for a zero update. Empty where theta*
+        is a weighted sum of adapters of more than 32 clients, and where nothing is an update.
     k : float
         Power of the norm in the weights: with k="auto" what the layer allows; infinity reads "infinity".
     server_lr : float
@@ -76,6 +81,8 @@ class LayerReport:
     iterations: int = 0
     lambda_max: float = 0.0
     cosines: list[list[float]] = field(default_factory=list)
+    size_ratio: float = 0.0
+    cosines_merged: list[float] = field(default_factory=list)
     k: float | str = 0.0
     server_lr: float = 1.0
     clipped: list[float] = field(default_factory=list)

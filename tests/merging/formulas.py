@@ -159,5 +159,12 @@ def assert_report_is_dense(case: Case, report: Any, change: Tensor, p: float, k:
     size = case.layer.size(w)
     lost = sum(w_i * float((change - delta).square().sum()) for w_i, delta in zip(w, case.layer.deltas, strict=True))
     assert layer.interference == pytest.approx(lost / size if size else 0.0, rel=1e-6, abs=1e-9)
+    size, mean = float(change.norm()), sum(case.layer.norms) / len(w)
+    scale = size if size > 1e-9 * mean else 0.0
+    if layer.is_update:
+        assert layer.size_ratio == pytest.approx(size / mean if mean else 0.0, rel=1e-6, abs=1e-9)
+        for cosine, delta, norm in zip(layer.cosines_merged, case.layer.deltas, case.layer.norms, strict=True):
+            expected = float((change * delta).sum()) / (norm * scale) if norm * scale else 0.0
+            assert not scale or cosine == pytest.approx(expected, abs=1e-6)  # small updates of a large W lose digits
     if report.method["name"] in ("FroM", "Average"):
         assert 0 <= layer.interference <= 1 + 1e-12
