@@ -105,6 +105,7 @@ def update(case: Case, method: str, **o: Any) -> Tensor:
 
 FORMULAS = [
     {"method": "from", "k": 0.5, "examples_power": 0.5},
+    {"method": "from", "k": -1.0, "examples_power": 0.5},
     {"method": "average", "examples_power": 1.0},
     {"method": "soup"},
     {"method": "task-arithmetic", "coefficient": 0.7},
@@ -131,6 +132,7 @@ RANDOM = [
 PRODUCTS = [
     *FORMULAS,
     {"method": "from", "k": 1.0},
+    {"method": "from", "k": -1.0, "scope": "model"},
     {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},

@@ -28,14 +28,14 @@ def weights(
     Formed in log space, so no norm and no k overflows. The extremes are exact: k = 0 gives the (example-weighted)
     mean, with ||0||^0 = 1; k = infinity gives the largest norm all the weight (ties within 1e-6 share it); where
     every norm is 0 the weights are those of k = 0. A client with u_i = 0 has none, and the others' are what they are
-    without it.
+    without it. With k < 0 a norm of 0 has the weight 0, as with k > 0: who changed nothing says nothing.
 
     Parameters
     ----------
     norms : Sequence[float]
         (n,) ||theta_i||_F, finite, >= 0.
     k : float
-        k >= 0, infinity included.
+        Any number but minus infinity.
     examples, examples_power, given
         n_i, p and u_i: see `weights.log_shares`. The paper has neither n_i nor u_i.
 
@@ -51,15 +51,16 @@ def weights(
 
 def _log_powers(norms: Sequence[float], k: float, counts: Sequence[bool]) -> list[float]:
     """Return (n,) log(||theta_i||^k), up to a constant: 0 for clients that do not count, and where none trained."""
-    largest = max(norm for norm, counted in zip(norms, counts, strict=True) if counted)
-    if k == 0 or largest == 0:
+    heard = [norm for norm, counted in zip(norms, counts, strict=True) if counted and norm > 0]
+    if k == 0 or not heard:
         return [0.0] * len(norms)
+    most = max(heard) if k > 0 else min(heard)  # whose power is the largest, so that no log is above 0
 
     def log_power(norm: float) -> float:
         if k == math.inf:
-            return 0.0 if norm >= largest * (1 - _TIE) else -math.inf
+            return 0.0 if norm >= most * (1 - _TIE) else -math.inf
         # the norms' quotients could leave the range of a float, and log 0 is none
-        return k * (math.log(norm) - math.log(largest)) if norm > 0 else -math.inf
+        return k * (math.log(norm) - math.log(most)) if norm > 0 else -math.inf
 
     return [log_power(norm) if counted else 0.0 for norm, counted in zip(norms, counts, strict=True)]
 
@@ -71,14 +72,16 @@ class FroM(ChoosesK):
     Parameters
     ----------
     k : float | str (default: 1.0)
-        Power of the norm, k >= 0; 0 is the mean, infinity the largest update alone. The paper's is 1. Norms are taken
+        Power of the norm; 0 is the mean, infinity the largest update alone. The paper's is 1; -1 weighs by inverse
+        norms, as NAN does (arXiv 2505.16148; FroM's weights sum to 1). Below 0 a client that hardly trained outweighs
+        all others, and only an update of exactly 0 counts for nothing. Minus infinity is refused. Norms are taken
         after clipping, and equal ones share: with `clip`, infinity gives all that were shortened the same weight (norms
         1, 2, 3, 4 with clip=1.0 become 1, 2, 2.5, 2.5 and weigh 0, 0, 1/2, 1/2). "auto" merges with each k of `search`
-        and takes the one whose merged state `validate` scores best (ties: the smaller). In a
-        layer k then stays within bounds, alpha (1 + k lambda_max) < 2 and 1 / sum w_i^2 >= n / 2: beyond them the
-        layer gets the largest of these k that does (its report says which; updates of one line, such as those of a
-        bias of two classes, keep k below 1 at alpha = 1). Norms, Gram matrices and factorisations are computed once for
-        all k; a result for each k is held in memory.
+        and takes the one whose merged state `validate` scores best (ties: the smaller). In a layer k then stays within
+        bounds, alpha (1 + max(k, 0) lambda_max) < 2, 1 + k lambda_max >= 0 and 1 / sum w_i^2 >= n / 2: beyond them the
+        layer gets the next of these k towards 0 that does (its report says which; updates of one line, such as those
+        of a bias of two classes, keep k below 1 at alpha = 1). Norms, Gram matrices and factorisations are computed
+        once for all k; a result for each k is held in memory.
     examples_power : float (default: 0.0)
         p, the power of each client's number of examples. The paper's is 0.
     scope : str (default: "layer")
