@@ -14,9 +14,9 @@ def warn_of_swinging(merge: MergeReport) -> bool:
     """Log where a layer is beyond the bounds 0 <= alpha c (1 + k lambda_max) < 2 at c = 1; return whether one is."""
     clients = len(merge.clients)
     beyond = [
-        layer.server_lr * (1 + max(float(layer.k), 0.0) * layer.lambda_max)
+        layer.server_lr * layer.step * (1 + max(float(layer.k), 0.0) * layer.lambda_max)
         for layer in merge.layers
-        if layer.is_update and not stable(layer.server_lr, float(layer.k), layer.lambda_max, clients)
+        if layer.is_update and not stable(layer.server_lr * layer.step, float(layer.k), layer.lambda_max, clients)
     ]
     if beyond:
         log.warning(

@@ -44,7 +44,7 @@ class Options:
     train_examples: int = option(0, "Use at most this many training examples of a task, 0: all.", least=0)
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.", least=0)
     validation_examples: int = option(
-        0, "Held-out examples that k=auto and greedy-soup choose by, in no score.", least=0
+        0, "Held-out examples that k=auto, coefficient=auto and greedy-soup choose by, in no score.", least=0
     )
 
     partition: str = option(

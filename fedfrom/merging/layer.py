@@ -192,5 +192,6 @@ class LayerUpdates(Updates):
             cosines_merged=[to_merged[i] for i in place] if to_merged else [],
             k="infinity" if k == float("inf") else k,
             server_lr=weighing.server_lr,
+            step=weighing.method.step,
             clipped=[] if all(factor == 1.0 for factor in self.clip_factors) else self.clip_factors,
         )

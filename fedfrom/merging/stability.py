@@ -84,9 +84,9 @@ def weigh(
     layers : Sequence[LayerUpdates]
         All with inner products, or all with a sketch.
     methods : Sequence[Method]
-        One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
+        One, which is taken as it is, or candidates that differ in k and the coefficient. A candidate whose k is too
         much for a layer (it is not `stable`, does not `attract`, or 1 / sum w_i^2 < n / 2) gets the next k towards 0
-        that is not; the one nearest 0 on its side is taken as it is.
+        that is not, of those with its coefficient; the one nearest 0 on its side is taken as it is.
     examples : Sequence[float] | None
         (n,) n_i, in the order given.
     given : Sequence[float] | None
@@ -139,15 +139,16 @@ def _within_bounds(
     within: list[bool] = []
     for method, w, lambda_max, mean in zip(methods, weights, largest, means, strict=True):
         n = len(w) if clients is None else clients
-        alpha = safe_lr(method.k, lambda_max, n) if isinstance(server_lr, str) else server_lr
+        alpha = safe_lr(method.k, lambda_max, n, method.step) if isinstance(server_lr, str) else server_lr
         weighing = Weighing(method, w, alpha, lambda_max, cosines, mean)
         every.append(weighing)
-        is_steady = stable(alpha, method.k, lambda_max, n) and attracts(method.k, lambda_max, n)
+        is_steady = stable(alpha * method.step, method.k, lambda_max, n) and attracts(method.k, lambda_max, n)
         within.append(is_steady and weighing.clients_effective >= n / 2)
 
     def nearest(i: int) -> Weighing:
         side = math.copysign(1, methods[i].k)  # of 0 itself +, and it bounds either side
-        nearer = [j for j, m in enumerate(methods) if 0 <= side * m.k <= side * methods[i].k]
+        alike = [j for j, m in enumerate(methods) if m.coefficient == methods[i].coefficient]
+        nearer = [j for j in alike if 0 <= side * methods[j].k <= side * methods[i].k]
         falling = sorted(nearer, key=lambda j: -abs(methods[j].k))
         return every[next((j for j in falling if within[j]), falling[-1])]
 
@@ -161,7 +162,10 @@ def once_each(weighings: Sequence[Weighing], merged: Callable[[Weighing], _T]) -
 
 
 def stable(server_lr: float, k: float, lambda_max: float, clients: int) -> bool:
-    """Return whether alpha (1 + max(k, 0) lambda_max) < 2; one client alone has nobody to swing with."""
+    """Return whether alpha (1 + max(k, 0) lambda_max) < 2; one client alone has nobody to swing with.
+
+    A method's own coefficient is to be multiplied into alpha.
+    """
     # two opposed clients have lambda_max = 1 but for rounding
     return clients < 2 or lambda_max == 0 or server_lr * (1 + max(k, 0.0) * lambda_max) < 2 * (1 - 1e-6)
 
@@ -171,9 +175,10 @@ def attracts(k: float, lambda_max: float, clients: int) -> bool:
     return clients < 2 or k >= 0 or k * lambda_max >= -1 - 1e-6
 
 
-def safe_lr(k: float, lambda_max: float, clients: int) -> float:
-    """Return the most alpha, up to 1, that is stable by a margin."""
-    return 1.0 if clients < 2 or lambda_max == 0 else min(1.0, 2 * _MARGIN / (1 + max(k, 0.0) * lambda_max))
+def safe_lr(k: float, lambda_max: float, clients: int, step: float = 1.0) -> float:
+    """Return the most alpha, up to 1, that is stable by a margin; `step` is what a method multiplies the mean by."""
+    most = step * (1 + max(k, 0.0) * lambda_max)
+    return 1.0 if clients < 2 or lambda_max == 0 or most <= 2 * _MARGIN else 2 * _MARGIN / most
 
 
 def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:

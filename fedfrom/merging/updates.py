@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedfrom.merging.linalg.entries import Combine, Entries, Histogram, form
 from fedfrom.merging.linalg.lowrank import LowRank
 
+T = TypeVar("T")
 Edit = Callable[[int, Tensor, int], Tensor]
 """edit(i, entries, start): what takes the place of a row of theta_i's entries, the first of them at `start`."""
 
@@ -137,6 +138,17 @@ class Updates(ABC):
 
         `coefficients` are the (n,) c_i where it is sum_i c_i theta_i all the same: what is reported then costs less.
         """
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return compute(), computed for the first method that asks for the key: what several candidates share.
+
+        It is held as long as the updates, and must not be changed.
+        """
+        found: dict[Hashable, Any] = self.__dict__.setdefault("_once", {})
+        if key not in found:
+            found[key] = compute()
+        result: T = found[key]
+        return result
 
     def edited(self, edit: Edit) -> Updates:
         """Return these updates with their entries edited (trimmed, dropped), a row at a time as they are read."""

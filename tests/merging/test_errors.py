@@ -208,7 +208,7 @@ def test_factor_average_with_unequal_ranks_or_scalings():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"k": -1.0}, "k"),
+        ({"k": float("-inf")}, "k"),
         ({"k": NAN}, "k"),
         ({"rank": 0}, "rank"),
         ({"rank": -3}, "rank"),

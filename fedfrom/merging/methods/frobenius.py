@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from fedfrom.merging.methods.choosing import ChoosesK
+from fedfrom.merging.methods.choosing import Chooses
+from fedfrom.merging.methods.task_arithmetic import check_coefficient
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.merging.weights import log_shares, normalised
 
@@ -66,8 +68,8 @@ def _log_powers(norms: Sequence[float], k: float, counts: Sequence[bool]) -> lis
 
 
 @dataclass(frozen=True, kw_only=True)
-class FroM(ChoosesK):
-    """FroM: theta* = sum_i w_i theta_i (Eq. 5), w_i proportional to n_i^p ||theta_i||_F^k (Eq. 1); adapters by Eq. 6.
+class FroM(Chooses):
+    """FroM: theta* = c sum_i w_i theta_i (Eq. 5), w_i proportional to n_i^p ||theta_i||_F^k (Eq. 1); adapters by Eq. 6.
 
     Parameters
     ----------
@@ -84,14 +86,17 @@ class FroM(ChoosesK):
         once for all k; a result for each k is held in memory.
     examples_power : float (default: 0.0)
         p, the power of each client's number of examples. The paper's is 0.
+    coefficient : float | str (default: 1.0)
+        c, finite. The paper's is 1; it multiplies the step as `server_lr` does, which "safe" and the bounds on k take
+        into account. "auto" chooses it by `validate`, alone or together with k.
     scope : str (default: "layer")
         "layer", the paper's: weights from each layer's norms; "model": one weight a client, from the norm of its
         whole update.
     validate : Callable[[Mapping[str, Tensor]], float] | None (default: None)
-        The score of a merged state, higher is better; a k whose score is NaN is not taken. For k="auto" alone.
+        The score of a merged state, higher is better; a k whose score is NaN is not taken. For "auto" alone.
     search : Mapping[str, Sequence[float]] | None (default: None)
-        The values to choose from, by option: {"k": (0, 0.5, 1)}. None is {"k": (0, 0.25, 0.5, 1, 2)}. For k="auto"
-        alone.
+        The values to choose from, by option: {"k": (0, 0.5, 1)}. None is (0, 0.25, 0.5, 1, 2) for k and
+        (0.3, 0.5, 0.7, 1, 1.5) for the coefficient. For options that are "auto" alone.
     rank, solver, iterations, tolerance, seed
         How adapters are solved back to a rank: see `Solver`.
 
@@ -107,7 +112,25 @@ class FroM(ChoosesK):
     tensor([2.5000, 2.5000, 2.5000, 2.5000])
     """
 
+    searchable: ClassVar[tuple[str, ...]] = ("k", "coefficient")
+
+    k: float | str = 1.0  # type: ignore[assignment,misc]
+    coefficient: float | str = 1.0  # type: ignore[misc]
     scope: str = "layer"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_coefficient(self.coefficient)
+
+    @property
+    def step(self) -> float:  # type: ignore[override]
+        """|c|."""
+        return abs(float(self.coefficient))
+
+    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
+        """Return (n,) float64 c w_i."""
+        # the same tensor: what is reported of a weighted mean costs least
+        return weights if self.coefficient == 1 else weights * float(self.coefficient)
 
     def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
         """Return w_i by Eq. 1: from the layer's norms, or with scope="model" from those of the whole updates."""
@@ -115,7 +138,7 @@ class FroM(ChoosesK):
         return weights(norms, float(self.k), examples, self.examples_power, given)
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
-        """Return theta* = sum_i w_i theta_i (Eq. 5)."""
+        """Return theta* = c sum_i w_i theta_i (Eq. 5)."""
         return updates.sum(coefficients)
 
     def survey(self, layers: Iterable[Updates]) -> list[float] | None:

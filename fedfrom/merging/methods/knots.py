@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,10 +70,16 @@ class Aligned(ProductMethod):
         """Return theta* = U diag(S) V, V the merged V_i."""
         if updates.products is None:
             return super().change(updates, coefficients, destination)
-        U, S, parts = align(updates.products, updates.tolerance)
-        V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
+        U, S, V_i = updates.once("knots", partial(self._aligned, updates))  # for all candidates of other coefficients
+        V = super().change(V_i, coefficients, destination)
         assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
         return updates.formed(LowRank(U * S, V.tensor), V.coefficients)
+
+    def _aligned(self, updates: Updates) -> tuple[Tensor, Tensor, DenseUpdates]:
+        """Return U, S and the V_i as updates."""
+        assert updates.products is not None
+        U, S, parts = align(updates.products, updates.tolerance)
+        return U, S, DenseUpdates(parts, updates.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,7 @@ class KnotsTA(Aligned, TaskArithmetic):
 
     Parameters
     ----------
-    coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `TaskArithmetic`.
     """
 
@@ -98,7 +105,7 @@ class KnotsTies(Aligned, Ties):
 
     Parameters
     ----------
-    density, majority, coefficient, examples_power, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `Ties`; entries are trimmed by layer, since V's are not comparable between layers.
     scope : str (default: "layer")
         That, and nothing else.
@@ -116,6 +123,6 @@ class KnotsDareTies(Aligned, DareTies):
 
     Parameters
     ----------
-    density, majority, coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `DareTies`.
     """
