@@ -136,6 +136,7 @@ PRODUCTS = [
     {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},
+    {"method": "knots-ties", "density": 0.4, "convention": "released"},
     *RANDOM,
 ]
 
