@@ -20,6 +20,7 @@ from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.registry import methods
 from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.methods.svc import SVC
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -40,6 +41,7 @@ __all__ = [
     "LoRM",
     "LowRank",
     "MergeReport",
+    "SVC",
     "RegMean",
     "TaskArithmetic",
     "Ties",

@@ -150,6 +150,10 @@ class AdapterUpdates(LayerUpdates):
         c = None if coefficients is None else self._of_updates(coefficients)
         return _ProductChange.of(matrix, c)
 
+    def settled(self, change: Change) -> LowRank:
+        assert isinstance(change, _ProductChange)
+        return change.matrix
+
     def cores(self) -> Cores:
         cores = [self._stack.core(theta.terms) for theta in self.products]
         left, right = cores[0].left, cores[0].right

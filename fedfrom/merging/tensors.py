@@ -16,7 +16,7 @@ from fedfrom.merging.deltas import plain_norms, plain_tensors
 from fedfrom.merging.layer import LayerUpdates, Merged
 from fedfrom.merging.linalg import blocks, samples, sums
 from fedfrom.merging.linalg.blocks import BLOCK
-from fedfrom.merging.linalg.entries import Combine, Entries
+from fedfrom.merging.linalg.entries import Combine, Entries, form
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.linalg.threads import each_block
 from fedfrom.merging.report import LayerReport
@@ -47,11 +47,14 @@ class _TensorChange(Change):
     ----------
     write : Callable[[Weighing], _Written]
         Writes T.
+    combine : Combine
+        Forms theta* alone.
     coefficients : Tensor | None (default: None)
         See `Change`.
     """
 
     write: Callable[[Weighing], _Written]
+    combine: Combine
     coefficients: Tensor | None = None
 
 
@@ -117,15 +120,19 @@ class TensorUpdates(LayerUpdates):
         return self.inputs.statistics(self.name.removesuffix(".weight") if is_gram else self.name, self.order, shape)
 
     def sum(self, coefficients: Tensor) -> Change:
-        return _TensorChange(partial(self._write_sum, coefficients), coefficients)
+        return _TensorChange(partial(self._write_sum, coefficients), summed(coefficients), coefficients)
 
     def entrywise(self, combine: Combine) -> Change:
-        return _TensorChange(partial(self._write_entrywise, combine))
+        return _TensorChange(partial(self._write_entrywise, combine), combine)
 
     def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
         assert isinstance(matrix, Tensor)
         row = matrix.reshape(-1)
         return self.entrywise(lambda rows, start: row[start : start + len(rows[0])])
+
+    def settled(self, change: Change) -> Tensor:
+        assert isinstance(change, _TensorChange)
+        return form(self.entries, change.combine).reshape(self.shape)
 
     def destination(self, weighing: Weighing) -> Destination:
         return Destination(None, weighing.server_lr, 0)

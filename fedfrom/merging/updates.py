@@ -139,6 +139,13 @@ class Updates(ABC):
         `coefficients` are the (n,) c_i where it is sum_i c_i theta_i all the same: what is reported then costs less.
         """
 
+    @abstractmethod
+    def settled(self, change: Change) -> Tensor | LowRank:
+        """Return theta* of a change that these updates made: of a LoRA module as products, else in the layer's shape.
+
+        In the unit of what `formed` takes. A plain tensor's is formed: new memory.
+        """
+
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """Return compute(), computed for the first method that asks for the key: what several candidates share.
 
@@ -210,6 +217,9 @@ class _Edited(Updates):
     def formed(self, matrix: Tensor | LowRank, coefficients: Tensor | None = None) -> Change:
         return self._updates.formed(matrix, coefficients)
 
+    def settled(self, change: Change) -> Tensor | LowRank:
+        return self._updates.settled(change)
+
     @property
     def entries(self) -> Entries:
         raise NotImplementedError("edited updates have no entries to look at: look at them before editing")
@@ -269,6 +279,10 @@ class DenseUpdates(Updates):
 
     def formed(self, matrix: Any, coefficients: Tensor | None = None) -> DenseChange:
         return DenseChange(matrix, coefficients)
+
+    def settled(self, change: Change) -> Tensor:
+        assert isinstance(change, DenseChange)
+        return change.tensor
 
 
 def summed(coefficients: Tensor) -> Combine:

@@ -137,6 +137,8 @@ PRODUCTS = [
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},
     {"method": "knots-ties", "density": 0.4, "convention": "released"},
+    {"method": "svc"},
+    {"method": "svc", "inner": "dare-from", "floor": 0.5},
     *RANDOM,
 ]
 

@@ -117,6 +117,7 @@ MEANS = [
     {"method": "knots-ta", "form": "mean"},
     {"method": "knots-ties", "density": 1.0},
     {"method": "knots-dare-ties", "density": 1.0},
+    {"method": "svc", "inner": "from", "inner_options": {"k": 2.0}},
 ]
 
 

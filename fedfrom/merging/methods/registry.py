@@ -16,6 +16,7 @@ from fedfrom.merging.methods.knots import KnotsDareTies, KnotsTA, KnotsTies
 from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.methods.svc import SVC
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
 
@@ -36,6 +37,7 @@ _METHODS: dict[str, type[Method]] = {
     "lorm": LoRM,
     "soup": Average,
     "greedy-soup": GreedySoup,
+    "svc": SVC,
 }
 
 
