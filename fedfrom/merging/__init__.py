@@ -11,6 +11,7 @@ for its weights; `LayerUpdates.merge` (layer.py) asks it for theta*, writes T an
 
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.merge import merge
+from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.methods.fisher import Fisher
@@ -26,6 +27,7 @@ from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.report import LayerReport, MergeReport
 
 __all__ = [
+    "ACTMat",
     "Average",
     "Dare",
     "DareFroM",

@@ -138,6 +138,7 @@ PRODUCTS = [
     {"method": "lorm", "off_diagonal": 0.5},
     {"method": "knots-ties", "density": 0.4, "convention": "released"},
     {"method": "svc"},
+    {"method": "actmat", "rho": 1.0},
     {"method": "svc", "inner": "dare-from", "floor": 0.5},
     *RANDOM,
 ]

@@ -117,6 +117,7 @@ MEANS = [
     {"method": "knots-ta", "form": "mean"},
     {"method": "knots-ties", "density": 1.0},
     {"method": "knots-dare-ties", "density": 1.0},
+    {"method": "actmat", "rho": 0.5},
     {"method": "svc", "inner": "from", "inner_options": {"k": 2.0}},
 ]
 
@@ -161,6 +162,7 @@ INDIFFERENT = [
     {"method": "dare-ties", "density": 1.0},
     {"method": "knots-ta"},
     {"method": "knots-ties", "density": 0.4},
+    {"method": "actmat", "rho": 1.0},
 ]
 
 

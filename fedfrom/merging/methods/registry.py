@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fedfrom.closest import did_you_mean
+from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
@@ -38,6 +39,7 @@ _METHODS: dict[str, type[Method]] = {
     "soup": Average,
     "greedy-soup": GreedySoup,
     "svc": SVC,
+    "actmat": ACTMat,
 }
 
 

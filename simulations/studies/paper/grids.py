@@ -80,6 +80,7 @@ def rows(kind: str) -> tuple[Row, ...]:
         Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),
         Row("greedy-soup", "greedy-soup", _grid(server_lr=_SCALES)),
         Row("svc", "svc", _grid(inner=("task-arithmetic", "average"), floor=(1.0, 0.7, 0.5))),
+        Row("actmat", "actmat", _grid(rho=(1.0, 0.9, 0.7, 0.5, 0.2, 0.0))),
     ]
     shared = {name for row in found for name in row.also}
     return tuple(row for row in found if row.name not in shared)
