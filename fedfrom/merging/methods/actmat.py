@@ -20,8 +20,8 @@ _EPSILONS = 2  # of the largest singular value, of a plain tensor: directions up
 class ACTMat(ProductMethod):
     """theta* = (sum_t w_t theta_t C_t)(sum_t w_t C_t)^+, C_t = theta_t^T theta_t (arXiv 2604.01329).
 
-    Here C_t = (1 - rho) theta_t^T theta_t + rho ||theta_t||^2 / d_in I, which is the paper's at rho = 0. rho = 1 is FroM
-    at k = 2: a matrix weight and a scalar weight are the two ends of one line. w_t, proportional to n_t^p, is not in
+    Here C_t = (1 - rho) theta_t^T theta_t + rho ||theta_t||^2 / d_in I, the paper's at rho = 0. rho = 1 is FroM at
+    k = 2: a matrix weight and a scalar weight are the two ends of one line. w_t, proportional to n_t^p, is not in
     the paper: with p = 0 it cancels.
 
     LoRA modules go by cores, theta_t = U M_t V^T, M_t (p, q): sum_t w_t C_t is V K V^T on the span of V, K = sum_t w_t

@@ -26,8 +26,8 @@ def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[st
     Notes
     -----
     The setting with the best mean accuracy over the tasks is chosen; of equal ones that with the lower mean loss, then
-    the earlier one in the grid. Settings that a method refuses for these clients are left out. The greedy soup also chooses its clients on the validation half, by 2 n - 1 further
-    scores at server_lr 1.
+    the earlier one in the grid. Settings that a method refuses for these clients are left out. The greedy soup also
+    chooses its clients on the validation half, by 2 n - 1 further scores at server_lr 1.
     """
     merging = _Greedy(clients, arena) if row.method == "greedy-soup" else _Plain(row.method, clients)
     tried: list[dict[str, Any]] = []
