@@ -162,7 +162,6 @@ INDIFFERENT = [
     {"method": "dare-ties", "density": 1.0},
     {"method": "knots-ta"},
     {"method": "knots-ties", "density": 0.4},
-    {"method": "actmat", "rho": 1.0},
 ]
 
 

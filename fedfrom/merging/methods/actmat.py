@@ -65,7 +65,7 @@ class ACTMat(ProductMethod):
             raise ValueError(
                 f"{updates.name!r}: expected a merged update of at most sqrt(T) = {math.sqrt(len(heard)):.3g} times "
                 f"the root mean square of the T = {len(heard)} clients' norms, found {size / most:.3g} times that: the "
-                "updates' row spaces are independent but close to each other, and ACTMat interpolates there; take rho "
+                "updates' row spaces are independent, or nearly so, and ACTMat interpolates there; take rho "
                 "nearer 1 (rho = 1 is FroM at k = 2), or another method"
             )
         return cores.lift((core * unit).to(cores.matrices[0].dtype))

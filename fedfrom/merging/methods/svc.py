@@ -27,9 +27,10 @@ class SVC(ProductMethod):
     (github.com/lyymuwu/SVC), whose alpha is `floor`.
 
     It departs from that code in two points. Where u_r^T theta_i is rounding, s_ir is 0: there the code divides by at
-    least 1e-12, which depends on the unit of theta. Clients of weight 0 are not among the n. As there, only matrices of
-    linear layers are calibrated; all else is what `inner` makes of it. From the factors of LoRA modules: O((d_out +
-    d_in) R^2), nothing dense unless `inner` is.
+    least 1e-12, which depends on the unit of theta. Clients of weight 0 are not among the n; all others count alike, so
+    that a client of weight 2 is not that client twice. As there, only matrices of linear layers are calibrated; all
+    else is what `inner` makes of it. From the factors of LoRA modules: O((d_out + d_in) R^2), nothing dense unless
+    `inner` is.
 
     Parameters
     ----------
