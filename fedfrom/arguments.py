@@ -85,8 +85,8 @@ def power_of(text: str) -> float:
             "fedfrom.merge(..., k='auto', validate=...) in Python"
         )
     k = number("--k", text)
-    if not k >= 0:
-        raise BadInput(f"--k: expected a number >= 0 (inf included), found {text}")
+    if not k > -float("inf"):
+        raise BadInput(f"--k: expected a number (inf included, -inf not), found {text}")
     return k
 
 

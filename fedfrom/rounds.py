@@ -150,8 +150,8 @@ class RoundReport:
             if pairs := [row[j] for i, row in enumerate(self.merge.cosines()) for j in range(i)]:
                 metrics["cosine-mean"] = sum(pairs) / len(pairs)
             if self.merge.validation:
-                metrics["k"] = float(self.merge.method["k"])
-                metrics["validation-score"] = max(score for _, score in self.merge.validation)
+                metrics |= {name: float(self.merge.method[name]) for name in self.merge.searched}
+                metrics["validation-score"] = max(score for *_, score in self.merge.validation)
         if adapters := [layer for layer in weighed if layer.kind == "adapter"]:
             metrics["rank-max"] = max(layer.rank_out for layer in adapters)
             metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)

@@ -1,22 +1,22 @@
-"""The warning that rounds may swing: server_lr (1 + k lambda_max) at 2 or above in some layer."""
+"""The warnings that rounds may swing, or with k < 0 drift to one client: k too far from 0 in some layer."""
 
 from __future__ import annotations
 
 import logging
 
 from fedfrom.merging import MergeReport
-from fedfrom.merging.stability import stable
+from fedfrom.merging.stability import attracts, stable
 
 log = logging.getLogger("flwr")  # where Flower's own strategies log
 
 
 def warn_of_swinging(merge: MergeReport) -> bool:
-    """Log where a layer's step is beyond the bound alpha c (1 + k lambda_max) < 2 at c = 1; return whether one is."""
+    """Log where a layer is beyond the bounds 0 <= alpha c (1 + k lambda_max) < 2 at c = 1; return whether one is."""
     clients = len(merge.clients)
     beyond = [
-        layer.server_lr * (1 + float(layer.k) * layer.lambda_max)
+        layer.server_lr * layer.step * (1 + max(float(layer.k), 0.0) * layer.lambda_max)
         for layer in merge.layers
-        if layer.is_update and not stable(layer.server_lr, float(layer.k), layer.lambda_max, clients)
+        if layer.is_update and not stable(layer.server_lr * layer.step, float(layer.k), layer.lambda_max, clients)
     ]
     if beyond:
         log.warning(
@@ -25,4 +25,15 @@ def warn_of_swinging(merge: MergeReport) -> bool:
             "(where k is finite)",
             max(beyond),
         )
-    return bool(beyond)
+    drifting = [
+        float(layer.k) * layer.lambda_max
+        for layer in merge.layers
+        if layer.is_update and not attracts(float(layer.k), layer.lambda_max, clients)
+    ]
+    if drifting:
+        log.warning(
+            "aggregate_train: k lambda_max reaches %.2f: below -1 a round moves towards the nearest of clients whose "
+            "updates oppose each other, not between them; if the scores fall, take a k nearer 0",
+            min(drifting),
+        )
+    return bool(beyond or drifting)

@@ -6,6 +6,7 @@ configuration (`run_simulation` has an empty run configuration). `flwr run` fill
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Options:
     train_examples: int = option(0, "Use at most this many training examples of a task, 0: all.", least=0)
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.", least=0)
     validation_examples: int = option(
-        0, "Held-out examples that k=auto and greedy-soup choose by, in no score.", least=0
+        0, "Held-out examples that k=auto, coefficient=auto and greedy-soup choose by, in no score.", least=0
     )
 
     partition: str = option(
@@ -85,7 +86,7 @@ class Options:
     max_length: int = option(64, "Longest input, in tokens; the rest is cut off.", least=4)
     statistics_batches: int = option(8, "Batches that a client's statistics are of (regmean, lorm, fisher).", least=1)
 
-    k: float = option(0.5, "FroM: power of the Frobenius norm in the weights (inf: the largest alone).", least=0)
+    k: float = option(0.5, "FroM: power of the Frobenius norm in the weights (inf: the largest alone).")
     examples_power: float = option(0.5, "FroM: power of a client's number of examples in the weights.", least=0)
     solver: str = option(
         "svd", "FroM: svd (exact) or alternating (the paper's Algorithm 1).", choices=("svd", "alternating")
@@ -167,6 +168,7 @@ class Options:
     def _contradictions(self) -> list[tuple[str, bool]]:
         names = [spec.split(":")[0] for spec in self.strategies]
         return [
+            ("--k: expected a number (inf included, -inf not)", not self.k > -math.inf),  # NaN is refused too
             ("--task: no task given", not self.task),
             ("--task: a task is named twice", len(set(self.task)) < len(self.task)),
             ("--task: several tasks need --partition tasks", len(self.task) > 1 and self.partition != "tasks"),

@@ -23,7 +23,7 @@ def build(
     lora_config : dict[str, Any] | None
         The server's PEFT configuration; None for full fine-tuning.
     validate : Callable[[Mapping[str, Tensor]], float] | None (default: None)
-        Scores a global state, for k=auto and greedy-soup.
+        Scores a global state, for k=auto, coefficient=auto and greedy-soup.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def build(
     try:
         if name == "fedavg":
             return FedAvg(**flower, **settings)
-        if settings.get("k") == "auto" or name == "greedy-soup":
+        if "auto" in settings.values() or name == "greedy-soup":
             if validate is None:
                 raise BadInput(f"--strategies {spec}: it chooses by held-out examples; set --validation-examples")
             settings["validate"] = validate

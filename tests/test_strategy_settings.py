@@ -85,7 +85,7 @@ def test_reports_can_be_written_as_json() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"k": -1}, ["k", "-1"]),
+        ({"k": float("-inf")}, ["k", "-inf"]),
         ({"k": math.nan}, ["k", "nan"]),
         ({"examples_power": -0.5}, ["examples_power", "-0.5"]),
         ({"examples_power": math.inf}, ["examples_power", "inf"]),

@@ -36,7 +36,8 @@ def merge(
         str, typer.Option("--method", help="See fedfrom methods. [default: from]", show_default=False)
     ] = "from",
     k: Annotated[
-        str | None, typer.Option("--k", help="Power of the norm in FroM's weights, 0 to inf. [default: 1, the paper's]")
+        str | None,
+        typer.Option("--k", help="Power of the norm in FroM's weights, up to inf. [default: 1, the paper's]"),
     ] = None,
     rank: Annotated[
         str | None,

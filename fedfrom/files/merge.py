@@ -93,7 +93,7 @@ def prepare(
 ) -> LayerByLayer:
     """Return the merge of opened models, which runs a layer at a time; see `fedfrom.merge` for the arguments."""
     if method.validate is not None:
-        raise BadInput("k='auto' and greedy-soup need validation data: call fedfrom.merge(..., validate=) in Python")
+        raise BadInput("'auto' and greedy-soup need validation data: call fedfrom.merge(..., validate=) in Python")
     if method.needs:
         raise BadInput(
             f"method: {type(method).__name__} needs statistics that clients compute from their data "

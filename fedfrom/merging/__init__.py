@@ -11,6 +11,7 @@ for its weights; `LayerUpdates.merge` (layer.py) asks it for theta*, writes T an
 
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.merge import merge
+from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
@@ -22,12 +23,14 @@ from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.registry import methods
 from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.methods.svc import SVC
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.methods.tsv import TSV
 from fedfrom.merging.report import LayerReport, MergeReport
 
 __all__ = [
+    "ACTMat",
     "Average",
     "CoreDareTies",
     "CoreTies",
@@ -47,6 +50,7 @@ __all__ = [
     "LoRM",
     "LowRank",
     "MergeReport",
+    "SVC",
     "RegMean",
     "TSV",
     "TaskArithmetic",

@@ -38,12 +38,22 @@ class _ProductChange(Change):
     ----------
     matrix : LowRank
         theta*, in units.
-    coefficients : Tensor | None
+    coefficients : Tensor | None (default: None)
         (n,) c_i where theta* is sum_i c_i theta_i, 0 where theta_i is.
+    dense : Tensor | None (default: None)
+        theta* as one matrix, where it was formed as one.
     """
 
     matrix: LowRank
     coefficients: Tensor | None = None
+    dense: Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor | LowRank) -> _ProductChange:
+        """Return the change of a matrix, dense or as products."""
+        if isinstance(matrix, LowRank):
+            return cls(matrix)
+        return cls(LowRank.from_dense(matrix), dense=matrix)
 
 
 class AdapterUpdates(LayerUpdates):
@@ -136,10 +146,14 @@ class AdapterUpdates(LayerUpdates):
         return _ProductChange(LowRank.sum(self.products, c.tolist()), c)
 
     def entrywise(self, combine: Combine) -> Change:
-        return _ProductChange(LowRank.from_dense(form(self.entries, combine).reshape(self.shape)))
+        return _ProductChange.of(form(self.entries, combine).reshape(self.shape))
 
     def formed(self, matrix: Tensor | LowRank) -> Change:
-        return _ProductChange(matrix if isinstance(matrix, LowRank) else LowRank.from_dense(matrix))
+        return _ProductChange.of(matrix)
+
+    def settled(self, change: Change) -> LowRank:
+        assert isinstance(change, _ProductChange)
+        return change.matrix
 
     def cores(self) -> Cores:
         cores = [self._stack.core(theta.terms) for theta in self.products]
@@ -169,7 +183,7 @@ class AdapterUpdates(LayerUpdates):
     def finish(self, change: Change, weighing: Weighing, destination: Destination) -> Merged:
         assert isinstance(change, _ProductChange)
         solution = self._solve(change, weighing, destination)
-        inner, square = self._inner_and_square(change, weighing, solution)
+        inner, square, cosines = self._inner_and_square(change, weighing, solution)
         tensors = self._write(solution, weighing)
         for key, tensor in tensors.items():
             check_result(key, tensor, not tensor.is_floating_point() or sums.is_finite(tensor))
@@ -182,6 +196,7 @@ class AdapterUpdates(LayerUpdates):
             solution.optimum,
             solution.energy,
             solution.iterations,
+            cosines,
         )
 
     def _solve(self, change: _ProductChange, weighing: Weighing, destination: Destination) -> Solution:
@@ -204,22 +219,41 @@ class AdapterUpdates(LayerUpdates):
         root = target.shape[1] ** 0.5
         return replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
 
-    def _inner_and_square(self, change: _ProductChange, weighing: Weighing, solution: Solution) -> tuple[float, float]:
-        """Return <sum_i w_i theta_i, theta*> and ||theta*||^2."""
+    def _inner_and_square(
+        self, change: _ProductChange, weighing: Weighing, solution: Solution
+    ) -> tuple[float, float, list[float]]:
+        """Return <sum_i w_i theta_i, theta*>, ||theta*||^2, and the cosines of a theta* that is no weighted sum."""
         w, c, theta = weighing.weights, change.coefficients, change.matrix
         if c is None:
-            return LowRank.sum(self.products, w.tolist()).inner(theta), theta.norm() ** 2
+            size = theta.norm() if change.dense is None else float(torch.linalg.matrix_norm(change.dense))
+            inners = self._inners(change)
+            scales = [size * own for own in self.sizes]
+            cosines = [x / s if s > 0 else 0.0 for x, s in zip(inners.tolist(), scales, strict=True)]
+            return float(w.to(inners) @ inners), size**2, [min(1.0, max(-1.0, cosine)) for cosine in cosines]
         if self.gram is not None:
             inner = self.gram @ c
-            return float(w @ inner), max(0.0, float(c @ inner))
+            return float(w @ inner), max(0.0, float(c @ inner)), []
         if self._W is None and weighing.server_lr:  # T is alpha theta*
             square = solution.energy / weighing.server_lr**2
         else:
             square = self._square_of(theta, solution.rank)
         multiple = self.multiple(c, w)
         if multiple is None:
-            return LowRank.sum(self.products, w.tolist()).inner(theta), square
-        return square / multiple if multiple else 0.0, square
+            return LowRank.sum(self.products, w.tolist()).inner(theta), square, []
+        return square / multiple if multiple else 0.0, square, []
+
+    def _inners(self, change: _ProductChange) -> Tensor:
+        """Return (n,) float64 <theta_i, theta*>: of sum_j c_j x_j y_j^T, the sum of c_j <theta*^T x_j, y_j>."""
+        X, Y = self._stack.left.columns, self._stack.right.columns
+        if change.dense is not None:
+            turned = change.dense.T @ X
+        else:
+            turned = change.matrix.A.T @ (change.matrix.B.T @ X)
+        found = []
+        for theta in self.products:
+            m = self._stack.mixture(theta.terms)
+            found.append(m.values @ (turned[:, m.rows] * Y[:, m.columns]).sum(dim=0))
+        return torch.stack(found)
 
     def _square_of(self, change: LowRank, rank: int) -> float:
         """Return ||theta*||^2, by the way that costs least; among very many clients an estimate."""

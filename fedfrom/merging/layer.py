@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from fedfrom.merging.clients import Round
@@ -36,6 +37,9 @@ class Merged:
         ||theta*||_F^2, in units.
     rank, residual, optimum, energy, iterations
         Of Eq. 6: see `Solution`. All 0 of plain tensors, whose T is exact.
+    cosines : list[float]
+        (n,) cos(theta_i, theta*), in the order of sums; empty where theta* is a weighted sum, of which the updates'
+        inner products tell them.
     """
 
     tensors: dict[str, Tensor]
@@ -46,6 +50,7 @@ class Merged:
     optimum: float = 0.0
     energy: float = 0.0
     iterations: int = 0
+    cosines: list[float] = field(default_factory=list)
 
 
 class LayerUpdates(Updates):
@@ -127,7 +132,7 @@ class LayerUpdates(Updates):
         destination = self.destination(weighing)
         change = weighing.method.change(self, weighing.coefficients, destination)
         merged = self.finish(change, weighing, destination)
-        return merged.tensors, self._report(weighing, merged)
+        return merged.tensors, self._report(weighing, merged, change)
 
     def multiple(self, coefficients: Tensor, weights: Tensor) -> float | None:
         """Return f where sum_i c_i theta_i is f times the weighted mean sum_i w_i theta_i; None where it is not."""
@@ -141,11 +146,32 @@ class LayerUpdates(Updates):
         f = math.fsum(c) / total
         return f if all(abs(c_i - f * w_i) <= 1e-9 * abs(f) for c_i, w_i in zip(c, w, strict=True)) else None
 
-    def _report(self, weighing: Weighing, merged: Merged) -> LayerReport:
+    @property
+    def is_update(self) -> bool:
+        """Whether there is an update that a norm could weigh, and the server scale."""
+        return True
+
+    def _cosines_to(self, change: Change, weighing: Weighing, merged: Merged) -> list[float]:
+        """Return (n,) cos(theta_i, theta*), in the order of sums; empty where that is not known."""
+        if change.coefficients is None:
+            return merged.cosines
+        if weighing.cosines is None:
+            return []
+        c = [own * size for own, size in zip(change.coefficients.tolist(), self.sizes, strict=True)]
+        most = max(map(abs, c)) or 1.0  # in units of it no square leaves float64's range
+        parts = np.array([own / most for own in c])
+        inner = weighing.cosines @ parts
+        square = float(parts @ inner)  # of the same entries as the cosines, so that none is above 1
+        scale = 1 / math.sqrt(square) if square > 0 else 0.0
+        return [min(1.0, max(-1.0, x * scale)) for x in inner.tolist()]
+
+    def _report(self, weighing: Weighing, merged: Merged, change: Change) -> LayerReport:
         squares = self.weighted_energy(weighing.weights)  # sum_i w_i ||theta_i||^2
         spread = max(0.0, squares - 2 * merged.inner + merged.square)  # sum_i w_i ||theta_i - theta*||^2
         place = sorted(range(len(self)), key=self.order.__getitem__)
         k, weights, cosines = weighing.method.k, weighing.weights.tolist(), weighing.cosines
+        size = math.fsum(self.sizes) / len(self)
+        to_merged = self._cosines_to(change, weighing, merged) if self.is_update else []
         return LayerReport(
             name=self.name,
             kind=self.kind,
@@ -162,7 +188,10 @@ class LayerUpdates(Updates):
             iterations=merged.iterations,
             lambda_max=weighing.lambda_max,
             cosines=[] if cosines is None or len(place) > MOST_COSINES else cosines[place][:, place].tolist(),
+            size_ratio=math.sqrt(merged.square) / size if self.is_update and size > 0 else 0.0,
+            cosines_merged=[to_merged[i] for i in place] if to_merged else [],
             k="infinity" if k == float("inf") else k,
             server_lr=weighing.server_lr,
+            step=weighing.method.step,
             clipped=[] if all(factor == 1.0 for factor in self.clip_factors) else self.clip_factors,
         )

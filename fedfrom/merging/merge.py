@@ -16,6 +16,7 @@ from fedfrom.merging.inputs import check_clip, check_inputs, check_numbers, chec
 from fedfrom.merging.linalg.threads import one_thread_each
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.registry import check_method, make_method
+from fedfrom.merging.oversize import warn_of_size
 from fedfrom.merging.peft.configs import output_config
 from fedfrom.merging.peft.layers import State
 from fedfrom.merging.report import LayerReport, MergeReport
@@ -75,8 +76,8 @@ def merge(
         the counts that it divides by; and which entries DARE draws for the others.
     server_lr : float | str (default: 1.0)
         alpha >= 0. "safe" takes in each layer the most, up to 1, that keeps rounds from swinging:
-        alpha (1 + k lambda_max) is at most 1.8. That is a bound for FroM and averages: a method's own coefficient is
-        not in it.
+        alpha (1 + k lambda_max) is at most 1.8 (with FroM's coefficient c: alpha |c| (1 + k lambda_max)). That is a
+        bound for FroM and averages: other methods' coefficients are not in it.
     clip : float | None (default: None)
         In each layer no update counts for more than `clip` times the median of the clients' norms there: longer ones
         are shortened to it before they are weighed. The median leaves out norms of zero and negligible ones: see
@@ -147,7 +148,7 @@ def merge_clients(clients: Sequence[Client], shared: Round, method: Method) -> t
             merged[i].update(part)
             reports[i].append(report)
     best, validation = method.best(merged)
-    return merged[best], layers.report(reports[best], best, validation)
+    return merged[best], layers.report(reports[best], best, validation, list(method.search or ()))
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,11 @@ class LayerByLayer:
                 yield found.pop(part.name)  # popped, so that the caller holds the only reference
 
     def report(
-        self, layers: list[LayerReport], candidate: int = 0, validation: Sequence[tuple[float, float]] = ()
+        self,
+        layers: list[LayerReport],
+        candidate: int = 0,
+        validation: Sequence[tuple[float, ...]] = (),
+        searched: Sequence[str] = (),
     ) -> MergeReport:
         """Return the report of the whole merge from one candidate's reports of all layers."""
         chosen = self.candidates[candidate]
@@ -189,7 +194,9 @@ class LayerByLayer:
             settings["weights"] = self.inputs.weights
         config = _config(self.inputs, layers, keep=self.shared.as_reference or chosen.on_factors)
         clients = [source.who for source in self.inputs.sent]
-        return MergeReport(settings, clients, layers, config, list(validation))
+        report = MergeReport(settings, clients, layers, config, list(validation), list(searched))
+        warn_of_size(report)
+        return report
 
 
 def layer_by_layer(clients: Sequence[Client], shared: Round, method: Method) -> LayerByLayer:

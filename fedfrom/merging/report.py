@@ -53,10 +53,17 @@ class LayerReport:
         adapters of more than 32 clients, of 2^10 random projections, which read up to a fifth too high.
     cosines : list[list[float]]
         cos(theta_i, theta_j) by client, in the order given, of the same entries; empty above 32 clients.
+    size_ratio : float
+        ||theta*||_F / mean_i ||theta_i||_F, after clipping; 0 where all of them are zero, or none is an update.
+    cosines_merged : list[float]
+        cos(theta_i, theta*) by client, in the order given, of the same entries; 0 for a zero update. Empty where theta*
+        is a weighted sum of adapters of more than 32 clients, and where nothing is an update.
     k : float
         Power of the norm in the weights: with k="auto" what the layer allows; infinity reads "infinity".
     server_lr : float
         alpha: with server_lr="safe" what the layer allows.
+    step : float
+        What FroM's coefficient multiplies the weighted mean by, without its sign; 1 with other methods.
     clipped : list[float]
         By client, what its update was multiplied by, 1 where it was not clipped; empty where nothing is clipped.
     """
@@ -76,8 +83,11 @@ class LayerReport:
     iterations: int = 0
     lambda_max: float = 0.0
     cosines: list[list[float]] = field(default_factory=list)
+    size_ratio: float = 0.0
+    cosines_merged: list[float] = field(default_factory=list)
     k: float | str = 0.0
     server_lr: float = 1.0
+    step: float = 1.0
     clipped: list[float] = field(default_factory=list)
 
     @property
@@ -98,8 +108,11 @@ class MergeReport:
         Names of the clients, in the order of every list in the layers.
     layers : list[LayerReport]
         In the order of the state.
-    validation : list[tuple[float, float]]
-        With k="auto" each k of the grid and the score that the merge with it had; `method` has the k that was taken.
+    validation : list[tuple[float, ...]]
+        Where options were chosen by validation, what was tried and how it scored: a row (value of each option in
+        `searched`, score) for each candidate, with k="auto" (k, score). `method` has what was taken.
+    searched : list[str]
+        The options that were chosen by validation: what the columns of `validation` are, but for the last.
     config : dict[str, Any] | None
         The adapter config that goes with the merged state, where configs were given.
     """
@@ -108,7 +121,8 @@ class MergeReport:
     clients: list[str]
     layers: list[LayerReport]
     config: dict[str, Any] | None = None
-    validation: list[tuple[float, float]] = field(default_factory=list)
+    validation: list[tuple[float, ...]] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
 
     @property
     def has_adapters(self) -> bool:
@@ -150,7 +164,8 @@ class MergeReport:
         """Return the report whose `to_dict` this is."""
         layers = [LayerReport(**layer) for layer in report["layers"]]
         own = {name: report[name] for name in ("method", "clients", "config")}
-        return cls(**own, layers=layers, validation=[(k, score) for k, score in report["validation"]])
+        searched = report.get("searched", ["k"] if report["validation"] else [])  # reports had k alone
+        return cls(**own, layers=layers, validation=[tuple(row) for row in report["validation"]], searched=searched)
 
 
 def _clipped(layer: LayerReport) -> list[float]:

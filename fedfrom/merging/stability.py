@@ -1,7 +1,13 @@
 """A method's weights in each layer, and the bounds on k and alpha that keep rounds from swinging.
 
-Near its fixed point a round multiplies the distance along the updates' main line by 1 - alpha c (1 + k lambda_max), c
-the clients' relative progress: it is stable only while alpha c (1 + k lambda_max) < 2. Here c is taken for 1, its most.
+Where the merged update is 0, a shift of W by d changes each theta_i by -c d, c the clients' relative progress, and the
+merged update by -c (1 + k sum_i w_i u_i u_i^T) d, u_i = theta_i / ||theta_i||: k multiplies the change of the weights.
+So a round multiplies the distance along an eigenvector of that sum, its eigenvalue lambda in [0, lambda_max],
+by 1 - alpha c (1 + k lambda), and is stable while 0 < alpha c (1 + k lambda) < 2. For k >= 0 the bound is
+alpha c (1 + k lambda_max) < 2, along the updates' main line. For k < 0 it is alpha c < 2, along what is orthogonal to
+all updates, and 1 + k lambda_max > 0, whatever alpha: below, W moves away from that point towards the nearest client.
+At k = -1 every point between two opposed clients is such a point: 1 + k lambda_max is 0 there. Here c is taken for 1,
+its most.
 """
 
 from __future__ import annotations
@@ -78,9 +84,9 @@ def weigh(
     layers : Sequence[LayerUpdates]
         All with inner products, or all with a sketch.
     methods : Sequence[Method]
-        One, which is taken as it is, or candidates that differ in k alone, ascending. A candidate whose k is too
-        much for a layer, alpha (1 + k lambda_max) >= 2 or 1 / sum w_i^2 < n / 2, gets the largest k below it that is
-        not; the first has nothing below it.
+        One, which is taken as it is, or candidates that differ in k and the coefficient. A candidate whose k is too
+        much for a layer (it is not `stable`, does not `attract`, or 1 / sum w_i^2 < n / 2) gets the next k towards 0
+        that is not, of those with its coefficient; the one nearest 0 on its side is taken as it is.
     examples : Sequence[float] | None
         (n,) n_i, in the order given.
     given : Sequence[float] | None
@@ -128,15 +134,25 @@ def _within_bounds(
     means: Sequence[float],
     clients: int | None,
 ) -> list[Weighing]:
-    """Return one layer's weighings, those that are out of bounds replaced by the last before them that is not."""
-    found: list[Weighing] = []
+    """Return one layer's weighings, those that are out of bounds replaced by the next towards k = 0 that is not."""
+    every: list[Weighing] = []
+    within: list[bool] = []
     for method, w, lambda_max, mean in zip(methods, weights, largest, means, strict=True):
         n = len(w) if clients is None else clients
-        alpha = safe_lr(method.k, lambda_max, n) if isinstance(server_lr, str) else server_lr
+        alpha = safe_lr(method.k, lambda_max, n, method.step) if isinstance(server_lr, str) else server_lr
         weighing = Weighing(method, w, alpha, lambda_max, cosines, mean)
-        within = not found or (stable(alpha, method.k, lambda_max, n) and weighing.clients_effective >= n / 2)
-        found.append(weighing if within else found[-1])
-    return found
+        every.append(weighing)
+        is_steady = stable(alpha * method.step, method.k, lambda_max, n) and attracts(method.k, lambda_max, n)
+        within.append(is_steady and weighing.clients_effective >= n / 2)
+
+    def nearest(i: int) -> Weighing:
+        side = math.copysign(1, methods[i].k)  # of 0 itself +, and it bounds either side
+        alike = [j for j, m in enumerate(methods) if m.coefficient == methods[i].coefficient]
+        nearer = [j for j in alike if 0 <= side * methods[j].k <= side * methods[i].k]
+        falling = sorted(nearer, key=lambda j: -abs(methods[j].k))
+        return every[next((j for j in falling if within[j]), falling[-1])]
+
+    return [weighing if ok else nearest(i) for i, (weighing, ok) in enumerate(zip(every, within, strict=True))]
 
 
 def once_each(weighings: Sequence[Weighing], merged: Callable[[Weighing], _T]) -> list[_T]:
@@ -146,14 +162,23 @@ def once_each(weighings: Sequence[Weighing], merged: Callable[[Weighing], _T]) -
 
 
 def stable(server_lr: float, k: float, lambda_max: float, clients: int) -> bool:
-    """Return whether alpha (1 + k lambda_max) < 2; one client alone has nobody to swing with."""
+    """Return whether alpha (1 + max(k, 0) lambda_max) < 2; one client alone has nobody to swing with.
+
+    A method's own coefficient is to be multiplied into alpha.
+    """
     # two opposed clients have lambda_max = 1 but for rounding
-    return clients < 2 or lambda_max == 0 or server_lr * (1 + k * lambda_max) < 2 * (1 - 1e-6)
+    return clients < 2 or lambda_max == 0 or server_lr * (1 + max(k, 0.0) * lambda_max) < 2 * (1 - 1e-6)
 
 
-def safe_lr(k: float, lambda_max: float, clients: int) -> float:
-    """Return the most alpha, up to 1, that is stable by a margin."""
-    return 1.0 if clients < 2 or lambda_max == 0 else min(1.0, 2 * _MARGIN / (1 + k * lambda_max))
+def attracts(k: float, lambda_max: float, clients: int) -> bool:
+    """Return whether 1 + k lambda_max >= 0: below, rounds move towards the nearest client, not between them."""
+    return clients < 2 or k >= 0 or k * lambda_max >= -1 - 1e-6
+
+
+def safe_lr(k: float, lambda_max: float, clients: int, step: float = 1.0) -> float:
+    """Return the most alpha, up to 1, that is stable by a margin; `step` is what a method multiplies the mean by."""
+    most = step * (1 + max(k, 0.0) * lambda_max)
+    return 1.0 if clients < 2 or lambda_max == 0 or most <= 2 * _MARGIN else 2 * _MARGIN / most
 
 
 def largest_eigenvalue(cosines: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fedfrom.merging.deltas import plain_norms, plain_tensors
 from fedfrom.merging.layer import LayerUpdates, Merged
 from fedfrom.merging.linalg import blocks, samples, sums
 from fedfrom.merging.linalg.blocks import BLOCK
-from fedfrom.merging.linalg.entries import Combine, Entries
+from fedfrom.merging.linalg.entries import Combine, Entries, form
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.linalg.rounding import rank_tolerance
 from fedfrom.merging.linalg.threads import each_block
@@ -30,12 +31,13 @@ _SUMMED = 1e30
 
 @dataclass(frozen=True)
 class _Written:
-    """T, ||theta*|| and <sum_i w_i theta_i, theta*> in units, and whether T is finite."""
+    """T, ||theta*|| and <sum_i w_i theta_i, theta*> in units, whether T is finite, and (n,) cos(theta_i, theta*)."""
 
     tensor: Tensor
     size: float
     inner: float
     is_finite: bool
+    cosines: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,15 @@ class _TensorChange(Change):
     ----------
     write : Callable[[Weighing], _Written]
         Writes T.
+    combine : Combine
+        Forms theta* alone.
+    coefficients : Tensor | None (default: None)
+        See `Change`.
     """
 
     write: Callable[[Weighing], _Written]
+    combine: Combine
+    coefficients: Tensor | None = None
 
 
 class TensorUpdates(LayerUpdates):
@@ -74,7 +82,6 @@ class TensorUpdates(LayerUpdates):
 
     @property
     def is_update(self) -> bool:
-        """Whether there is an update that a norm could weigh, and the server scale."""
         return self.has_reference and not self.is_buffer
 
     @property
@@ -122,15 +129,19 @@ class TensorUpdates(LayerUpdates):
         return self.inputs.statistics(self.name.removesuffix(".weight") if is_gram else self.name, self.order, shape)
 
     def sum(self, coefficients: Tensor) -> Change:
-        return _TensorChange(partial(self._write_sum, coefficients))
+        return _TensorChange(partial(self._write_sum, coefficients), summed(coefficients), coefficients)
 
     def entrywise(self, combine: Combine) -> Change:
-        return _TensorChange(partial(self._write_entrywise, combine))
+        return _TensorChange(partial(self._write_entrywise, combine), combine)
 
     def formed(self, matrix: Tensor | LowRank) -> Change:
         assert isinstance(matrix, Tensor)
         row = matrix.reshape(-1)
         return self.entrywise(lambda rows, start: row[start : start + len(rows[0])])
+
+    def settled(self, change: Change) -> Tensor:
+        assert isinstance(change, _TensorChange)
+        return form(self.entries, change.combine).reshape(self.shape)
 
     def destination(self, weighing: Weighing) -> Destination:
         return Destination(None, weighing.server_lr, 0)
@@ -140,7 +151,7 @@ class TensorUpdates(LayerUpdates):
         written = change.write(weighing)
         key = self._layer.keys["tensor"]
         check_result(key, written.tensor, written.is_finite)
-        return Merged({key: written.tensor}, written.inner, written.size**2)
+        return Merged({key: written.tensor}, written.inner, written.size**2, cosines=written.cosines)
 
     def _write_sum(self, coefficients: Tensor, weighing: Weighing) -> _Written:
         """Write T for theta* = sum_i c_i theta_i, in one pass over the clients' tensors."""
@@ -175,20 +186,32 @@ class TensorUpdates(LayerUpdates):
         result, W = out.reshape(-1), None if self._base is None else self._base.detach().reshape(-1)
         nothing: list[Tensor | None] = [None] * len(entries)
 
-        def part(start: int, stop: int) -> tuple[float, float, bool]:
+        def part(start: int, stop: int) -> tuple[float, float, bool, np.ndarray]:
             thetas = [entries.block(i, start, stop) for i in range(len(entries))]
             mean, _, _ = sums.weighted_sum(thetas, nothing, weights, None, 1.0)
+            places = samples.places(out.numel(), start, stop)
+            some = torch.stack([theta[places] for theta in thetas])  # a copy: `combine` may overwrite its rows
             change = combine(thetas, start)
             products = (mean.to(torch.float64) / unit).mul_(change.to(torch.float64) / unit)
             # on one thread, however many torch has: so the bits are the same
             inner = float(products.cpu().numpy().sum())
             own = None if W is None else W[start:stop].to(change)
             result[start:stop], size, _ = sums.weighted_sum([change], [None], [1.0], own, alpha)
-            return size / unit, inner, sums.is_finite(result[start:stop])
+            return size / unit, inner, sums.is_finite(result[start:stop]), self._inners(some, change[places])
 
         found = each_block(out.numel(), BLOCK, part, entries.is_read)
-        sizes, inners, finite = zip(*found, strict=True) if found else ((), (), ())
-        return _Written(out, math.hypot(*sizes), math.fsum(inners), all(finite))
+        sizes, inners, finite, products = zip(*found, strict=True) if found else ((), (), (), ())
+        inner, own, square = np.sum(products, axis=0) if found else np.zeros((3, len(entries)))
+        scale = np.sqrt(own * square)
+        cosines = np.divide(inner, scale, where=scale > 0, out=np.zeros_like(inner)).clip(-1, 1)
+        return _Written(out, math.hypot(*sizes), math.fsum(inners), all(finite), cosines.tolist())
+
+    def _inners(self, thetas: Tensor, change: Tensor) -> np.ndarray:
+        """Return (3, n) <theta_i, theta*>, ||theta_i||^2 and ||theta*||^2 of some entries, in units."""
+        rows = thetas.to(torch.float64).div_(self.unit).cpu().numpy()
+        row = change.to(torch.float64).div(self.unit).cpu().numpy()
+        # sums by numpy are on one thread, however many torch has: so the bits are the same
+        return np.stack([(rows * row).sum(axis=1), (rows * rows).sum(axis=1), np.full(len(rows), (row * row).sum())])
 
 
 def keep(inputs: Inputs, name: str) -> tuple[dict[str, Tensor], LayerReport]:

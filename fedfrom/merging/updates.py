@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedfrom.merging.linalg.entries import Combine, Entries, Histogram, form
 from fedfrom.merging.linalg.lowrank import LowRank
 
+T = TypeVar("T")
 Edit = Callable[[int, Tensor, int], Tensor]
 """edit(i, entries, start): what takes the place of a row of theta_i's entries, the first of them at `start`."""
 
@@ -24,7 +25,14 @@ class Change:
 
     A method gets it from `Updates.sum`, `entrywise`, `formed` or `cores`, and hands it back; the updates that it came
     from know how to turn it into tensors.
+
+    Attributes
+    ----------
+    coefficients : Tensor | None
+        (n,) c_i where theta* is known to be sum_i c_i theta_i, None elsewhere.
     """
+
+    coefficients: Tensor | None = None
 
 
 class Destination(NamedTuple):
@@ -140,6 +148,24 @@ class Updates(ABC):
     def formed(self, matrix: Tensor | LowRank) -> Change:
         """Return theta* that the method has formed itself: of a LoRA module as products, else in the layer's shape."""
 
+    @abstractmethod
+    def settled(self, change: Change) -> Tensor | LowRank:
+        """Return theta* of a change that these updates made: of a LoRA module as products, else in the layer's shape.
+
+        In the unit of what `formed` takes. A plain tensor's is formed: new memory.
+        """
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return compute(), computed for the first method that asks for the key: what several candidates share.
+
+        It is held as long as the updates, and must not be changed.
+        """
+        found: dict[Hashable, Any] = self.__dict__.setdefault("_once", {})
+        if key not in found:
+            found[key] = compute()
+        result: T = found[key]
+        return result
+
     def edited(self, edit: Edit) -> Updates:
         """Return these updates with their entries edited (trimmed, dropped), a row at a time as they are read."""
         return _Edited(self, edit)
@@ -200,6 +226,9 @@ class _Edited(Updates):
     def formed(self, matrix: Tensor | LowRank) -> Change:
         return self._updates.formed(matrix)
 
+    def settled(self, change: Change) -> Tensor | LowRank:
+        return self._updates.settled(change)
+
     @property
     def entries(self) -> Entries:
         raise NotImplementedError("edited updates have no entries to look at: look at them before editing")
@@ -258,6 +287,10 @@ class DenseUpdates(Updates):
 
     def formed(self, matrix: Any) -> DenseChange:
         return DenseChange(matrix)
+
+    def settled(self, change: Change) -> Tensor:
+        assert isinstance(change, DenseChange)
+        return change.tensor
 
 
 def summed(coefficients: Tensor) -> Combine:

@@ -69,12 +69,15 @@ def mean_weight(given: Sequence[float] | None, examples: Sequence[float] | None,
 
 
 def check_weighting(k: float | str, examples_power: float, scope: str) -> None:
-    """Raise ValueError where k, p or the scope is out of range; k may be "auto"."""
+    """Raise ValueError where k, p or the scope is out of range; k may be "auto", and is not minus infinity.
+
+    Minus infinity would be the smallest update above 0 alone, often one of a client that hardly trained.
+    """
     for name, value in {"k": 0.0 if k == "auto" else k, "examples_power": examples_power}.items():
         if not is_number(value):
             raise ValueError(f"{name}: expected a number, found {value!r}")
-    if not isinstance(k, str) and not k >= 0:
-        raise ValueError(f"k: expected a number >= 0 (infinity included), found {k}")
+    if not isinstance(k, str) and not k > -float("inf"):
+        raise ValueError(f"k: expected a number (infinity included, minus infinity not), found {k}")
     if not 0 <= examples_power < float("inf"):
         raise ValueError(f"examples_power: expected a finite number >= 0, found {examples_power}")
     if scope not in SCOPES:

@@ -105,6 +105,7 @@ def update(case: Case, method: str, **o: Any) -> Tensor:
 
 FORMULAS = [
     {"method": "from", "k": 0.5, "examples_power": 0.5},
+    {"method": "from", "k": -1.0, "examples_power": 0.5},
     {"method": "average", "examples_power": 1.0},
     {"method": "soup"},
     {"method": "task-arithmetic", "coefficient": 0.7},
@@ -144,10 +145,15 @@ SPECTRAL = [
 PRODUCTS = [
     *FORMULAS,
     {"method": "from", "k": 1.0},
+    {"method": "from", "k": -1.0, "scope": "model"},
     {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "ties", "density": 0.4, "scope": "model"},
     {"method": "lorm", "off_diagonal": 0.5},
     *SPECTRAL,
+    {"method": "knots-ties", "density": 0.4, "convention": "released"},
+    {"method": "svc"},
+    {"method": "actmat", "rho": 1.0},
+    {"method": "svc", "inner": "dare-from", "floor": 0.5},
     *RANDOM,
 ]
 
@@ -173,5 +179,12 @@ def assert_report_is_dense(case: Case, report: Any, change: Tensor, p: float, k:
     size = case.layer.size(w)
     lost = sum(w_i * float((change - delta).square().sum()) for w_i, delta in zip(w, case.layer.deltas, strict=True))
     assert layer.interference == pytest.approx(lost / size if size else 0.0, rel=1e-6, abs=1e-9)
+    size, mean = float(change.norm()), sum(case.layer.norms) / len(w)
+    scale = size if size > 1e-9 * mean else 0.0
+    if layer.is_update:
+        assert layer.size_ratio == pytest.approx(size / mean if mean else 0.0, rel=1e-6, abs=1e-9)
+        for cosine, delta, norm in zip(layer.cosines_merged, case.layer.deltas, case.layer.norms, strict=True):
+            expected = float((change * delta).sum()) / (norm * scale) if norm * scale else 0.0
+            assert not scale or cosine == pytest.approx(expected, abs=1e-6)  # small updates of a large W lose digits
     if report.method["name"] in ("FroM", "Average"):
         assert 0 <= layer.interference <= 1 + 1e-12

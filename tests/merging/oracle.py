@@ -36,6 +36,9 @@ def weights(
     u = np.array([1.0] * len(norms) if given is None else given, dtype=np.longdouble)
     share, norms = share * u, [norm if own > 0 else 0.0 for norm, own in zip(norms, u, strict=True)]
     largest = max(norms)
+    if largest > 0 and k < 0:
+        smallest = np.longdouble(min(norm for norm in norms if norm > 0))
+        share = share * np.array([(norm / smallest) ** np.longdouble(k) if norm > 0 else 0 for norm in norms])
     if largest > 0 and k > 0:
         relative = np.array(norms, dtype=np.longdouble) / np.longdouble(largest)
         share = share * ((relative >= 1 - 1e-6) if math.isinf(k) else relative ** np.longdouble(k))

@@ -35,7 +35,7 @@ def assert_order_of_clients_changes_nothing(case: Case, order: list[int], **opti
     for found, expected in zip(moved_report.layers, report.layers, strict=True):
         lists = {
             name: [values[i] for i in order] if (values := getattr(expected, name)) else []
-            for name in ("norms", "weights", "ranks_in", "clipped")
+            for name in ("norms", "weights", "ranks_in", "clipped", "cosines_merged")
         }
         lists["cosines"] = [[expected.cosines[i][j] for j in order] for i in order] if expected.cosines else []
         assert found == replace(expected, **lists)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fedfrom import FroM, merge
 from fedfrom.merging.linalg import stack
+from fedfrom.merging.stability import attracts
 from tests.merging import oracle
 from tests.merging.properties import assert_order_of_clients_changes_nothing, result
 from tests.merging.samples import TENSOR, Case, adapter_case, adapter_cases, merged_product, tensor_case, tensor_cases
 
 GRID = (0.0, 0.25, 0.5, 1.0, 2.0)
+BOTH_SIGNS = (-2.0, -1.0, -0.5, 0.0, 1.0)
 CASES = st.one_of(adapter_cases(), tensor_cases())
 CLIPS = st.sampled_from([0.5, 1.0, 2.0])
 
@@ -39,16 +41,17 @@ def distance_to(case: Case, k: float) -> Any:
     return lambda state: -float((product_of(case, state) - wanted).norm())
 
 
-def allowed(case: Case, k: float, alpha: float = 1.0) -> float:
-    """The largest of the grid up to k that is within both bounds, by the oracle; the smallest has nothing below it."""
+def allowed(case: Case, k: float, alpha: float = 1.0, grid: tuple[float, ...] = GRID) -> float:
+    """The next of the grid from k towards 0 that is within the bounds, by the oracle; 0 has none nearer."""
     n = len(case.states)
-    for candidate in sorted((g for g in GRID if g <= k), reverse=True):
+    for candidate in sorted((g for g in grid if 0 <= g <= k or k <= g <= 0), key=lambda g: -abs(g)):
         w = case.layer.weights(candidate, case.examples)
         largest = case.layer.lambda_max(w)
-        bounded = n < 2 or largest < 1e-12 or alpha * (1 + candidate * largest) < 2 * (1 - 1e-6)
+        most, least = alpha * (1 + max(0.0, candidate) * largest), 1 + candidate * largest
+        bounded = n < 2 or largest < 1e-12 or (most < 2 * (1 - 1e-6) and least > -1e-6)
         if bounded and 1 / sum(x * x for x in w) >= n / 2:
             return candidate
-    return min(GRID)
+    return 0.0
 
 
 @pytest.mark.parametrize("wanted", GRID)
@@ -64,6 +67,21 @@ def test_auto_is_the_merge_with_the_k_it_names_within_bounds(wanted, case):
     fixed, _ = merge(**case.arguments(), rank=case.rank, k=within)
     assert report.validation[GRID.index(report.method["k"])][1] == max(score for _, score in report.validation)
     assert oracle.relative_error(product_of(case, merged), product_of(case, fixed)) < 1e-9
+
+
+@pytest.mark.parametrize("wanted", BOTH_SIGNS)
+@given(case=st.one_of(adapter_cases(start="fresh"), tensor_cases()))
+@settings(max_examples=20)
+def test_auto_falls_back_towards_0_from_both_sides(wanted, case):
+    case = dataclasses.replace(case, server_lr=1.0)
+    options = {
+        "k": "auto",
+        "search": {"k": BOTH_SIGNS},
+        "validate": distance_to(case, allowed(case, wanted, grid=BOTH_SIGNS)),
+    }
+    _, report = merge(**case.arguments(), rank=case.rank, **options)
+    own = allowed(case, report.method["k"], grid=BOTH_SIGNS)
+    assert report.layers[0].k == own or case.layer.size(case.layer.weights(0.0)) == 0
 
 
 @given(CASES, st.sampled_from(GRID))
@@ -121,18 +139,19 @@ def test_norms_and_factorisations_are_computed_once(monkeypatch: pytest.MonkeyPa
         ({"k": "auto"}, "validate"),
         ({"k": "auto", "validate": 3}, "validate: expected a function .*found 3"),
         ({"validate": 3}, "validate: expected a function .*found 3"),
-        ({"k": 0.5, "validate": len}, r"validate: expected with k='auto' alone.*found k=0\.5"),
-        ({"k": 0.5, "search": {"k": (0, 1)}}, r"search: expected with k='auto' alone.*found k=0\.5"),
+        ({"k": 0.5, "validate": len}, r"validate: expected with k='auto' or .*found k=0\.5"),
+        ({"k": 0.5, "search": {"k": (0, 1)}}, r"search: expected with k='auto' or .*found k=0\.5"),
         ({"k": "auto", "validate": len, "search": {"k": ()}}, r"search, 'k': .*at least one, found \(\)"),
         ({"k": "auto", "validate": len, "search": {"k": 0.5}}, r"search, 'k': .*at least one, found 0\.5"),
         ({"k": "auto", "validate": len, "search": {"k": ("auto",)}}, "search, 'k': expected numbers .*found 'auto'"),
         ({"k": "auto", "validate": len, "search": {"k": (0, True)}}, "search, 'k': expected numbers .*found True"),
         ({"k": "auto", "validate": len, "search": {"k": "01"}}, "search, 'k': expected numbers .*found '01'"),
-        ({"k": "auto", "validate": len, "search": {}}, "search: expected a mapping from k .*found {}"),
+        ({"k": "auto", "validate": len, "search": {}}, "search: expected a mapping from k or coefficient .*found {}"),
         ({"k": "auto", "validate": len, "search": (0, 1)}, r"search: expected a mapping .*found \(0, 1\)"),
-        ({"k": "auto", "validate": len, "search": {"rank": (2,)}}, "search: expected k, found 'rank'"),
-        ({"k": "auto", "validate": len, "search": {"k": (-1.0,)}}, "k: expected a number >= 0"),
-        ({"k": "auto", "validate": len, "search": {"k": (math.nan,)}}, "k: expected a number >= 0"),
+        ({"k": "auto", "validate": len, "search": {"rank": (2,)}}, "search: expected k or coefficient, found 'rank'"),
+        ({"k": "auto", "validate": len, "search": {"k": (-math.inf,)}}, "k: expected a number .*found -inf"),
+        ({"k": "auto", "validate": len, "search": {"k": (math.nan,)}}, "k: expected a number .*found nan"),
+        ({"k": -math.inf}, "k: expected a number .*found -inf"),
         ({"k": "auto", "validate": len, "grid": (0, 1)}, "grid"),
         ({"k": "best"}, "k: expected a number"),
     ],
@@ -204,6 +223,22 @@ def quadratic_rounds(server_lr: Any, k: float, rounds: int) -> list[float]:
         W = merged[TENSOR]
         path.append(float(W))
     return path
+
+
+def test_two_opposed_clients_drift_to_the_nearest_below_minus_1_and_stay_at_minus_1():
+    """1 - alpha (1 + k lambda): no step above 0 makes k below -1 stable, whatever it is; k in (-1, 0) never swings."""
+    drifting = [abs(value) for value in quadratic_rounds("safe", -2.0, 12)]
+    assert drifting[-1] == pytest.approx(1) and drifting == sorted(drifting)
+    assert quadratic_rounds("safe", -1.0, 12) == pytest.approx([0.6] * 12)
+    for k in (-0.9, -0.5):
+        assert quadratic_rounds("safe", k, 1) == quadratic_rounds(1.0, k, 1)  # the most: 1
+        path = [0.6, *quadratic_rounds(1.0, k, 40)]
+        assert all(0 <= after <= before for before, after in zip(path, path[1:], strict=False))
+        assert path[-1] / path[-2] == pytest.approx(-k, abs=0.02)  # 1 - (1 + k)
+    assert attracts(-1.0, 1.0, 2) and not attracts(-1.1, 1.0, 2) and attracts(-1.1, 0.9, 2) and attracts(-9.0, 1.0, 1)
+    opposed, search = [{TENSOR: torch.tensor([x])} for x in (-1.0, 1.0)], {"k": (-2, -0.5)}
+    _, report = merge(opposed, {TENSOR: torch.zeros(1)}, k="auto", search=search, validate=lambda state: 1.0)
+    assert report.method["k"] == -2 and report.layers[0].k == -0.5  # though both weigh the same
 
 
 def test_two_opposed_clients_swing_for_ever_and_come_to_rest_with_a_safe_step():

@@ -208,7 +208,7 @@ def test_factor_average_with_unequal_ranks_or_scalings():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"k": -1.0}, "k"),
+        ({"k": float("-inf")}, "k"),
         ({"k": NAN}, "k"),
         ({"rank": 0}, "rank"),
         ({"rank": -3}, "rank"),
@@ -246,7 +246,7 @@ def test_methods_and_options_that_are_unknown():
     refused("examples_power", call=FactorAverage, examples_power=-1.0)
     assert methods()[:3] == ["from", "average", "factor-average"]
     for name in set(methods()) - {"regmean", "lorm", "fisher", "greedy-soup"}:  # which need more than states
-        merge(adapters(), method=name)
+        merge(adapters(), method=name, **({"rho": 1.0} if name == "actmat" else {}))  # rho = 0 refuses these
 
 
 def test_methods_of_another_type_and_states_that_are_none():

@@ -42,6 +42,7 @@ NORMALISING = [
     {"method": "regmean", "examples_power": 0.5},
     {"method": "lorm"},
     {"method": "fisher", "examples_power": 0.5},
+    {"method": "actmat", "rho": 1.0},
 ]
 SUMS = [
     {"method": "task-arithmetic", "coefficient": 0.7},
@@ -64,7 +65,8 @@ SPECTRAL = [
     {"method": "core-dare-ties", "density": 0.5},
 ]
 DRAWN = [{"method": "dare", "density": 0.5}, {"method": "dare-from", "density": 0.5}]
-EVERY = [*NORMALISING, *SUMS, *ELECTIONS, *SPECTRAL, *DRAWN]
+COUNTING = [{"method": "svc", "inner": "average"}]  # a client twice is two of the n
+EVERY = [*NORMALISING, *SUMS, *ELECTIONS, *SPECTRAL, *DRAWN, *COUNTING]
 CASES = adapter_cases(examples=True) | tensor_cases(examples=True)
 WEIGHTS = st.sampled_from([0.0, 0.3, 1.0, 2.0, 1e-100])
 

@@ -101,6 +101,7 @@ def test_dtype_and_layout(options, dtype):
 MEANS = [
     {"method": "from", "k": 1.0},
     {"method": "from", "k": 2.0},
+    {"method": "from", "k": -1.0},
     {"method": "from", "k": 0.5, "examples_power": 0.5},
     {"method": "from", "k": math.inf, "scope": "model"},
     {"method": "average", "examples_power": 1.0},
@@ -118,6 +119,8 @@ MEANS = [
     {"method": "knots-dare-ties", "density": 1.0},
     {"method": "core-ties", "density": 1.0},
     {"method": "core-dare-ties", "density": 1.0},
+    {"method": "actmat", "rho": 0.5},
+    {"method": "svc", "inner": "from", "inner_options": {"k": 2.0}},
 ]
 
 
@@ -152,6 +155,7 @@ def test_zero_deltas_of_fresh_adapters(options):
 # one more client that trained nothing: TIES' entries don't vote, norms have no weight, sums get nothing
 INDIFFERENT = [
     {"method": "from", "k": 1.0},
+    {"method": "from", "k": -1.0},
     {"method": "task-arithmetic"},
     {"method": "ties", "density": 0.4},
     {"method": "ties", "density": 0.4, "scope": "model"},

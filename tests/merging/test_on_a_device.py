@@ -57,7 +57,8 @@ def adapters(n: int, near: bool, shape: tuple[int, int] = (24, 18)) -> tuple[lis
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_adapters(method: str, near: bool) -> None:
-    both(*adapters(3, near), method=method)
+    # ACTMat refuses adapters drawn at random, between which it interpolates
+    both(*adapters(3, near), method=method, **({"rho": 1.0} if method == "actmat" else {}))
 
 
 @pytest.mark.parametrize("method", ["from", "task-arithmetic", "knots-ties"])

@@ -53,8 +53,9 @@ def test_clients_of_another_alpha_that_train_nothing_change_nothing(method, dtyp
     W = start(dtype)
     heard = [trained(W, 0), trained(W, 1)]
     idle = {A_KEY: W[A_KEY], B_KEY: W[B_KEY] * (ALPHA / OTHER)}
-    merged, report = merge_round([*heard, idle, idle, idle], W, [ALPHA] * 2 + [OTHER] * 3, method)
-    expected, same = merge_round([*heard, W, W, W], W, [ALPHA] * 5, method)
+    options = {"rho": 1.0} if method == "actmat" else {}  # rho = 0 refuses updates from one A
+    merged, report = merge_round([*heard, idle, idle, idle], W, [ALPHA] * 2 + [OTHER] * 3, method, **options)
+    expected, same = merge_round([*heard, W, W, W], W, [ALPHA] * 5, method, **options)
     [layer], [other] = report.layers, same.layers
     assert layer.norms[2:] == [0, 0, 0] and layer.norms == other.norms
     assert layer.clipped == other.clipped and layer.weights == other.weights

@@ -12,7 +12,7 @@ from fedfrom.merging.methods.frobenius import weights
 from tests.merging import oracle
 
 NORMS = st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=6)
-K = st.sampled_from([0.0, 0.5, 1.0, 2.0, 8.0, math.inf]) | st.floats(0, 20)
+K = st.sampled_from([0.0, 0.5, 1.0, 2.0, 8.0, math.inf, -1.0, -2.0]) | st.floats(-20, 20)
 INF = math.inf
 
 
@@ -54,6 +54,12 @@ def test_scale_of_norms_changes_nothing(norms, k, c):
         ([1e-308, 1e308], 1e3, [0.0, 1.0]),
         ([5e-324, 5e-324], 8.0, [0.5, 0.5]),
         ([1e308, 1e308], 1e308, [0.5, 0.5]),
+        ([0.0, 1.0, 3.0], -1.0, [0.0, 0.75, 0.25]),  # NAN, and who changed nothing says nothing
+        ([0.0, 0.0], -1.0, [0.5, 0.5]),
+        ([0.0, 7.0], -1e-9, [0.0, 1.0]),
+        ([1e-308, 1e308], -1e3, [1.0, 0.0]),
+        ([1e-308, 1e308], -1e308, [1.0, 0.0]),
+        ([1e308, 1e308], -1e308, [0.5, 0.5]),
     ],
 )
 def test_extremes_are_exact(norms, k, expected):

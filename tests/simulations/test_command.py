@@ -21,7 +21,7 @@ def command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProces
 
 BAD_INPUT = [
     (["--task", "sst3"], "sst3"),
-    (["--k", "-1"], "--k"),
+    (["--k=-inf"], "--k"),
     (["--k", "nan"], "--k"),
     (["--rank", "0"], "--rank"),
     (["--lora-r", "0"], "--lora-r"),

@@ -47,7 +47,7 @@ def test_defaults_are_valid() -> None:
         ({"task": "rte,wnli"}, "--partition tasks"),
         ({"partition": "tasks"}, "two tasks"),
         ({"partition": "even"}, "even"),
-        ({"k": -1}, "--k"),
+        ({"k": "-inf"}, "--k"),
         ({"k": "nan"}, "--k"),
         ({"examples_power": -0.5}, "--examples-power"),
         ({"rank": 0}, "--rank"),

@@ -21,6 +21,17 @@ def sampled(values: Values) -> Tensor:
     return _sample(values).reshape(-1)
 
 
+def places(numel: int, start: int, stop: int) -> Tensor | slice:
+    """Return which entries of the block from `start` to `stop` are `sampled` of so many: their places in the block."""
+    if numel <= _WHOLE:
+        return slice(None)
+    step = numel // RUNS
+    # runs that end after the block's start and begin before its end
+    runs = torch.arange(max(0, (start - RUN) // step), min(RUNS, -(-stop // step)))
+    found = (runs[:, None] * step + torch.arange(RUN)).flatten()
+    return found[(found >= start) & (found < stop)] - start
+
+
 def _sample(values: Values) -> Tensor:
     """Return what `sampled` does, of a tensor a view: a row of all entries, or a row for each run."""
     if not isinstance(values, Tensor):

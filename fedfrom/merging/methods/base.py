@@ -25,6 +25,9 @@ class Traits:
     k: ClassVar[float] = 0.0  # power of the norm in the weights
     scope: ClassVar[str] = "layer"
     validate: ClassVar[Any] = None  # a user's function that scores merged states
+    search: ClassVar[Any] = None  # the values to try of each option that is chosen by it
+    coefficient: ClassVar[Any] = 1.0  # what some methods multiply their result by
+    step: ClassVar[float] = 1.0  # what theta* is, times the weighted mean, where the bounds on rounds know it
     on_factors: ClassVar[bool] = False  # whether A and B are merged apart, as plain tensors
     is_mean: ClassVar[bool] = False  # whether theta* is the clients' mean; files/merge.py then needs no base model
     needs: ClassVar[str | None] = None  # the statistics that clients must send: "gram" or "fisher"
@@ -124,11 +127,11 @@ class Method(Traits):
         return None
 
     def candidates(self) -> Sequence[Method]:
-        """Return the methods that this one chooses from by validation, k ascending; itself where there is no choice."""
+        """Return the methods that this one chooses from by validation; itself where there is no choice."""
         return [self]
 
-    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, float]]]:
-        """Return the place of the candidate that is taken, and the k and the score of each where they were scored.
+    def best(self, states: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[tuple[float, ...]]]:
+        """Return the place of the candidate that is taken, and what was tried and the score of each, where scored.
 
         Parameters
         ----------

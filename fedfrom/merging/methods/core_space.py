@@ -68,13 +68,11 @@ class InCoreSpace(ProductMethod):
     once, and time is that of an eigendecomposition of each side, O(d_out^3 + d_in^3).
     """
 
-    coefficient: float  # the other method's
-
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* = U M V^T, M the merged M_i."""
         cores = updates.cores() if updates.is_linear else None
         if cores is None:
-            return averaged(updates, coefficients, self.coefficient)
+            return averaged(updates, coefficients, float(self.coefficient))
         if not any(updates.sizes):
             return updates.sum(coefficients)
         U, merged, V = core_space(updates, cores)
@@ -94,7 +92,7 @@ class CoreTies(InCoreSpace, Ties):
 
     Parameters
     ----------
-    density, majority, coefficient, examples_power, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `Ties`; entries are trimmed by layer, since cores are not comparable between layers.
     scope : str (default: "layer")
         That, and nothing else.
@@ -112,6 +110,6 @@ class CoreDareTies(InCoreSpace, DareTies):
 
     Parameters
     ----------
-    density, majority, coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `DareTies`.
     """

@@ -50,9 +50,9 @@ class Iso(Spectral):
 
     Parameters
     ----------
-    coefficient : float (default: 1.0)
-        The paper's alpha; 1 to 3 in its experiments.
-    examples_power, rank, solver, iterations, tolerance, seed
+    coefficient : float | str (default: 1.0)
+        The paper's alpha; 1 to 3 in its experiments. See `Spectral`.
+    examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `Spectral`, which says too what is averaged.
     """
 
@@ -82,7 +82,7 @@ class IsoCTS(Iso):
     common_space_fraction : float (default: 0.8)
         k / r before rounding, 0 to 1. Where the rest has less than half a direction for each update s is 0, and the
         result Iso-C's.
-    coefficient, examples_power, rank, solver, iterations, tolerance, seed
+    coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `Iso`.
     """
 

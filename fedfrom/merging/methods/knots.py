@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,17 +65,59 @@ def align(deltas: Sequence[LowRank], tolerance: float = 1e-12) -> tuple[Tensor, 
     return left * signs.T, S[:kept], list(Vh.mul_(signs).split(deltas[0].shape[1], dim=1))
 
 
+CONVENTIONS = ("paper", "released")
+_RELEASED_CUT = 1e-5  # of the released code: singular values up to it are left out, whatever the unit
+
+
 class Aligned(ProductMethod):
     """Merges the V_i of LoRA modules by the method that it is mixed into, which gets plain tensors as they are."""
 
+    convention: ClassVar[str] = "paper"
+
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
-        """Return theta* = U diag(S) V, V the merged V_i."""
+        """Return theta* = U diag(S) V, V the merged V_i; as released U V, V the merged diag(S) V_i."""
         if updates.products is None:
-            return super().change(updates, coefficients, destination)
-        U, S, parts = align(updates.products, updates.tolerance)
-        V = super().change(DenseUpdates(parts, updates.name), coefficients, destination)
+            return super(Aligned, self.knowing(None)).change(updates, coefficients, destination)
+        left, parts = updates.once(("knots", self.convention), partial(self.aligned, updates))
+        if left.shape[1] == 0:
+            return updates.sum(torch.zeros_like(coefficients))
+        # what is known goes by client as given, the parts by the order of sums
+        known = None if self.known is None else [self.known[i] / updates.entry_unit for i in updates.order]
+        V = super(Aligned, self.knowing(known)).change(parts, coefficients, destination)
         assert isinstance(V, DenseChange)  # as `DenseUpdates` give it
-        return updates.formed(LowRank(U * S, V.tensor))
+        return updates.formed(LowRank(left, V.tensor))
+
+    def aligned(self, updates: Updates) -> tuple[Tensor, DenseUpdates]:
+        """Return (U diag(S), the V_i) of a LoRA module, as released (U, the diag(S) V_i); in units."""
+        assert updates.products is not None
+        if self.convention == "paper":
+            U, S, parts = align(updates.products, updates.tolerance)
+            return U * S, DenseUpdates(parts, updates.name)
+        U, S, parts = align(updates.products)
+        kept = int((S * updates.entry_unit > _RELEASED_CUT).sum())
+        return U[:, :kept], DenseUpdates([S[:kept, None] * V_i[:kept] for V_i in parts], updates.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedEntries(Aligned):
+    """KnOTS before a method that looks at entries, to which it matters whether S is on them.
+
+    Parameters
+    ----------
+    convention : str (default: "paper")
+        "paper": the V_i are merged without S and trimmed layer by layer; directions that are rounding in the inputs'
+        dtype are left out. "released" (github.com/gstoica27/KnOTS): diag(S) V_i are merged, trimmed over all LoRA
+        modules at once (plain tensors each for itself), and directions with S <= 1e-5 left out. Where that code
+        differs further, this one keeps to `Ties`: even elections go to +, not to the sign of most entries, and
+        the floor of density times the entries are kept, not one more.
+    """
+
+    convention: str = "paper"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, found {self.convention!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,41 +128,62 @@ class KnotsTA(TaskArithmetic):
 
     Parameters
     ----------
-    coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `TaskArithmetic`.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsTies(Aligned, Ties):
-    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then TIES on the V parts.
+class KnotsTies(AlignedEntries, Ties):
+    """KnOTS, then TIES on the V parts.
 
-    The V_i are merged without the singular values and trimmed layer by layer, as the paper's text has it. The released
-    code (github.com/gstoica27/KnOTS) multiplies V by S before it is merged, trims over all layers at once, and drops
-    directions with S <= 1e-5, so its TIES keeps other entries than this one. Here a direction is dropped where it is
-    rounding in the inputs' dtype: see `rounding.rank_tolerance`. Nothing dense: see `align`. Clients send nothing more
-    than their state.
+    As released the entries of all layers' diag(S) V_i are held at once while the thresholds are sought: n R d_in
+    numbers a layer, R the sum of the clients' ranks. `align` then runs twice a layer.
 
     Parameters
     ----------
-    density, majority, coefficient, examples_power, rank, solver, iterations, tolerance, seed
-        See `Ties`; entries are trimmed by layer, since V's are not comparable between layers.
+    convention : str (default: "paper")
+        See `AlignedEntries`.
+    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+        See `Ties`; entries are trimmed by layer in the paper's convention, as V's are not comparable between layers.
     scope : str (default: "layer")
-        That, and nothing else.
+        That, and nothing else: over all layers is convention="released".
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope != "layer":
-            raise ValueError(f"scope: expected layer for KnOTS, found {self.scope!r}")
+            raise ValueError(
+                f"scope: expected layer for KnOTS, which trims over all layers with convention='released', found "
+                f"{self.scope!r}"
+            )
+
+    def survey(self, layers: Iterable[Updates]) -> list[float] | None:
+        """Return (n,) the magnitude that the kept entries of each client's diag(S) V_i of all layers reach."""
+        if self.convention == "paper":
+            return None
+        magnitudes: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            if layer.products is not None:
+                for place, part in zip(layer.order, self.aligned(layer)[1].matrices(), strict=True):
+                    magnitudes.setdefault(place, []).append(part.abs().flatten() * layer.entry_unit)
+
+        def threshold(place: int) -> float:
+            every = torch.cat(magnitudes.pop(place))
+            kept = int(self.density * len(every))
+            return float(every.kthvalue(len(every) - kept + 1).values) if kept else math.inf
+
+        return [threshold(place) for place in sorted(magnitudes)] or None
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnotsDareTies(Aligned, DareTies):
+class KnotsDareTies(AlignedEntries, DareTies):
     """KnOTS, then DARE and TIES' election on the V parts.
 
     Parameters
     ----------
-    density, majority, coefficient, form, examples_power, rank, solver, iterations, tolerance, seed
+    convention : str (default: "paper")
+        See `AlignedEntries`.
+    density, majority, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `DareTies`.
     """

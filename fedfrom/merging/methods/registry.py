@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fedfrom.closest import did_you_mean
+from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
@@ -18,6 +19,7 @@ from fedfrom.merging.methods.knots import KnotsDareTies, KnotsTA, KnotsTies
 from fedfrom.merging.methods.lorm import LoRM
 from fedfrom.merging.methods.regmean import RegMean
 from fedfrom.merging.methods.soups import GreedySoup
+from fedfrom.merging.methods.svc import SVC
 from fedfrom.merging.methods.task_arithmetic import TaskArithmetic
 from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.methods.tsv import TSV
@@ -44,6 +46,8 @@ _METHODS: dict[str, type[Method]] = {
     "lorm": LoRM,
     "soup": Average,
     "greedy-soup": GreedySoup,
+    "svc": SVC,
+    "actmat": ACTMat,
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.directions import Triplets, triplets
-from fedfrom.merging.methods.base import ProductMethod
+from fedfrom.merging.methods.choosing import Chooses
 from fedfrom.merging.methods.task_arithmetic import check_coefficient
 from fedfrom.merging.updates import Change, Destination, Updates
 
@@ -24,7 +25,7 @@ class Tasks(NamedTuple):
     cores : Sequence[Tensor]
         M_t (p, q), float64 or float32, theta_t = U M_t V^T.
     scales : Sequence[float]
-        What theta_t is multiplied by: the coefficient times the client's weight, 1 where nothing was asked for.
+        What theta_t is multiplied by: the client's weight, 1 where nothing was asked for.
     bounds : Sequence[int | None]
         What the rank of theta_t is at most, where that is known.
     side : int
@@ -61,7 +62,7 @@ def averaged(updates: Updates, coefficients: Tensor, coefficient: float) -> Chan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectral(ProductMethod):
+class Spectral(Chooses):
     """A method that merges the singular directions of weight matrices.
 
     It merges LoRA modules and the 2-D weights of linear layers. What has no input and output directions is averaged,
@@ -73,47 +74,51 @@ class Spectral(ProductMethod):
 
     Parameters
     ----------
-    coefficient : float (default: 1.0)
-        What theta* is multiplied by, finite.
+    coefficient : float | str (default: 1.0)
+        What theta* is multiplied by, finite; "auto" chooses it by `validate`: see `TaskArithmetic`. The directions are
+        found once for all candidates.
     examples_power : float (default: 0.0)
         p: theta_t is multiplied by n_t^p relative to the clients' mean, before it is merged. `merge`'s `weights`
         multiply theta_t then too, and are not divided by their sum; in what is averaged they are.
+    validate, search
+        See `Chooses`.
     rank, solver, iterations, tolerance, seed
         See `Solver`.
     """
 
-    coefficient: float = 1.0
+    coefficient: float | str = 1.0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_coefficient(self.coefficient)
 
     def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
-        """Return (n,) float64: the coefficient each where all weights are 1."""
-        return self.coefficient * weights * (len(weights) * mean_weight)
+        """Return (n,) float64: 1 each where all weights are 1; `change` multiplies by the coefficient."""
+        return weights * (len(weights) * mean_weight)
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* by way of the cores; the mean of what is no weight of a linear layer."""
         cores = updates.cores() if updates.is_linear else None
         if cores is None:
-            return averaged(updates, coefficients, self.coefficient)
+            return averaged(updates, coefficients, float(self.coefficient))
         c, sizes = coefficients.tolist(), updates.sizes
         tasks = [i for i in range(len(updates)) if c[i] != 0 and sizes[i] > 0]
         if not tasks:
             return updates.sum(coefficients)
         products = updates.products
-        merged = self.merged(
-            Tasks(
-                [cores.matrices[i] for i in tasks],
-                [c[i] for i in tasks],
-                [None if products is None else products[i].rank for i in tasks],
-                min(updates.shape),
-                destination.rank,
-                updates.tolerance,
-            )
+        given = Tasks(
+            [cores.matrices[i] for i in tasks],
+            [c[i] for i in tasks],
+            [None if products is None else products[i].rank for i in tasks],
+            min(updates.shape),
+            destination.rank,
+            updates.tolerance,
         )
-        return cores.lift(merged.to(cores.matrices[0].dtype))
+        # candidates of other coefficients have the same directions
+        alike = replace(self, coefficient=1.0, validate=None, search=None)
+        merged = updates.once((alike, tuple(c), destination.rank), partial(self.merged, given))
+        return cores.lift((float(self.coefficient) * merged).to(cores.matrices[0].dtype))
 
     @abstractmethod
     def merged(self, tasks: Tasks) -> Tensor:
-        """Return the core of theta*, (p, q) float64."""
+        """Return the core of theta* at coefficient 1, (p, q) float64."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.entries import Histogram, kth_largest
+from fedfrom.merging.methods.choosing import Chooses
 from fedfrom.merging.methods.election import SignElection
 from fedfrom.merging.methods.task_arithmetic import check_coefficient
 from fedfrom.merging.updates import Change, Destination, Updates
@@ -45,7 +46,7 @@ def keep_from(row: Tensor, threshold: float, end: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ties(SignElection):
+class Ties(SignElection, Chooses):
     """TIES-Merging (Yadav et al., 2023, arXiv 2306.01708, Algorithm 1), in PEFT's convention.
 
     A tensor is merged a block at a time, in two passes over it for the thresholds and one for the rest. Of entries that
@@ -62,19 +63,21 @@ class Ties(SignElection):
         Where the largest entries are sought: "layer", PEFT's, or "model", the paper's, over the whole update.
     majority : str (default: "total")
         The elected sign: "total", of the sum, the paper's, or "frequency", of most.
-    coefficient : float (default: 1.0)
-        The paper's lambda.
+    coefficient : float | str (default: 1.0)
+        The paper's lambda; "auto" chooses it by `validate`: see `TaskArithmetic`.
     examples_power : float (default: 0.0)
         p: client i's entries are multiplied by n_i^p relative to the clients' mean, after the election. `merge`'s
         `weights` multiply them then too, as in PEFT, and are not divided by their sum: a client of weight 0 still
         votes, and is counted.
+    validate, search
+        See `Chooses`.
     rank, solver, iterations, tolerance, seed
         See `Solver`.
     """
 
     density: float = 0.2
     scope: str = "layer"  # type: ignore[misc]
-    coefficient: float = 1.0
+    coefficient: float | str = 1.0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,13 +86,14 @@ class Ties(SignElection):
 
     def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
         """Return (n,) float64: lambda each where all weights are 1."""
-        return self.coefficient * weights * (len(weights) * mean_weight)
+        return float(self.coefficient) * weights * (len(weights) * mean_weight)
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta* by trim, elect and disjoint mean."""
         if self.known is None:
             count = int(self.density * updates.numel)
-            kept = [updates.largest(i, count) for i in range(len(updates))]
+            # candidates of other coefficients keep the same entries
+            kept = updates.once(("largest", count), lambda: [updates.largest(i, count) for i in range(len(updates))])
         else:
             kept = [(self.known[i] / updates.entry_unit, updates.numel) for i in updates.order]
 

@@ -29,9 +29,9 @@ class TSV(Spectral):
 
     Parameters
     ----------
-    coefficient : float (default: 1.0)
-        The paper's alpha.
-    examples_power, rank, solver, iterations, tolerance, seed
+    coefficient : float | str (default: 1.0)
+        The paper's alpha; see `Spectral`.
+    examples_power, validate, search, rank, solver, iterations, tolerance, seed
         See `Spectral`, which says too what is averaged.
     """
 

@@ -86,6 +86,8 @@ def rows(kind: str) -> tuple[Row, ...]:
         Row("core-dare-ties", "core-dare-ties", _pairs(_DARE_TIES)),
         Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),
         Row("greedy-soup", "greedy-soup", _grid(server_lr=_SCALES)),
+        Row("svc", "svc", _grid(floor=(1.0, 0.8, 0.6, 0.4, 0.2, 0.1))),
+        Row("actmat", "actmat", _grid(rho=(1.0, 0.9, 0.7, 0.5, 0.2, 0.0))),
     ]
     shared = {name for row in found for name in row.also}
     return tuple(row for row in found if row.name not in shared)

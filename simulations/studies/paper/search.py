@@ -26,19 +26,23 @@ def search(row: Row, candidates: int, clients: Clients, arena: Arena) -> dict[st
     Notes
     -----
     The setting with the best mean accuracy over the tasks is chosen; of equal ones that with the lower mean loss, then
-    the earlier one in the grid. The greedy soup also chooses its clients on the validation half, by 2 n - 1 further
-    scores at server_lr 1.
+    the earlier one in the grid. Settings that a method refuses for these clients are left out. The greedy soup also
+    chooses its clients on the validation half, by 2 n - 1 further scores at server_lr 1.
     """
     merging = _Greedy(clients, arena) if row.method == "greedy-soup" else _Plain(row.method, clients)
     tried: list[dict[str, Any]] = []
     for setting in row.grid[:candidates]:
-        state, report = merging(setting)
+        try:
+            state, report = merging(setting)
+        except ValueError:  # refused for these clients, as ACTMat is where it interpolates; the first never is
+            continue
         tried.append({"setting": setting, "scores": arena.score(state, TASKS, VALIDATION, report.config)})
     chosen = max(range(len(tried)), key=lambda i: (*_merit(tried[i]["scores"]), -i))
-    state, report = merging(row.grid[chosen])
+    setting = tried[chosen]["setting"]
+    state, report = merging(setting)
     return {
         "candidates": tried,
-        "chosen": row.grid[chosen],
+        "chosen": setting,
         "clients": report.clients,
         "reported": arena.score(state, TASKS, REPORTED, report.config),
         "interference": report.interference,
