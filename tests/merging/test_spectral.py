@@ -291,6 +291,8 @@ def test_tsv_of_one_matrix_of_low_rank_is_that_matrix(dtype):
     theta = (normal(30, 3, g=g) @ normal(3, 20, g=g)).to(dtype)
     merged, _ = merge([{"w": theta}] * 4, {"w": torch.zeros_like(theta)}, method="tsv")
     assert oracle.relative_error(merged["w"], theta) <= max(torch.finfo(dtype).eps, 1e-12)
+    equal, _ = merge([{"w": theta}] * 4, {"w": torch.zeros_like(theta)}, method="iso")
+    assert torch.linalg.matrix_rank(equal["w"].double(), rtol=0.5) == 3
 
 
 @pytest.mark.parametrize("options", ISO[:2], ids=label)
