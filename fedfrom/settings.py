@@ -65,8 +65,9 @@ def method_from(method: str | Method, options: Mapping[str, Any], seed: int, str
         own = {name for name, each in inspect.signature(base).parameters.items() if each.kind is each.KEYWORD_ONLY}
         expected = sorted(known | own | FEDAVG)
         names = [*expected, *inspect.signature(strategy).parameters]
-        # where the method has `search`, `grid` is taken for a wrong name of it, not for start's argument
-        started = [name for name in unknown if name in _START and not (name == "grid" and "search" in known)]
+        # where the method searches for k, `grid` is taken for a wrong name of `search`, not for start's argument
+        searches = {"k", "search"} <= known
+        started = [name for name in unknown if name in _START and not (name == "grid" and searches)]
         meant = meant_by([name for name in unknown if name not in started], names, {"lora": "lora_config"})
         if started:
             meant = f"; {', '.join(started)} belong{'' if len(started) > 1 else 's'} to start(...){meant}"

@@ -115,7 +115,7 @@ def meant_by(unknown: Collection[str], expected: Collection[str], also: Mapping[
     also : Mapping[str, str] | None (default: None)
         Known names by what else they are called, with - for _.
     """
-    if "grid" in unknown and "search" in expected:
+    if "grid" in unknown and {"k", "search"} <= set(expected):
         return "; the k to try are search={'k': ...}"
     return did_you_mean(unknown, expected, also)
 
