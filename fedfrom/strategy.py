@@ -291,10 +291,9 @@ class FedFroM(FedMerge):
     Parameters
     ----------
     k : float | str (default: 0.5)
-        Power of the norm; the paper's is 1, and -1 weighs by inverse norms. With examples_power 1, and clip and
-        examples_cap None, k = 0 is exactly FedAvg, on products. k = infinity with clip=None is the largest update
-        alone. "auto" takes in each round the k of `search` whose merged state `validate` scores best, within bounds:
-        see `FroM`.
+        Power of the norm: 1 in the paper; -1 weighs by inverse norms. With examples_power 1, clip and examples_cap
+        None, k = 0 is FedAvg, on products. Infinity with clip=None is the largest update alone. "auto" takes in each
+        round the k of `search` whose merged state `validate` scores best, within bounds: see `FroM`.
     examples_power : float (default: 0.5)
         p, the power of each client's number of examples. The paper's is 0.
     rank : int | float | None (default: None)

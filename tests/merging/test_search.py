@@ -23,6 +23,11 @@ METHODS = [
     "knots-ta",
     "knots-ties",
     "knots-dare-ties",
+    "tsv",
+    "iso",
+    "iso-cts",
+    "core-ties",
+    "core-dare-ties",
 ]
 CASES = [adapter_case(0, start="trained"), tensor_case(0)]
 

@@ -195,11 +195,21 @@ def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def merged_by(clients: Clients, method: str, setting: dict) -> dict | None:
+    """The merged state; None where ACTMat refuses these updates, between which it interpolates."""
+    try:
+        return clients.merge(method, setting)[0]
+    except ValueError as error:
+        assert method == "actmat" and "interpolates" in str(error)
+        return None
+
+
 def test_every_setting_of_a_grid_gives_another_merge(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, _ = parts(options, kind, shelf)
     for row in grids.rows(kind):
         method = "average" if row.method == "greedy-soup" else row.method
-        merged = [clients.merge(method, setting)[0] for setting in row.grid]
+        merged = [found for setting in row.grid if (found := merged_by(clients, method, setting)) is not None]
+        assert len(merged) == len(row.grid) or row.method == "actmat"
         for i, one in enumerate(merged):
             assert all(torch.isfinite(tensor).all() for tensor in one.values())
             for other in merged[:i]:

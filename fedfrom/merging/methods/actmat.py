@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fedfrom.merging.methods.base import ProductMethod
-from fedfrom.merging.methods.matrices import is_linear
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.numeric import is_number
 
@@ -51,7 +50,7 @@ class ACTMat(ProductMethod):
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return theta*, or raise ValueError naming the layer where it is longer than sqrt(T) rms ||theta_t||."""
-        cores = updates.cores() if is_linear(updates) else None
+        cores = updates.cores() if updates.is_linear else None
         if cores is None or not any(updates.sizes):
             return updates.sum(coefficients)
         M = torch.stack([core.to(torch.float64) for core in cores.matrices])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
 from fedfrom.merging.methods.base import Method, ProductMethod
-from fedfrom.merging.methods.matrices import is_linear
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.numeric import is_number
 
@@ -97,7 +96,7 @@ class SVC(ProductMethod):
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return the calibrated theta*."""
         change = self._inner.change(updates, coefficients, destination)
-        if not is_linear(updates) or not any(updates.sizes):
+        if not updates.is_linear or not any(updates.sizes):
             return change
         found = updates.settled(change)
         U, S, Vh = found.svd() if isinstance(found, LowRank) else torch.linalg.svd(found, full_matrices=False)
