@@ -194,7 +194,6 @@ def test_a_merge_of_one_state_scores_as_that_state(options: PaperOptions, shelf:
         assert abs(base[task]["loss"] - own[task]["loss"]) > 1e-3, "the state changed nothing"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def merged_by(clients: Clients, method: str, setting: dict) -> dict | None:
     """The merged state; None where ACTMat refuses these updates, between which it interpolates."""
     try:
@@ -204,6 +203,7 @@ def merged_by(clients: Clients, method: str, setting: dict) -> dict | None:
         return None
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_setting_of_a_grid_gives_another_merge(options: PaperOptions, shelf: Shelf, kind: str) -> None:
     clients, _ = parts(options, kind, shelf)
     for row in grids.rows(kind):
