@@ -24,7 +24,7 @@ app = ClientApp()
 
 @app.query()
 def prepare(message: Message, context: Context) -> Message:
-    """Load data and model before the first round, so that no round's seconds include it."""
+    """Load data and model before the first round, so that few rounds' seconds include it."""
     worker, client = _worker_of(message, context)
     worker.model(client)
     worker.data(client)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import signal
 import sys
 import types
 import typing
@@ -28,6 +29,8 @@ def execute(app: typer.Typer, name: str) -> NoReturn:
     name : str
         The command's name in its help.
     """
+    # so that folders and processes that a `with` ends are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code: Any = app(prog_name=name, standalone_mode=False)
     except click.ClickException as error:

@@ -36,7 +36,7 @@ class Workers(Protocol):
 
 
 class Clock:
-    """The time, for who waits for replies: `sleep` ends as soon as there is one."""
+    """The time, for callers that wait for replies: `sleep` ends as soon as there is one."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -54,7 +54,8 @@ class LocalGrid(Grid):
     """The nodes of a simulation on this machine.
 
     Messages are serialised both ways, so server and clients share no memory. A client that raises, dies or hangs gives
-    an error reply, as on a deployment, and keeps the state that it had before.
+    an error reply, as on a deployment, and keeps the state that it had before. So does one whose reply nobody pulls: a
+    strategy's timeout does not end the client's work.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ class LocalGrid(Grid):
     partition_of : dict[int, int]
         Partition by node id.
     clock : Clock
-        What waits for replies takes it in place of the module `time`.
+        To be used in place of the module `time` to wait for replies.
     """
 
     clock: Any

@@ -33,6 +33,7 @@ def run(server: ServerApp, experiment: Any, processes: int) -> None:
         Number of client processes. With a GPU there is none: clients take turns in this process.
     """
     options: Options = experiment.options
+    environment.prepare(options.needs_hub)
     if training.device().type == "cuda":
         client_app.provide(worker.of(experiment))
         serve(server, InTurn(client_app.app), options.clients, options.seed)
@@ -53,6 +54,5 @@ def serve(server: ServerApp, workers: Workers, clients: int, seed: int = 0) -> N
 
 
 def _load(options: Options, head: models.Head, tokens: Path) -> ClientApp:
-    environment.prepare(options.needs_hub)
     client_app.provide(worker.restore(options, head, tokens))
     return client_app.app

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 
 from flwr.common.constant import ErrorCode
 
-from simulations.engines.forks import context
+from simulations.engines.forks import start_method
 from simulations.engines.jobs import Client, Job, Outcome, failed, set_task_identity, work
 
 GRACE = 5.0
@@ -48,9 +48,9 @@ class InTurn:
         jobs = [job for message_id, job in self._waiting.items() if message_id in message_ids]
         for job in jobs:
             del self._waiting[job.message_id]
-        return [self._done(job) for job in jobs]
+        return [self._outcome(job) for job in jobs]
 
-    def _done(self, job: Job) -> Outcome:
+    def _outcome(self, job: Job) -> Outcome:
         try:
             return work(self.client, job)
         except Exception as error:
@@ -67,9 +67,12 @@ class InTurn:
 
 
 class Pool:
-    """Runs clients in worker processes, one a core, that stay for the whole run.
+    """Runs clients in worker processes that stay for the whole run.
 
     A process that dies, or takes longer than `timeout` for one message, is replaced; its client gives an error reply.
+    The bound does not hold for a process that stops in the middle of a reply's bytes. Jobs are given out, and outcomes
+    taken, while the server sends messages or waits for replies, not while it works on a reply. A script that makes a
+    pool starts with `if __name__ == "__main__":`, since processes import it.
 
     Parameters
     ----------
@@ -104,9 +107,13 @@ class Pool:
         return [self._done.pop(message_id) for message_id in list(self._done) if message_id in message_ids]
 
     def _assign(self) -> None:
-        for process in self._processes:
-            if self._queue and process.job is None:
-                process.start(self._queue.popleft())
+        for place, process in enumerate(self._processes):
+            if not self._queue or process.job is not None:
+                continue
+            if not process.is_alive:  # it died while it was free: no client's fault
+                process.end()
+                process = self._processes[place] = _Process(self._load)
+            process.give(self._queue.popleft())
 
     def wait(self, seconds: float) -> None:
         """Wait until a process that works has replied or died, at most so long."""
@@ -126,21 +133,31 @@ class _Process:
     """One process of the pool, the connection to it, and the job that it does."""
 
     def __init__(self, load: Callable[[], Client]) -> None:
-        start = context()
+        start = start_method()
         self.connection, theirs = start.Pipe()
         # daemon: it does not outlive this process
         self._process = start.Process(target=_serve, args=(theirs, load), daemon=True)
         self._process.start()
         theirs.close()
         self.job: Job | None = None
-        self.is_gone = False
+        self.is_gone = self._is_ready = False
         self._since = 0.0
 
-    def start(self, job: Job) -> None:
-        """Send it a job; it must be free."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.is_alive()
+
+    def give(self, job: Job) -> None:
+        """Give it a job, which is sent once it has loaded its client; it must be free."""
         self.job, self._since = job, time.monotonic()
-        with contextlib.suppress(OSError):  # it died: `outcome` finds that
-            self.connection.send(job)
+        self._send()
+
+    def _send(self) -> None:
+        if self._is_ready:  # before that nobody reads, and a large message would block the server
+            self._since = time.monotonic()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `outcome` finds that
+                self.connection.send(self.job)
 
     def outcome(self, timeout: float) -> Outcome | None:
         """Return what came of its job, None while it works, or where it has none."""
@@ -149,10 +166,14 @@ class _Process:
         job, seconds = self.job, time.monotonic() - self._since
         try:
             if self.connection.poll():
-                outcome: Outcome = self.connection.recv()
-                self.job = None
-                return outcome
-        except (EOFError, OSError):
+                outcome: Outcome | None = self.connection.recv()
+                if outcome is not None:
+                    self.job = None
+                    return outcome
+                self._is_ready = True
+                self._send()
+                return None
+        except (EOFError, ConnectionResetError):
             self._process.join(GRACE)
             self.end()
             reason = f"the client's process ended with exit code {self._process.exitcode}"
@@ -180,12 +201,11 @@ def _serve(connection: Connection, load: Callable[[], Client]) -> None:
         client = load()
     except Exception as raised:
         error = raised
-    while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
-        connection.send(_outcome(client, error, job))
+    # what a client raises is caught where it works: these errors are of the connection to the server, which is gone
+    with contextlib.suppress(EOFError, OSError):
+        connection.send(None)  # ready
+        while True:
+            connection.send(_outcome(client, error, connection.recv()))
 
 
 def _outcome(client: Client | None, error: Exception | None, job: Job) -> Outcome:

@@ -33,3 +33,8 @@ def load():
 def load_nothing():
     """Fail to load a client."""
     raise ImportError("no such model")
+
+
+def load_for_ever():
+    """Never load a client."""
+    time.sleep(600)

@@ -1,6 +1,8 @@
 """The local engine: its Grid over a pool of processes, faults as on a deployment, and the same results as Ray's."""
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +26,7 @@ from simulations.options import Options
 from simulations.running import simulate
 from tests.folders import same_bits
 from tests.models import same_bits as same_records
-from tests.simulations.pool_clients import answer, load, load_nothing
+from tests.simulations.pool_clients import answer, load, load_for_ever, load_nothing
 
 TIMEOUT = 5.0
 
@@ -99,6 +101,24 @@ def test_a_round_goes_on_without_the_clients_that_fail(pool: Pool) -> None:
         return answer(message, context)
 
     assert same_records(arrays, merged({}, InTurn(without))[0])
+
+
+def test_a_process_that_dies_while_it_is_free_costs_no_client_a_round(pool: Pool) -> None:
+    grid = LocalGrid(pool, 3)
+    before = processes(ask(grid))
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    replies = ask(grid)
+    assert not any(reply.has_error() for reply in replies.values()) and not processes(replies) & before
+
+
+def test_a_large_message_does_not_wait_for_a_process_that_hangs_while_it_loads() -> None:
+    with closing(Pool(load_for_ever, 1, 2.0)) as workers:
+        grid = LocalGrid(workers, 1)
+        content = RecordDict({"arrays": ArrayRecord([np.zeros(5_000_000, np.float32)]), "config": ConfigRecord()})
+        (reply,) = grid.send_and_receive([Message(content, node, "train") for node in grid.partition_of], timeout=60)
+    assert reply.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
 
 
 def test_every_process_that_cannot_load_its_client_says_why() -> None:

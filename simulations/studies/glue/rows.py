@@ -36,11 +36,16 @@ class MethodRow:
 
 ROWS = (
     MethodRow("average", "average"),
-    MethodRow("from k=1", "from", {"k": 1.0, "examples_power": 0.0}),
-    MethodRow("from k=2", "from", {"k": 2.0, "examples_power": 0.0}),
+    MethodRow("average, svc", "svc", {"inner": "average"}),
+    *(MethodRow(f"from k={k:g}", "from", {"k": k, "examples_power": 0.0}) for k in (-1.0, 1.0, 2.0)),
     MethodRow("ties", "ties", {"density": 0.2}),
     MethodRow("dare-ties", "dare-ties", {"density": 0.5}),
     MethodRow("knots-ties", "knots-ties", {"density": 0.2}),
+    MethodRow("knots-ties, as released", "knots-ties", {"density": 0.2, "convention": "released"}),
+    MethodRow("tsv", "tsv"),
+    MethodRow("iso", "iso"),
+    MethodRow("iso-cts", "iso-cts"),
+    MethodRow("core-ties", "core-ties", {"density": 0.2}),
 )
 
 
