@@ -53,7 +53,7 @@ def test_another_method_is_refused_and_the_same_by_object_is_not(tmp_path: Path)
 
     once("from", 1)
     once(FroM(), 2)
-    with pytest.raises(ValueError, match=r"method = 'Average' where the checkpoint has 'FroM'; method\.k"):
+    with pytest.raises(ValueError, match=r"method = 'Average' where the checkpoint has 'FroM'; method\."):
         once(Average(), 3)
 
 

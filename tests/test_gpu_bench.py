@@ -76,7 +76,7 @@ def test_adapters(tiny: None, tmp_path: Path) -> None:
         assert float(row["difference"]) == 0 and float(row["device s"]) > 0 and row["waits, module"] == ""
     text = (tmp_path / "adapters.md").read_text()
     assert "This is a rehearsal" in text and "torch 2" in text
-    named = set(adapters.measured_methods()) | {"regmean", "fisher", "lorm", "greedy-soup", "soup"}
+    named = set(adapters.measured_methods()) | {"regmean", "fisher", "lorm", "greedy-soup", "soup", "knots-ta"}
     assert named == set(methods()) and all(name in text for name in named)
 
 

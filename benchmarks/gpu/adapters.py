@@ -20,8 +20,9 @@ from fedfrom.merging.linalg.lowrank import generator
 from fedfrom.merging.methods.registry import needed_statistics
 
 MODEL = "Llama-3-8B"
-SAME_AS = {"soup": "average"}  # another name of the same method
+SAME_AS = {"soup": "average", "knots-ta": "task-arithmetic"}  # other names of the same method
 VALIDATED = ("greedy-soup",)
+OPTIONS: Mapping[str, Mapping[str, float]] = {"actmat": {"rho": 1.0}}  # near 0 it refuses factors drawn at random
 LINEAR = ("from", "average", "factor-average", "task-arithmetic")
 """Those that never form a matrix of the module's size, nor rank entries: the whole adapter is merged as well."""
 OWN = 0.5  # size of what each client's factors have of their own, where what all have in common is 1
@@ -106,7 +107,7 @@ def difference(found: State, expected: State) -> float:
 
 
 def _merged(states: Sequence[State], method: str) -> dict[str, Tensor]:
-    return merge(states, method=method)[0]
+    return merge(states, method=method, **OPTIONS.get(method, {}))[0]
 
 
 def measure(what: Adapters, device: Device, limits: Limits, folder: Path | None, about: str) -> Table:
@@ -219,6 +220,7 @@ def _text(what: Adapters, device: Device) -> str:
         "block.",
         f'`{PEFT}`: add_weighted_adapter(..., combination_type="svd"), each shape timed once on the device, for the '
         "smallest number of clients.",
+        "`actmat` has rho = 1: nearer 0 it refuses factors that were drawn at random.",
         f"Left out: {needs}, which need statistics from the clients; {', '.join(VALIDATED)}, which needs validation; "
         f"{', '.join(f'{name}, which is {other}' for name, other in SAME_AS.items())}.",
     ]

@@ -340,7 +340,7 @@ def test_unknown_strategies_and_settings_are_named(tiny: dict) -> None:
     for spec, named in (
         ("fedsgd", "unknown strategy 'fedsgd'; choose from fedavg"),
         ("from:k", "expected key=value"),
-        ("from:k=-1", "from:k=-1"),
+        ("from:rank=-1", "from:rank=-1"),
         ("from:colour=1", "colour"),
     ):
         with pytest.raises(BadInput, match=named):
