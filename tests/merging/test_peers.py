@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedfrom import LowRank, merge
-from fedfrom.merging.methods.knots import align
+from fedfrom.merging.linalg.alignment import align
 from tests.merging import oracle
 from tests.merging.samples import A_KEY, B_KEY, TENSOR, adapter_case, generator, normal, tensor_case
 

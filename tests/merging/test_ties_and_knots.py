@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedfrom import LowRank, merge
-from fedfrom.merging.methods.knots import align
+from fedfrom.merging.linalg.alignment import align
 from fedfrom.merging.methods.ties import Ties
 from fedfrom.merging.updates import DenseUpdates, Destination
 from tests.merging import oracle, properties
