@@ -62,9 +62,10 @@ class Tokens:
         return cls(values, lengths.cumsum(0) - lengths, lengths, labels, pad)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], pad: dict[str, int]) -> "Tokens":
-        """Return the examples whose `tensors` these are."""
-        return cls({name: tensors[name] for name in pad}, **{field: tensors[field] for field in _BESIDE}, pad=pad)
+    def from_tensors(cls, tensors: Mapping[str, Tensor], pad: dict[str, int], prefix: str = "") -> "Tokens":
+        """Return the examples whose `tensors` are those under these names with the prefix."""
+        values = {name: tensors[prefix + name] for name in pad}
+        return cls(values, **{field: tensors[prefix + field] for field in _BESIDE}, pad=pad)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name."""

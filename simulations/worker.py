@@ -4,7 +4,6 @@ A worker reads and tokenises the data itself, or takes the tokens that another p
 `restore`). The model's weights are mapped from its own file, whose memory all processes share.
 """
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,16 +98,16 @@ def load(options: Options) -> Worker:
 
 def of(experiment: Any) -> Worker:
     """Return a worker with what this process prepared already."""
-    base = models.base_model(experiment.options, experiment.head)
-    data = [_data(share, experiment.tokenizer, experiment.options) for share in experiment.shares]
-    return Worker(experiment.options, data.__getitem__, lambda: copy.deepcopy(base))
+    options, head = experiment.options, experiment.head
+    data = [_data(share, experiment.tokenizer, options) for share in experiment.shares]
+    return Worker(options, data.__getitem__, lambda: models.base_model(options, head))
 
 
 def save(experiment: Any, path: Path) -> None:
     """Write all clients' tokens to a file, for `restore`."""
     tensors, clients = dict[str, Tensor](), []
     for client, share in enumerate(experiment.shares):
-        tokens = tokenise(share.examples, experiment.tokenizer, experiment.options, share.task.regression)
+        tokens = _tokens(share, experiment.tokenizer, experiment.options)
         clients.append({"task": share.task.name, "pad": tokens.pad})
         tensors |= {f"{client}.{name}": tensor for name, tensor in tokens.tensors().items()}
     save_file(tensors, path, {"clients": json.dumps(clients)})
@@ -122,15 +121,18 @@ def restore(options: Options, head: models.Head, path: Path) -> Worker:
     tensors = load_file(path)
 
     def data(client: int) -> Data:
-        own = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{client}.")}
-        return _divided(clients[client]["task"], Tokens.from_tensors(own, clients[client]["pad"]), options)
+        found = clients[client]
+        return _divided(found["task"], Tokens.from_tensors(tensors, found["pad"], f"{client}."), options)
 
     return Worker(options, data, lambda: models.base_model(options, head))
 
 
+def _tokens(share: partitions.Share, tokenizer: Any, options: Options) -> Tokens:
+    return tokenise(share.examples, tokenizer, options, share.task.regression)
+
+
 def _data(share: partitions.Share, tokenizer: Any, options: Options) -> Data:
-    tokens = tokenise(share.examples, tokenizer, options, share.task.regression)
-    return _divided(share.task.name, tokens, options)
+    return _divided(share.task.name, _tokens(share, tokenizer, options), options)
 
 
 def _divided(task: str, tokens: Tokens, options: Options) -> Data:

@@ -14,9 +14,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedfrom.wire.pulling import send_and_receive
 from simulations.engines.jobs import Job, Outcome, decode, encode, encode_content, envelope, set_task_identity
-
-PAUSE = 0.1  # the longest, in seconds, between two looks for replies
 
 
 class Workers(Protocol):
@@ -184,17 +183,7 @@ class LocalGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages, and return the replies that come within the timeout."""
-        waiting, replies = set(self.push_messages(messages)), list[Message]()
-        deadline = float("inf") if timeout is None else self.clock.monotonic() + timeout
-        while waiting:
-            arrived = list(self.pull_messages(waiting))
-            replies += arrived
-            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-            if self.clock.monotonic() >= deadline:
-                break
-            if not arrived:
-                self.clock.sleep(PAUSE)
-        return replies
+        return list(send_and_receive(self, messages, timeout))
 
     def partition(self, message_id: str) -> int:
         """Return the partition of the node that a message without a reply was sent to."""
