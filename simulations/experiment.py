@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from simulations import environment, models, partitions, strategies, tasks, training
+from simulations import models, partitions, strategies, tasks, training
 from simulations.batches import Tokens, tokenise
 from simulations.metrics import Scores
 from simulations.options import OWN, Options
@@ -120,8 +120,7 @@ class Experiment:
         return models.build(self.options, self.head, self.options.client_rank(client))
 
     def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
-        # Clients wait during the evaluation, so all cores are free. A GPU needs one worker.
-        workers = environment.cores() if training.device().type == "cpu" else 1
+        workers = training.free_workers()  # clients wait during the evaluation
         each = [
             training.evaluate(model, tokens, task.name, workers)
             for tokens, task in zip(examples, self.tasks, strict=True)

@@ -36,11 +36,12 @@ def scores(task: str, predictions: NDArray[np.generic], labels: NDArray[np.gener
     A correlation with a constant is undefined, and GLUE's own evaluation returns NaN. Here it is 0, so that a model
     with constant answers, such as an untrained one, can be drawn and compared.
     """
-    values = {name: _metric(name, predictions, labels) for name in METRICS[task]}
+    values = {name: metric(name, predictions, labels) for name in METRICS[task]}
     return {**values, "score": float(np.mean(list(values.values())))}
 
 
-def _metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
+def metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
+    """Return one of the metrics that `METRICS` names; see `scores`."""
     if name == "accuracy":
         return float(np.mean(predictions == labels))
     if name == "f1":
@@ -60,7 +61,10 @@ def _metric(name: str, predictions: NDArray[np.generic], labels: NDArray[np.gene
 
 def constant_score(task: str, labels: NDArray[np.generic]) -> float:
     """Return the score of a constant answer: the majority class, or the mean of real numbers."""
-    if task == "stsb":
-        return 0.0
+    return 0.0 if task == "stsb" else scores(task, majority(labels), labels)["score"]
+
+
+def majority(labels: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return (n,) the most frequent class in the place of each label."""
     values, counts = np.unique(labels, return_counts=True)
-    return scores(task, np.full_like(labels, values[counts.argmax()]), labels)["score"]
+    return np.full_like(labels, values[counts.argmax()])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simulations import metrics, models
+from simulations import environment, metrics, models
 from simulations.batches import Tokens, training_batches
 from simulations.options import Options
 
@@ -115,6 +115,11 @@ def train(
 def warmed_up(done: float, share: float = 0.06) -> float:
     """Return a learning rate's factor that rises to 1 over the first share of the steps, and falls to 0 from there."""
     return min(done / share, (1 - done) / (1 - share))
+
+
+def free_workers() -> int:
+    """Return the threads of an evaluation while no client trains: one a core; a GPU needs one."""
+    return environment.cores() if device().type == "cpu" else 1
 
 
 def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[list[int], torch.Tensor]]:

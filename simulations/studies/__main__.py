@@ -35,9 +35,14 @@ def paper(options: PaperOptions, report: bool) -> None:
     from simulations.studies.paper.precision import settled
 
     options, folder = settled(options), Path(options.out)
-    alone = 1 if training.device().type == "cuda" else environment.cores()
     study = cells.study(options, folder / "work")
-    _run(study, folder, options.processes or alone, report, lambda frame: summary.write(options, frame, folder))
+    _run(
+        study,
+        folder,
+        options.processes or training.free_workers(),
+        report,
+        lambda frame: summary.write(options, frame, folder),
+    )
 
 
 @commands.takes(FederatedOptions, FEDERATED_QUICK, **FLAGS)

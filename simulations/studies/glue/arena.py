@@ -1,6 +1,6 @@
 """Scores of one body under every task's head."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simulations import environment, models, training
+from simulations import models, training
 from simulations.batches import Tokens
 from simulations.studies.glue import bodies
 from simulations.studies.glue.data import TaskData, score
@@ -104,9 +104,8 @@ class Arena:
         head = nn.Linear(self._heads[task]["weight"].shape[1], self._heads[task]["weight"].shape[0])
         head.load_state_dict(self._heads[task])
         self._model.classifier = head
-        workers = environment.cores() if training.device().type == "cpu" else 1
         found = np.empty((len(tokens), head.out_features), np.float32)
-        for chosen, output in training.outputs(self._model, tokens, workers):
+        for chosen, output in training.outputs(self._model, tokens, training.free_workers()):
             found[chosen] = output.cpu().numpy()
         return Answers(task, found, tokens.labels.numpy())
 
@@ -121,3 +120,33 @@ class Arena:
             task: self.answer(task, tokens if first is None else tokens.select(list(range(min(first, len(tokens))))))
             for task, tokens in rows.items()
         }
+
+
+class Scaled:
+    """One merged body at any scale in an arena; what it answers at a scale is computed once.
+
+    Parameters
+    ----------
+    arena : Arena
+        Where it is worn.
+    body : Mapping[str, Tensor]
+        An adapter, whose B carries the scaling.
+    """
+
+    def __init__(self, arena: Arena, body: Mapping[str, Tensor]) -> None:
+        self._arena, self._body = arena, body
+        self._known: dict[tuple[float, Any], dict[str, Answers]] = {}
+
+    def reported(self, scale: float) -> dict[str, Answers]:
+        """Return `Arena.reported` of the body at this scale."""
+        return self._once((scale, "reported"), self._arena.reported)
+
+    def tuning(self, scale: float, first: int | None = None) -> dict[str, Answers]:
+        """Return `Arena.tuning` of the body at this scale."""
+        return self._once((scale, first), lambda: self._arena.tuning(first))
+
+    def _once(self, key: tuple[float, Any], answers: Callable[[], dict[str, Answers]]) -> dict[str, Answers]:
+        if key not in self._known:
+            self._arena.wear(self._body, key[0])
+            self._known[key] = answers()
+        return self._known[key]

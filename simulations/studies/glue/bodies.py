@@ -47,8 +47,7 @@ def body(options: GlueOptions, seed: int, task: str) -> State:
 
 def head(options: GlueOptions, seed: int, task: str) -> State:
     """Return the weight and the bias of a task's head."""
-    found = {key.rsplit(".", 1)[1]: tensor for key, tensor in _state(options, seed, task).items() if "lora_" not in key}
-    return found
+    return {key.rsplit(".", 1)[1]: tensor for key, tensor in _state(options, seed, task).items() if "lora_" not in key}
 
 
 def config(options: GlueOptions) -> dict[str, Any]:

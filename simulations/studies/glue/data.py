@@ -7,10 +7,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations import models, tasks
+from simulations import metrics, models, tasks
 from simulations.batches import Tokens, tokenise
 from simulations.studies.glue.options import TASKS, GlueOptions
 
+_METRIC = {"cola": "matthews", "mrpc": "matthews", "qqp": "matthews", "stsb": "spearman"}
 _SEED = 0  # of all rows: every seed of the study trains and reports on the same ones
 
 
@@ -28,10 +29,7 @@ class TaskData:
     def constant(self) -> float:
         """Score of the best constant answer on the reported rows."""
         labels = self.reported.labels.numpy()
-        if self.head.regression:
-            return 0.0
-        values, counts = np.unique(labels, return_counts=True)
-        return score(self.task, np.full_like(labels, values[counts.argmax()]), labels)
+        return 0.0 if self.head.regression else score(self.task, metrics.majority(labels), labels)
 
 
 @lru_cache(maxsize=1)
@@ -63,14 +61,6 @@ def _load(options: GlueOptions, task: str) -> TaskData:
 def score(task: str, answers: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
     """Return accuracy; Matthews' correlation for CoLA, MRPC and QQP, whose classes are uneven; Spearman's for STS-B.
 
-    A correlation with a constant is 0 here, where GLUE's own evaluation has NaN.
+    A correlation with a constant is 0: see `metrics.scores`.
     """
-    if task == "stsb":
-        from scipy.stats import spearmanr
-
-        return 0.0 if np.ptp(answers) == 0 else float(spearmanr(answers, labels)[0])
-    if task in ("cola", "mrpc", "qqp"):
-        from sklearn.metrics import matthews_corrcoef
-
-        return float(matthews_corrcoef(labels, answers))
-    return float(np.mean(answers == labels))
+    return metrics.metric(_METRIC.get(task, "accuracy"), answers, labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 import fedfrom
 from fedfrom.merging.methods.registry import method_options
 from simulations.studies.glue import bodies
-from simulations.studies.glue.arena import Answers, Arena
+from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.options import GATE, TASKS, GlueOptions
 from simulations.studies.glue.rows import ROWS, MethodRow, by_name, scales
@@ -55,56 +55,44 @@ def _own(options: GlueOptions, seed: int, task: str) -> Row:
         bodies.train(options, seed, data)
     arena = Arena(options, seed, {task: data})
     arena.wear(bodies.body(options, seed, task), options.lora_alpha / options.lora_r)
-    answers, tuning = arena.reported()[task], arena.tuning()[task]
-    return {
-        "setting": OWN,
-        "task": task,
-        "split": REPORTED,
-        "n": len(data.reported),
-        "score": answers.score(),
-        "refit": answers.score(tuning.bias()),
-        "constant": data.constant,
-    }
+    (row,) = _scored(arena.reported(), arena.tuning(), setting=OWN)
+    return {**row, "constant": data.constant}
 
 
 def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     """Merge the seed's bodies by one method at both ranks, choose a scale, and score what the tables show."""
-    row, data = by_name(cell.method), load(options)
-    arena, tasks = Arena(options, cell.seed, data), gated(known, cell.seed)
+    row, arena = by_name(cell.method), Arena(options, cell.seed, load(options))
     own = known[(known["part"] == OWN) & (known["seed"] == cell.seed)].set_index("task")
+    tasks = gated(known, cell.seed)
     found: list[Row] = []
     tried: dict[str, Any] = {}
     for rank, columns in {"full": options.lora_r * len(TASKS), str(options.lora_r): options.lora_r}.items():
-        merged = _merge(options, row, cell.seed, columns)
+        body = Scaled(arena, _merge(options, row, cell.seed, columns))
 
-        def merit(scale: float, all_rows: bool, merged: Mapping[str, Tensor] = merged) -> float:
-            arena.wear(merged, scale)
-            answers = arena.tuning(None if all_rows else options.first_examples)
+        def merit(scale: float, all_rows: bool, body: Scaled = body) -> float:
+            answers = body.tuning(scale) if all_rows else body.tuning(scale, options.first_examples)
             return fmean(_share(answers[task].score(), own.loc[task]) for task in tasks) if tasks else 0.0
 
         tuned, tried[rank] = halved(scales(options.scales), merit)
-        settings = {PUBLISHED: row.published, CONSTANT: row.constant, TUNED: tuned}
-        for setting, scale in settings.items():
+        for setting, scale in {PUBLISHED: row.published, CONSTANT: row.constant, TUNED: tuned}.items():
             if scale is not None:
-                arena.wear(merged, scale)
-                found += _scored(arena.reported(), arena.tuning(), own, setting=setting, rank=rank, scale=scale)
+                for scored in _scored(body.reported(scale), body.tuning(scale), setting=setting):
+                    of_task = own.loc[scored["task"]]
+                    compared = {"constant": float(of_task["constant"]), "own": float(of_task["score"])}
+                    found.append({**scored, "rank": rank, "scale": scale, **compared})
     return Done(cell, found, {"tried": tried})
 
 
-def _scored(
-    reported: Mapping[str, Answers], tuning: Mapping[str, Answers], own: pd.DataFrame, **same: Any
-) -> Iterator[Row]:
+def _scored(reported: Mapping[str, Answers], tuning: Mapping[str, Answers], setting: str) -> Iterator[Row]:
     """Yield a row for each task: its score with the head as it is, and with its bias fitted anew."""
     for task, answers in reported.items():
         yield {
-            **same,
+            "setting": setting,
             "task": task,
             "split": REPORTED,
             "n": len(answers.labels),
             "score": answers.score(),
             "refit": answers.score(tuning[task].bias()),
-            "constant": float(own.loc[task, "constant"]),
-            "own": float(own.loc[task, "score"]),
         }
 
 
