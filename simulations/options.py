@@ -112,7 +112,7 @@ class Options:
     )
     processes: int = option(0, "Client processes at a time, 0: one a core.", least=0)
     client_timeout: float = option(
-        3600.0, "Seconds for one client's work; the local engine then ends its process. Not on a GPU.", above=0
+        3600.0, "Seconds after which the local engine ends a client's process (none on a GPU).", above=0
     )
     gpus_per_client: float = option(0.5, "Share of a GPU for a client process of Ray's, where there is a GPU.", above=0)
     verbose: bool = option(False, "Show what Flower and Ray log.")

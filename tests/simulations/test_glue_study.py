@@ -53,7 +53,7 @@ def test_rows_to_tune_on_are_in_no_training(options: GlueOptions) -> None:
     assert data.load(options)["qnli"].tuning.rows == found.tuning.rows
 
 
-def test_a_body_worn_answers_as_the_adapter_in_peft_does(options: GlueOptions) -> None:
+def test_a_loaded_body_answers_as_the_adapter_in_peft_does(options: GlueOptions) -> None:
     found = trained(options)
     simulation = options.simulation("sst2", 0)
     model = models.adapt(models.base_model(simulation, found.head), simulation, options.lora_r)
@@ -62,17 +62,17 @@ def test_a_body_worn_answers_as_the_adapter_in_peft_does(options: GlueOptions) -
     with torch.no_grad():
         expected = models.logits(model.eval(), inputs).numpy()
     arena = Arena(options, 0, {"sst2": found})
-    arena.wear(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
-    worn = arena.reported()["sst2"].outputs
-    np.testing.assert_allclose(worn, expected, atol=1e-5)
-    assert np.abs(worn - _pretrained(arena, options)).max() > 1e-2  # the body does something
-    # and again after another body was worn
-    arena.wear(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
-    np.testing.assert_array_equal(arena.reported()["sst2"].outputs, worn)
+    arena.load(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
+    found_outputs = arena.reported()["sst2"].outputs
+    np.testing.assert_allclose(found_outputs, expected, atol=1e-5)
+    assert np.abs(found_outputs - _pretrained(arena, options)).max() > 1e-2  # the body does something
+    # and again after another body was loaded
+    arena.load(bodies.body(options, 0, "sst2"), options.lora_alpha / options.lora_r)
+    np.testing.assert_array_equal(arena.reported()["sst2"].outputs, found_outputs)
 
 
 def _pretrained(arena: Arena, options: GlueOptions) -> Any:
-    arena.wear(bodies.body(options, 0, "sst2"), 0.0)
+    arena.load(bodies.body(options, 0, "sst2"), 0.0)
     return arena.reported()["sst2"].outputs
 
 

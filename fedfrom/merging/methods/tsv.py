@@ -16,8 +16,8 @@ class TSV(Spectral):
     """Task Singular Vectors, TSV-Merge (Gargiulo et al., 2025, arXiv 2412.00081).
 
     Of each update the top k = min(rank_t, floor(min(d_out, d_in) / T)) singular triplets, side by side as U, S and V;
-    theta* = coefficient polar(U) diag(S) polar(V)^T. ||theta*||_F is at most sqrt(T) times that of the largest
-    coefficient theta_t.
+    theta* = coefficient polar(U) diag(S) polar(V)^T. ||theta*||_F is at most coefficient sqrt(T) times the norm of the
+    longest theta_t.
 
     Departures. polar(X) is P Q^T over the directions that are not rounding in the inputs' dtype. In the paper it is
     over all, which leaves it undefined where updates share directions: two copies of an update that differ in their

@@ -16,6 +16,7 @@ from simulations.studies.glue.data import TaskData, score
 from simulations.studies.glue.options import GlueOptions
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_PULL = 1e-3  # towards a bias of 0, relative to the mean cross-entropy
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class Answers:
         return bias
 
 
-_PULL = 1e-3
-
-
 class Arena:
     """The pretrained encoder, whose weights a merged body is added to.
 
@@ -85,7 +83,7 @@ class Arena:
         self._heads = {task: bodies.head(options, seed, task) for task in data}
         self._pretrained: dict[str, Tensor] = {}
 
-    def wear(self, body: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    def load(self, body: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Set the encoder to its pretrained weights plus scale B A for each module of an adapter.
 
         B carries the adapter's scaling.
@@ -100,7 +98,7 @@ class Arena:
                     weight.copy_(start + scale * (B.double() @ A.double()).to(start.dtype))
 
     def answer(self, task: str, tokens: Tokens) -> Answers:
-        """Return what the body that is worn answers under the task's head."""
+        """Return what the loaded body answers under the task's head."""
         head = nn.Linear(self._heads[task]["weight"].shape[1], self._heads[task]["weight"].shape[0])
         head.load_state_dict(self._heads[task])
         self._model.classifier = head
@@ -128,7 +126,7 @@ class Scaled:
     Parameters
     ----------
     arena : Arena
-        Where it is worn.
+        What it is loaded into.
     body : Mapping[str, Tensor]
         An adapter, whose B carries the scaling.
     """
@@ -147,6 +145,6 @@ class Scaled:
 
     def _once(self, key: tuple[float, Any], answers: Callable[[], dict[str, Answers]]) -> dict[str, Answers]:
         if key not in self._known:
-            self._arena.wear(self._body, key[0])
+            self._arena.load(self._body, key[0])
             self._known[key] = answers()
         return self._known[key]

@@ -54,7 +54,7 @@ def _own(options: GlueOptions, seed: int, task: str) -> Row:
     if not bodies.is_trained(options, seed, task):
         bodies.train(options, seed, data)
     arena = Arena(options, seed, {task: data})
-    arena.wear(bodies.body(options, seed, task), options.lora_alpha / options.lora_r)
+    arena.load(bodies.body(options, seed, task), options.lora_alpha / options.lora_r)
     (row,) = _scored(arena.reported(), arena.tuning(), setting=OWN)
     return {**row, "constant": data.constant}
 
