@@ -89,7 +89,7 @@ class KnotsTA(TaskArithmetic):
 
 @dataclass(frozen=True, kw_only=True)
 class KnotsTies(AlignedEntries, Ties):
-    """KnOTS, then TIES on the V parts.
+    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then TIES on the V parts.
 
     As released the entries of all layers' diag(S) V_i are held at once while the thresholds are sought: n R d_in
     numbers a layer, R the sum of the clients' ranks. `align` then runs twice a layer.
@@ -132,7 +132,7 @@ class KnotsTies(AlignedEntries, Ties):
 
 @dataclass(frozen=True, kw_only=True)
 class KnotsDareTies(AlignedEntries, DareTies):
-    """KnOTS, then DARE and TIES' election on the V parts.
+    """KnOTS (Stoica et al., 2025, arXiv 2410.19735), then DARE and TIES' election on the V parts.
 
     Parameters
     ----------
