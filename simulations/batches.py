@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from simulations.options import Options
 
 EVALUATION_BATCH = 64
+GROUP = 50  # batches that are sorted by length together: their mean lengths differ, their order stays random
 _BESIDE = ("starts", "lengths", "labels")  # the tensors of `Tokens` beside its values
 
 
@@ -99,7 +100,7 @@ class Tokens:
         """Return evaluation batches of examples sorted by length, which need little padding."""
         lengths = self.lengths.tolist()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
-        return [order[start : start + EVALUATION_BATCH] for start in range(0, len(order), EVALUATION_BATCH)]
+        return _cut(order, EVALUATION_BATCH)
 
 
 def tokenise(examples: Table, tokenizer: Any, options: Options, regression: bool) -> Tokens:
@@ -114,27 +115,45 @@ def tokenise(examples: Table, tokenizer: Any, options: Options, regression: bool
     return Tokens.of(rows, labels, pad)
 
 
-def training_batches(count: int, options: Options, seed: int) -> Iterator[list[int]]:
+def training_batches(tokens: Tokens, options: Options, seed: int) -> Iterator[list[int]]:
     """Yield the rows of each optimiser step of one round.
 
     Parameters
     ----------
-    count : int
-        Number of the client's examples.
+    tokens : Tokens
+        The client's examples.
     options : Options
-        Batch size, and steps or epochs. Where one pass has too few steps, another pass follows.
+        Batch size, and steps or epochs. Where one pass has too few steps, another pass follows. With
+        `group_by_length` every fifty batches of a random order are sorted by length, cut anew, and shuffled.
     seed : int
         Fixes the order. Each client and round has its own.
     """
     generator = torch.Generator().manual_seed(seed)
     taken, epoch = 0, 0
     while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count, options.batch_size):
+        order = torch.randperm(len(tokens), generator=generator).tolist()
+        if options.group_by_length:
+            batches = _alike(order, tokens.lengths.tolist(), options.batch_size, generator)
+        else:
+            batches = _cut(order, options.batch_size)
+        for batch in batches:
             if options.steps and taken == options.steps:
                 return
-            yield order[start : start + options.batch_size]
+            yield batch
             taken += 1
         epoch += 1
         if not options.steps and epoch == options.epochs:
             return
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _alike(order: list[int], lengths: list[int], size: int, generator: torch.Generator) -> list[list[int]]:
+    """Return batches of rows of like length, in random order within every fifty batches."""
+    batches: list[list[int]] = []
+    for group in _cut(order, GROUP * size):
+        cut = _cut(sorted(group, key=lambda row: lengths[row]), size)
+        batches += [cut[place] for place in torch.randperm(len(cut), generator=generator).tolist()]
+    return batches

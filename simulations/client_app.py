@@ -61,9 +61,9 @@ def evaluate(message: Message, context: Context) -> Message:
     from simulations import training
 
     worker, client = _worker_of(message, context)
-    model, data = worker.model(client), worker.data(client)
+    options, model, data = worker.options, worker.model(client), worker.data(client)
     wire.load(model, message)
-    scores = training.evaluate(model, data.own, data.task)
+    scores = training.evaluate(model, data.own, data.task, precision=options.precision)
     # The same key for every task: Flower's aggregation needs equal keys.
     metrics = MetricRecord({"num-examples": len(data.own), "loss": scores["loss"], "score": scores["score"]})
     return Message(RecordDict({"metrics": metrics, ABOUT: _about(client)}), reply_to=message)

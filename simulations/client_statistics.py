@@ -38,7 +38,7 @@ def compute(kind: str, model: nn.Module, tokens: Tokens, options: Options, seed:
     where = training.device()
     model.to(where)
     one_pass = dataclasses.replace(options, steps=0, epochs=1)
-    chosen = islice(training_batches(len(tokens), one_pass, seed), options.statistics_batches)
+    chosen = islice(training_batches(tokens, one_pass, seed), options.statistics_batches)
     batches = (_moved(*tokens.batch(rows), where) for rows in chosen)
     if kind == "gram":
         found = client.gram(model, (inputs for inputs, _ in batches))

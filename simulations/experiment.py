@@ -122,7 +122,7 @@ class Experiment:
     def _scores(self, model: nn.Module, examples: list[Tokens]) -> Scores:
         workers = training.free_workers()  # clients wait during the evaluation
         each = [
-            training.evaluate(model, tokens, task.name, workers)
+            training.evaluate(model, tokens, task.name, workers, self.options.precision)
             for tokens, task in zip(examples, self.tasks, strict=True)
         ]
         if len(each) == 1:

@@ -83,6 +83,13 @@ class Options:
     batch_size: int = option(16, "Examples in a training step.", least=1)
     lr: float | None = option(None, "Learning rate of AdamW. [default: 2e-3 for LoRA, 1e-4 for --full]", above=0)
     weight_decay: float = option(0.01, "Weight decay of AdamW.", least=0)
+    group_by_length: bool = option(False, "Make training batches of examples of like length: less padding, faster.")
+    precision: str = option(
+        "auto",
+        "Of the model's arithmetic; weights stay float32. bfloat16 is faster where the CPU has AVX512-BF16; "
+        "auto is float32 on a CPU, bfloat16 on a GPU.",
+        choices=("auto", "float32", "bfloat16"),
+    )
     max_length: int = option(64, "Longest input, in tokens; the rest is cut off.", least=4)
     statistics_batches: int = option(8, "Batches that a client's statistics are of (regmean, lorm, fisher).", least=1)
 

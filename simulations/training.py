@@ -38,10 +38,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _precision(where: torch.device) -> contextlib.AbstractContextManager[object]:
-    if where.type != "cuda":
+def _autocast(where: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Return the context of a model's arithmetic in a precision, one of `Options.precision`."""
+    if precision == "float32" or (precision == "auto" and where.type != "cuda"):
         return contextlib.nullcontext()
-    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    half = where.type == "cuda" and not torch.cuda.is_bf16_supported()
+    return torch.autocast(where.type, torch.float16 if half else torch.bfloat16)
 
 
 def loss_of(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -85,17 +87,17 @@ def train(
     model.to(where).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-    half = where.type == "cuda" and not torch.cuda.is_bf16_supported()
+    half = where.type == "cuda" and options.precision != "float32" and not torch.cuda.is_bf16_supported()
     scaler = torch.amp.GradScaler(enabled=half)
     start, losses, seen = time.perf_counter(), [], 0
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
-        batches = list(training_batches(len(tokens), options, seed))
+        batches = list(training_batches(tokens, options, seed))
         for step, chosen in enumerate(batches):
             if rate is not None:
                 optimizer.param_groups[0]["lr"] = options.learning_rate * rate((step + 0.5) / len(batches))
             inputs, labels = tokens.batch(chosen)
-            with _precision(where):
+            with _autocast(where, options.precision):
                 output = models.logits(model, {name: value.to(where) for name, value in inputs.items()})
             loss = loss_of(output, labels.to(where))
             scaler.scale(loss).backward()
@@ -122,7 +124,9 @@ def free_workers() -> int:
     return environment.cores() if device().type == "cpu" else 1
 
 
-def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[list[int], torch.Tensor]]:
+def outputs(
+    model: nn.Module, tokens: Tokens, workers: int = 1, precision: str = "auto"
+) -> list[tuple[list[int], torch.Tensor]]:
     """Return the rows of each batch of the examples, by length, and the model's float32 outputs for them.
 
     Parameters
@@ -134,6 +138,8 @@ def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[li
     workers : int
         Threads, each of which evaluates whole batches. Torch's own threads wait for each other within each product,
         which on a busy machine takes more time than they save. The result does not depend on the number of threads.
+    precision : str (default: "auto")
+        As `Options.precision` has it.
 
     Returns
     -------
@@ -146,7 +152,7 @@ def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[li
     @torch.inference_mode()
     def output(chosen: list[int]) -> torch.Tensor:
         inputs, _ = tokens.batch(chosen)
-        with _precision(where):
+        with _autocast(where, precision):
             return models.logits(model, {name: value.to(where) for name, value in inputs.items()}).float()
 
     batches = tokens.by_length()
@@ -154,7 +160,7 @@ def outputs(model: nn.Module, tokens: Tokens, workers: int = 1) -> list[tuple[li
         return list(zip(batches, pool.map(output, batches), strict=True))
 
 
-def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> metrics.Scores:
+def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1, precision: str = "auto") -> metrics.Scores:
     """Return the task's metrics, its "score" and the mean loss over the examples; see `outputs`.
 
     Parameters
@@ -164,7 +170,7 @@ def evaluate(model: nn.Module, tokens: Tokens, task: str, workers: int = 1) -> m
     """
     labels = tokens.labels.numpy()
     predictions, loss = np.empty_like(labels), 0.0
-    for chosen, output in outputs(model, tokens, workers):
+    for chosen, output in outputs(model, tokens, workers, precision):
         own = tokens.labels[chosen]
         answer = output.squeeze(-1) if own.is_floating_point() else output.argmax(-1)
         predictions[chosen] = answer.cpu().numpy()

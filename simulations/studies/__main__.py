@@ -32,9 +32,8 @@ def paper(options: PaperOptions, report: bool) -> None:
     environment.prepare(options.checked().simulation("lora", 0).needs_hub)
     from simulations import training
     from simulations.studies.paper import cells, summary
-    from simulations.studies.paper.precision import settled
 
-    options, folder = settled(options), Path(options.out)
+    folder = Path(options.out)
     study = cells.study(options, folder / "work")
     _run(
         study,

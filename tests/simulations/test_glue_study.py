@@ -1,5 +1,7 @@
 """The study of merged bodies on GLUE: its rows, its models, its scores and its choice of a scale."""
 
+import base64
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from simulations.studies.glue import bodies, data, plan, summary
 from simulations.studies.glue.arena import Answers, Arena
 from simulations.studies.glue.options import TASKS, GlueOptions
 from simulations.studies.glue.rows import ROWS, scales
-from simulations.studies.glue.search import halved
+from simulations.studies.glue.search import around, halved
 from simulations.studies.running import run
 
 
@@ -27,6 +29,7 @@ def options(tiny_model: str, tiny_glue: str, tmp_path: Path) -> GlueOptions:
         glue_dir=tiny_glue,
         model=tiny_model,
         lora_r=2,
+        precision="float32",
         lora_alpha=4.0,
         lr=0.02,
         batch_size=8,
@@ -40,7 +43,7 @@ def options(tiny_model: str, tiny_glue: str, tmp_path: Path) -> GlueOptions:
 
 def trained(options: GlueOptions, task: str = "sst2", seed: int = 0) -> data.TaskData:
     found = data.load(options)[task]
-    bodies.train(options, seed, found)
+    bodies.ensure(options, seed, found)
     return found
 
 
@@ -94,15 +97,16 @@ def test_a_bias_fitted_anew_has_the_lowest_cross_entropy() -> None:
 
 
 def test_successive_halving_tries_all_on_few_rows_and_the_better_half_on_all() -> None:
-    few, everything = {1.0: 0.1, 2.0: 0.5, 3.0: 0.4, 4.0: 0.0}, {2.0: 0.2, 3.0: 0.3}
-    best, tried = halved([1.0, 2.0, 3.0, 4.0], lambda scale, all_rows: (everything if all_rows else few)[scale])
+    few, every = {1.0: 0.1, 2.0: 0.5, 3.0: 0.4, 4.0: 0.0}, {2.0: 0.2, 3.0: 0.3}
+    best, tried = halved([1.0, 2.0, 3.0, 4.0], few.__getitem__, every.__getitem__)
     assert best == 3.0
-    assert [(trial["scale"], trial["all"]) for trial in tried] == [
-        *((scale, False) for scale in few),
-        *((scale, True) for scale in (2.0, 3.0)),
+    assert [(trial["scale"], trial["rows"]) for trial in tried] == [
+        *((scale, "first") for scale in few),
+        *((scale, "all") for scale in (2.0, 3.0)),
     ]
-    assert halved([1.0, 2.0], lambda scale, all_rows: 0.5)[0] == 1.0
-    assert scales(8)[0] == 0.25 and scales(8)[-1] == 4.0 and len(set(scales(8))) == 8
+    assert halved([1.0, 2.0], lambda scale: 0.5, lambda scale: 0.5)[0] == 1.0
+    assert around([1.0, 2.0, 3.0], 2.0) == [1.0, 2.0, 3.0] and around([1.0, 2.0, 3.0], 3.0) == [2.0, 3.0]
+    assert scales(9)[0] == 0.25 and scales(9)[4] == 1.0 and scales(9)[-1] == 4.0 and len(set(scales(9))) == 9
 
 
 def test_the_average_of_bodies_is_the_mean_of_their_products(options: GlueOptions) -> None:
@@ -114,6 +118,37 @@ def test_the_average_of_bodies_is_the_mean_of_their_products(options: GlueOption
         other = key.replace("lora_B", "lora_A")
         expected = 2.0 * sum(state[key].double() @ state[other].double() for state in states) / len(TASKS)
         assert (merged[key].double() @ merged[other].double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_norms_in_proportion_to_their_power_keep_their_sum(options: GlueOptions) -> None:
+    states = []
+    for task in ("sst2", "stsb", "cola"):
+        trained(options, task)
+        states.append(bodies.body(options, 0, task))
+    key = next(key for key in states[0] if "lora_B" in key)
+
+    def products(k: float) -> list[torch.Tensor]:
+        found = bodies.with_norms(states, k)
+        return [state[key].double() @ state[key.replace("lora_B", "lora_A")].double() for state in found]
+
+    before = [float(product.norm()) for product in products(1.0)]
+    assert all(
+        torch.equal(one[key], other[key]) for one, other in zip(bodies.with_norms(states, 1.0), states, strict=True)
+    )
+    for k in (0.0, 2.0):
+        after = [float(product.norm()) for product in products(k)]
+        ratio = [new / old**k for new, old in zip(after, before, strict=True)]
+        assert ratio == pytest.approx([ratio[0]] * 3, rel=1e-5) and sum(after) == pytest.approx(sum(before), rel=1e-5)
+        for one, other in zip(products(k), products(1.0), strict=True):
+            assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 1 - 1e-6
+
+
+def test_answers_are_kept_as_text() -> None:
+    logits = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
+    classes = zlib.decompress(base64.b64decode(Answers("mnli", logits, np.zeros(3)).packed()))
+    assert np.frombuffer(classes, np.uint8).tolist() == [1, 0, 2]
+    scores = zlib.decompress(base64.b64decode(Answers("stsb", logits[:, :1], np.zeros(3)).packed()))
+    assert np.frombuffer(scores, np.float16).tolist() == [1.0, 3.0, 0.0]
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_pooled_data_are_what_the_tasks_see(options: PaperOptions) -> None:
         simulation, seed = options.simulation("lora", 0, options.task_steps(task)), data.order_seed(0, task)
         tokens = data.load(options)[task].train
         chosen.append((tokens, simulation, seed))
-        for batch in training_batches(len(tokens), simulation, seed):
+        for batch in training_batches(tokens, simulation, seed):
             expected += [(tuple(tokens.rows[row]["input_ids"]), int(tokens.labels[row])) for row in batch]
     pooled = data.pooled(chosen)
     found = [(tuple(row["input_ids"]), int(label)) for row, label in zip(pooled.rows, pooled.labels, strict=True)]

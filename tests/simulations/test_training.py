@@ -66,12 +66,37 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny: dict) -> None:
 @pytest.mark.parametrize(("steps", "epochs", "batches"), [(7, 1, 7), (2, 5, 2), (0, 1, 4), (0, 3, 12)])
 def test_batches_cover_the_data_pass_by_pass(steps: int, epochs: int, batches: int) -> None:
     options = Options(steps=steps, epochs=epochs, batch_size=3)
-    rows = list(training_batches(10, options, seed=0))
+    rows = list(training_batches(of_lengths([3] * 10), options, seed=0))
     assert len(rows) == batches
     for start in range(0, batches - batches % 4, 4):
         assert sorted(row for batch in rows[start : start + 4] for row in batch) == list(range(10))
     if batches >= 8:
         assert rows[:4] != rows[4:8]
+
+
+def of_lengths(lengths: list[int]) -> Tokens:
+    rows = [{"input_ids": [1] * length} for length in lengths]
+    return Tokens.of(rows, torch.zeros(len(rows), dtype=torch.int64), {"input_ids": 0})
+
+
+def test_batches_of_like_length_cover_the_data_in_another_order_each_pass() -> None:
+    lengths = torch.randint(2, 60, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    options = Options(steps=0, epochs=2, batch_size=8, group_by_length=True)
+    batches = list(training_batches(of_lengths(lengths), options, seed=0))
+    first, second = batches[:125], batches[125:]
+    assert sorted(row for batch in first for row in batch) == list(range(1000)) == sorted(sum(second, []))
+    assert first != second and first == list(training_batches(of_lengths(lengths), options, seed=0))[:125]
+    spans = [max(of) - min(of) for of in ([lengths[row] for row in batch] for batch in batches)]
+    assert sum(spans) / len(spans) < 3  # of 58 in a random batch
+    longest = [max(lengths[row] for row in batch) for batch in first]
+    assert longest != sorted(longest)
+
+
+def test_bfloat16_is_near_float32_and_not_the_same(tiny: dict) -> None:
+    model, tokens, _, _ = prepared(tiny)
+    one, other = (torch.cat([out for _, out in training.outputs(model, tokens, 1, of)]) for of in ("auto", "bfloat16"))
+    assert one.dtype == other.dtype == torch.float32
+    assert 0 < float((one - other).abs().max()) < 0.02 * float(one.abs().max())
 
 
 def test_seeds_of_rounds_and_clients_differ() -> None:

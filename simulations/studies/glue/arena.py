@@ -1,5 +1,7 @@
 """Scores of one body under every task's head."""
 
+import base64
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +39,24 @@ class Answers:
     outputs: NDArray[np.float32]
     labels: NDArray[np.generic]
 
+    def followed_by(self, other: "Answers") -> "Answers":
+        """Return these rows and another's of the same task."""
+        labels = np.concatenate([self.labels, other.labels])
+        return Answers(self.task, np.concatenate([self.outputs, other.outputs]), labels)
+
     def score(self, bias: NDArray[np.float64] | None = None) -> float:
         """Return the score, with a bias added to the logits where one is given."""
         if self.outputs.shape[1] == 1:
             return score(self.task, self.outputs[:, 0], self.labels)
         return score(self.task, (self.outputs + (0 if bias is None else bias)).argmax(1), self.labels)
+
+    def packed(self) -> str:
+        """Return the answers as text: zlib's base64 of uint8 classes, or of float16 scores."""
+        if self.outputs.shape[1] == 1:
+            answers: NDArray[np.generic] = self.outputs[:, 0].astype(np.float16)
+        else:
+            answers = self.outputs.argmax(1).astype(np.uint8)
+        return base64.b64encode(zlib.compress(answers.tobytes(), 9)).decode()
 
     def bias(self) -> NDArray[np.float64] | None:
         """Return (classes,) what added to the logits gives the lowest cross-entropy; None for real numbers.
@@ -79,7 +94,8 @@ class Arena:
     def __init__(self, options: GlueOptions, seed: int, data: Mapping[str, TaskData]) -> None:
         first = next(iter(data.values()))
         self._model: nn.Module = models.base_model(options.simulation(first.task, seed), first.head)
-        self._data = data
+        self._data, self._precision = data, options.precision
+        self._threads = max(1, training.free_workers() // max(1, options.processes))
         self._heads = {task: bodies.head(options, seed, task) for task in data}
         self._pretrained: dict[str, Tensor] = {}
 
@@ -103,7 +119,7 @@ class Arena:
         head.load_state_dict(self._heads[task])
         self._model.classifier = head
         found = np.empty((len(tokens), head.out_features), np.float32)
-        for chosen, output in training.outputs(self._model, tokens, training.free_workers()):
+        for chosen, output in training.outputs(self._model, tokens, self._threads, self._precision):
             found[chosen] = output.cpu().numpy()
         return Answers(task, found, tokens.labels.numpy())
 
@@ -111,12 +127,11 @@ class Arena:
         """Return the answers on the rows that are reported, by task."""
         return {task: self.answer(task, data.reported) for task, data in self._data.items()}
 
-    def tuning(self, first: int | None = None) -> dict[str, Answers]:
-        """Return the answers on the tuning rows, or on the first of them, by task."""
-        rows = {task: data.tuning for task, data in self._data.items()}
+    def tuning(self, rows: slice = slice(None)) -> dict[str, Answers]:
+        """Return the answers on the tuning rows, or on some of them, by task."""
         return {
-            task: self.answer(task, tokens if first is None else tokens.select(list(range(min(first, len(tokens))))))
-            for task, tokens in rows.items()
+            task: self.answer(task, data.tuning.select(list(range(len(data.tuning)))[rows]))
+            for task, data in self._data.items()
         }
 
 
@@ -129,21 +144,28 @@ class Scaled:
         What it is loaded into.
     body : Mapping[str, Tensor]
         An adapter, whose B carries the scaling.
+    first : int
+        Number of a task's tuning rows on which every scale is tried.
     """
 
-    def __init__(self, arena: Arena, body: Mapping[str, Tensor]) -> None:
-        self._arena, self._body = arena, body
-        self._known: dict[tuple[float, Any], dict[str, Answers]] = {}
+    def __init__(self, arena: Arena, body: Mapping[str, Tensor], first: int) -> None:
+        self._arena, self._body, self._first = arena, body, first
+        self._known: dict[tuple[float, str], dict[str, Answers]] = {}
 
     def reported(self, scale: float) -> dict[str, Answers]:
         """Return `Arena.reported` of the body at this scale."""
         return self._once((scale, "reported"), self._arena.reported)
 
-    def tuning(self, scale: float, first: int | None = None) -> dict[str, Answers]:
-        """Return `Arena.tuning` of the body at this scale."""
-        return self._once((scale, first), lambda: self._arena.tuning(first))
+    def first(self, scale: float) -> dict[str, Answers]:
+        """Return the answers of the body at this scale on the first tuning rows."""
+        return self._once((scale, "first"), lambda: self._arena.tuning(slice(self._first)))
 
-    def _once(self, key: tuple[float, Any], answers: Callable[[], dict[str, Answers]]) -> dict[str, Answers]:
+    def tuning(self, scale: float) -> dict[str, Answers]:
+        """Return `Arena.tuning` of the body at this scale."""
+        rest = self._once((scale, "rest"), lambda: self._arena.tuning(slice(self._first, None)))
+        return {task: answers.followed_by(rest[task]) for task, answers in self.first(scale).items()}
+
+    def _once(self, key: tuple[float, str], answers: Callable[[], dict[str, Answers]]) -> dict[str, Answers]:
         if key not in self._known:
             self._arena.load(self._body, key[0])
             self._known[key] = answers()

@@ -1,9 +1,11 @@
 """The models that are merged: for each task and seed an adapter and a head, trained once and kept in a folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from simulations import models, training
@@ -17,7 +19,8 @@ State = dict[str, Tensor]
 def shelf(options: GlueOptions) -> Shelf:
     """Return the folder of the trained models, one for each set of the settings of training."""
     parts = [options.model, options.layers, options.lora_r, options.lora_alpha, options.lr, options.batch_size]
-    parts += [options.epochs, options.small_epochs, options.max_length, options.train_examples, options.tuning_examples]
+    parts += [options.group_by_length, options.precision, options.epochs, options.small_epochs, options.max_length]
+    parts += [options.train_examples, options.tuning_examples]
     name = "-".join(str(part).replace(os.sep, "_") for part in parts)
     return Shelf(Path(os.path.expanduser(options.cache)) / name)
 
@@ -35,9 +38,10 @@ def train(options: GlueOptions, seed: int, data: TaskData) -> float:
     return done.loss
 
 
-def is_trained(options: GlueOptions, seed: int, task: str) -> bool:
-    """Return whether the task's model is in the folder."""
-    return _name(seed, task) in shelf(options)
+def ensure(options: GlueOptions, seed: int, data: TaskData) -> None:
+    """Train the task's model unless it is in the folder."""
+    if _name(seed, data.task) not in shelf(options):
+        train(options, seed, data)
 
 
 def body(options: GlueOptions, seed: int, task: str) -> State:
@@ -48,6 +52,19 @@ def body(options: GlueOptions, seed: int, task: str) -> State:
 def head(options: GlueOptions, seed: int, task: str) -> State:
     """Return the weight and the bias of a task's head."""
     return {key.rsplit(".", 1)[1]: tensor for key, tensor in _state(options, seed, task).items() if "lora_" not in key}
+
+
+def with_norms(states: Sequence[State], k: float) -> list[State]:
+    """Return the adapters with ||B A||_F of each module in proportion to its k-th power; their sum stays."""
+    found = [dict(state) for state in states]
+    for key in found[0]:
+        if "lora_B" in key:
+            other = key.replace("lora_B", "lora_A")
+            norms = torch.stack([(state[key].double() @ state[other].double()).norm() for state in found])
+            factors = norms ** (k - 1) * norms.sum() / (norms**k).sum()
+            for state, factor in zip(found, factors.tolist(), strict=True):
+                state[key] = state[key] * factor
+    return found
 
 
 def config(options: GlueOptions) -> dict[str, Any]:

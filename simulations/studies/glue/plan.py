@@ -1,37 +1,45 @@
 """The study's cells: each task's own model of each seed, and each method's merges of the seed's bodies."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 import fedfrom
 from fedfrom.merging.methods.registry import method_options
+from simulations import training
 from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
-from simulations.studies.glue.options import GATE, TASKS, GlueOptions
-from simulations.studies.glue.rows import ROWS, MethodRow, by_name, scales
-from simulations.studies.glue.search import halved
+from simulations.studies.glue.options import DESIGN, GATE, TASKS, GlueOptions
+from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
+from simulations.studies.glue.search import around, halved, highest
 from simulations.studies.study import Cell, Done, Row, Study
 
 OWN, MERGE, KIND, REPORTED = "own", "merge", "lora", "reported"
 PUBLISHED, CONSTANT, TUNED = "published", "constant", "tuned"
+FULL = "full"  # the rank of the sum of all bodies
 
 
 def study(options: GlueOptions) -> Study:
-    """Return the study: for each seed the tasks' own models, then every method."""
-    cells: list[Cell] = []
-    for seed in range(options.seeds):
-        own = [Cell(OWN, KIND, seed, task, cost=4.0) for task in TASKS]
-        needs = tuple(cell.name for cell in own)
-        cells += [*own, *(Cell(MERGE, KIND, seed, row.name, needs, cost=6.0) for row in ROWS)]
+    """Return the study: the design seed whole; of each confirming seed the named contrasts' rows, then the others."""
+    confirming = range(DESIGN + 1, options.seeds)
+    cells = [cell for seed in (DESIGN, *confirming) for cell in _cells(seed, ROWS if seed == DESIGN else NAMED)]
+    cells += [cell for seed in confirming for cell in _cells(seed, OTHERS) if cell.part == MERGE]
     names = tuple(row.name for row in ROWS)
     seeds = tuple(range(options.seeds))
     return Study("glue", seeds, (KIND,), names, TASKS, options.settings(), tuple(cells), partial(_run, options))
+
+
+def _cells(seed: int, rows: Sequence[MethodRow]) -> list[Cell]:
+    """Return the cells of a seed's own models, and of some methods that merge them."""
+    own = [Cell(OWN, KIND, seed, task, cost=3.0) for task in TASKS]
+    needs = tuple(cell.name for cell in own)
+    return [*own, *(Cell(MERGE, KIND, seed, row.name, needs, cost=6.0) for row in rows)]
 
 
 def gated(known: pd.DataFrame, seed: int) -> list[str]:
@@ -41,46 +49,66 @@ def gated(known: pd.DataFrame, seed: int) -> list[str]:
 
 
 def _run(options: GlueOptions, cells: Sequence[Cell], known: pd.DataFrame) -> Iterator[Done]:
+    if options.processes > 1:
+        torch.set_num_threads(max(1, training.free_workers() // options.processes))
     for cell in cells:
-        if cell.part == OWN:
-            yield Done(cell, [_own(options, cell.seed, cell.method)])
-        else:
-            yield _merged(options, cell, known)
+        yield _own(options, cell) if cell.part == OWN else _merged(options, cell, known)
 
 
-def _own(options: GlueOptions, seed: int, task: str) -> Row:
-    """Train a task's model, unless it is there, and return its score under its own head."""
-    data = load(options)[task]
-    if not bodies.is_trained(options, seed, task):
-        bodies.train(options, seed, data)
-    arena = Arena(options, seed, {task: data})
-    arena.load(bodies.body(options, seed, task), options.lora_alpha / options.lora_r)
-    (row,) = _scored(arena.reported(), arena.tuning(), setting=OWN)
-    return {**row, "constant": data.constant}
+def _own(options: GlueOptions, cell: Cell) -> Done:
+    """Score a task's own model under its own head; it is trained unless it is there."""
+    data = load(options)[cell.method]
+    bodies.ensure(options, cell.seed, data)
+    arena = Arena(options, cell.seed, {data.task: data})
+    arena.load(bodies.body(options, cell.seed, data.task), options.lora_alpha / options.lora_r)
+    reported = arena.reported()
+    (row,) = _scored(reported, arena.tuning(), setting=OWN)
+    return Done(cell, [{**row, "constant": data.constant}], {"answers": {OWN: _packed(reported)}})
 
 
 def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
-    """Merge the seed's bodies by one method at both ranks, choose a scale, and score what the tables show."""
-    row, arena = by_name(cell.method), Arena(options, cell.seed, load(options))
+    """Merge the seed's bodies by one method at both ranks, choose a scale, and score what the tables show.
+
+    At the lower rank the scales next to the one that was chosen at full rank are tried.
+    """
+    data = load(options)
+    for of_task in data.values():  # the folder of models may have been removed since the own models were scored
+        bodies.ensure(options, cell.seed, of_task)
+    row, arena = by_name(cell.method), Arena(options, cell.seed, data)
     own = known[(known["part"] == OWN) & (known["seed"] == cell.seed)].set_index("task")
     tasks = gated(known, cell.seed)
+
+    def merit(answers: Mapping[str, Answers]) -> float:
+        return fmean(_share(answers[task].score(), own.loc[task]) for task in tasks) if tasks else 0.0
+
     found: list[Row] = []
     tried: dict[str, Any] = {}
-    for rank, columns in {"full": options.lora_r * len(TASKS), str(options.lora_r): options.lora_r}.items():
-        body = Scaled(arena, _merge(options, row, cell.seed, columns))
-
-        def merit(scale: float, all_rows: bool, body: Scaled = body) -> float:
-            answers = body.tuning(scale) if all_rows else body.tuning(scale, options.first_examples)
-            return fmean(_share(answers[task].score(), own.loc[task]) for task in tasks) if tasks else 0.0
-
-        tuned, tried[rank] = halved(scales(options.scales), merit)
+    kept: dict[str, Any] = {}
+    tuned, grid = 0.0, scales(options.scales)
+    for rank, columns in {FULL: options.lora_r * len(TASKS), str(options.lora_r): options.lora_r}.items():
+        body = Scaled(arena, _merge(options, row, cell.seed, columns), options.first_examples)
+        every = partial(_of, merit, body.tuning)
+        if rank == FULL:
+            tuned, tried[rank] = halved(grid, partial(_of, merit, body.first), every)
+        else:
+            tuned, tried[rank] = highest(around(grid, tuned), every)
         for setting, scale in {PUBLISHED: row.published, CONSTANT: row.constant, TUNED: tuned}.items():
             if scale is not None:
                 for scored in _scored(body.reported(scale), body.tuning(scale), setting=setting):
-                    of_task = own.loc[scored["task"]]
-                    compared = {"constant": float(of_task["constant"]), "own": float(of_task["score"])}
+                    task = own.loc[scored["task"]]
+                    compared = {"constant": float(task["constant"]), "own": float(task["score"])}
                     found.append({**scored, "rank": rank, "scale": scale, **compared})
-    return Done(cell, found, {"tried": tried})
+        kept[rank] = _packed(body.reported(tuned))
+    return Done(cell, found, {"tried": tried, "answers": kept})
+
+
+def _of(merit: Callable[[Mapping[str, Answers]], float], answers: Callable[[float], Any], scale: float) -> float:
+    return merit(answers(scale))
+
+
+def _packed(answers: Mapping[str, Answers]) -> dict[str, str]:
+    """Return what a body answered on the reported rows, as text, by task: see `Answers.packed`."""
+    return {task: of_task.packed() for task, of_task in answers.items()}
 
 
 def _scored(reported: Mapping[str, Answers], tuning: Mapping[str, Answers], setting: str) -> Iterator[Row]:
@@ -103,7 +131,7 @@ def _share(score: float, own: pd.Series) -> float:
 
 def _merge(options: GlueOptions, row: MethodRow, seed: int, rank: int) -> Mapping[str, Tensor]:
     """Return the merged body, whose B carries the scaling."""
-    states = [bodies.body(options, seed, task) for task in TASKS]
+    states = bodies.with_norms([bodies.body(options, seed, task) for task in TASKS], row.k)
     chosen = {**row.options, "rank": rank} | ({"seed": seed} if "seed" in method_options(row.method) else {})
     configs = [bodies.config(options)] * len(states)
     return fedfrom.merge(states, method=row.method, configs=configs, names=list(TASKS), **chosen)[0]

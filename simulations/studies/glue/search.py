@@ -1,25 +1,42 @@
-"""The choice of a scale by successive halving: all on the first tuning rows, the better half on all of them."""
+"""The choice of a scale: all on the first tuning rows, the better half of them on all tuning rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+Merit = Callable[[float], float]
 
-def halved(scales: Sequence[float], merit: Callable[[float, bool], float]) -> tuple[float, list[dict[str, Any]]]:
-    """Return the scale with the highest merit, and what was tried.
+
+def halved(scales: Sequence[float], few: Merit, every: Merit) -> tuple[float, list[dict[str, Any]]]:
+    """Return the scale with the highest merit, found by successive halving, and what was tried.
 
     Parameters
     ----------
     scales : Sequence[float]
         At least one, ascending.
-    merit : Callable[[float, bool], float]
-        merit(scale, all) of a scale: on the first tuning rows, or on all of them.
+    few, every : Callable[[float], float]
+        A scale's merit on the first tuning rows, and on all of them.
 
     Notes
     -----
-    n scales cost n merits on the first rows and n / 2, rounded up, on all rows. Of equal merits the smaller scale wins.
+    n scales cost n merits on the first rows and n / 2, rounded down, on all rows. Of equal merits the smaller scale
+    wins.
     """
-    tried = [{"scale": scale, "all": False, "merit": merit(scale, False)} for scale in scales]
-    better = sorted(tried, key=lambda trial: (-trial["merit"], trial["scale"]))[: -(-len(tried) // 2)]
-    last = [{"scale": trial["scale"], "all": True, "merit": merit(trial["scale"], True)} for trial in better]
-    best = min(last, key=lambda trial: (-trial["merit"], trial["scale"]))
-    return best["scale"], [*tried, *last]
+    tried = [{"scale": scale, "rows": "first", "merit": few(scale)} for scale in scales]
+    best, last = highest([trial["scale"] for trial in _best_first(tried)[: max(1, len(tried) // 2)]], every)
+    return best, [*tried, *last]
+
+
+def highest(scales: Sequence[float], every: Merit) -> tuple[float, list[dict[str, Any]]]:
+    """Return the scale with the highest merit on all tuning rows, and what was tried."""
+    tried = [{"scale": scale, "rows": "all", "merit": every(scale)} for scale in scales]
+    return _best_first(tried)[0]["scale"], tried
+
+
+def around(scales: Sequence[float], one: float) -> list[float]:
+    """Return one of the ascending scales with the next smaller and the next larger."""
+    place = scales.index(one)
+    return list(scales[max(0, place - 1) : place + 2])
+
+
+def _best_first(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(tried, key=lambda trial: (-trial["merit"], trial["scale"]))

@@ -12,7 +12,6 @@ from simulations import models, training
 from simulations.studies.paper.data import load
 from simulations.studies.paper.options import PaperOptions
 from simulations.studies.paper.pairs import PairClassifier
-from simulations.studies.paper.precision import computing
 
 Scores = dict[str, dict[str, float]]
 
@@ -75,8 +74,8 @@ class Arena:
     def __init__(self, options: PaperOptions, kind: str, seed: int, base: Mapping[str, Tensor]) -> None:
         self.kind = kind
         self.data = load(options)
+        self._precision = options.precision
         self._model = new_model(options, kind, seed, base)
-        self._runs = computing(self._model, options)
         self.start = trained_state(self._model, kind)
 
     @property
@@ -108,7 +107,7 @@ class Arena:
 
     def _score(self, task: str, half: str) -> dict[str, float]:
         tokens = self.data[task].half(half)
-        found = training.evaluate(self._runs, tokens, task)
+        found = training.evaluate(self._model, tokens, task, precision=self._precision)
         total = len(tokens)
         return {"correct": round(found["accuracy"] * total), "total": total, "loss": found["loss"]}
 

@@ -43,7 +43,7 @@ def study(options: PaperOptions, folder: Path) -> Study:
     Parameters
     ----------
     options : PaperOptions
-        The options, with their precision settled.
+        The options.
     folder : Path
         Folder of the trained states.
     """

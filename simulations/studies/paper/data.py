@@ -82,7 +82,7 @@ def pooled(parts: list[tuple[Tokens, Options, int]]) -> Tokens:
     """
     rows, labels, pad = [], [], {}
     for tokens, options, seed in parts:
-        seen = tokens.select([row for batch in training_batches(len(tokens), options, seed) for row in batch])
+        seen = tokens.select([row for batch in training_batches(tokens, options, seed) for row in batch])
         rows += seen.rows
         labels.append(seen.labels)
         pad = seen.pad

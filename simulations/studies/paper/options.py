@@ -12,7 +12,6 @@ BASE_TASK = "mnli"
 CHECKPOINTS_OF = "qnli"  # the task with most examples: three of its checkpoints are merged
 CHECKPOINTS = (0.6, 0.8, 1.0)  # of its steps
 KINDS = ("lora", "full")
-PRECISIONS = ("auto", "float32", "bfloat16")
 CANDIDATES = 6
 
 
@@ -54,7 +53,7 @@ class PaperOptions:
     reported_examples: int = option(200, "Of a task's dev, to report, at most.", least=1)
     candidates: int = option(CANDIDATES, "Settings tried for each method.", least=1, most=CANDIDATES)
     statistics_batches: int = like("statistics_batches", 4)
-    precision: str = option("auto", "float32, bfloat16, or auto (the latter if fast).", choices=PRECISIONS)
+    precision: str = like("precision", "bfloat16")
     processes: int = option(0, "Processes at a time, 0: one a core.")
 
     def checked(self) -> "PaperOptions":

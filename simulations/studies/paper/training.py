@@ -6,7 +6,6 @@ from simulations import client_statistics, training
 from simulations.batches import Tokens
 from simulations.studies.paper import arena, data
 from simulations.studies.paper.options import BASE_TASK, CHECKPOINTS, CHECKPOINTS_OF, TASKS, PaperOptions
-from simulations.studies.paper.precision import computing
 from simulations.studies.shelf import Shelf
 from simulations.studies.study import Row
 
@@ -17,9 +16,9 @@ def train_base(options: PaperOptions, seed: int, shelf: Shelf) -> list[Row]:
     """Train encoder and head on binary MNLI, save the weights, and return the rows of its loss and its score."""
     model = arena.new_model(options, "base", seed, None)
     tokens = data.load(options)[BASE_TASK]
-    runs = computing(model, options)
-    done = training.train(runs, tokens.train, options.simulation("base", seed), data.order_seed(seed, BASE_TASK))
-    scores = training.evaluate(runs, tokens.reported, BASE_TASK)
+    simulation = options.simulation("base", seed)
+    done = training.train(model, tokens.train, simulation, data.order_seed(seed, BASE_TASK))
+    scores = training.evaluate(model, tokens.reported, BASE_TASK, precision=options.precision)
     shelf.put(f"base-s{seed}", arena.trained_state(model, "base"))
     trained = {"task": BASE_TASK, "split": "training", "n": done.examples, "loss": done.loss}
     reported = {"split": data.REPORTED, "n": len(tokens.reported), "score": scores["accuracy"], "loss": scores["loss"]}
@@ -41,14 +40,13 @@ def train_task(options: PaperOptions, kind: str, seed: int, task: str, shelf: Sh
                 shelf.put(f"{name}-{what}", _statistics(what))
 
     def _statistics(what: str) -> dict[str, Tensor]:
-        # of the model without the bfloat16 wrapper, so that the names are those of its modules
         return client_statistics.compute(what, model, tokens, simulation, order)
 
     def after_step(number: int) -> None:
         if task == CHECKPOINTS_OF and number in kept and number < simulation.steps:
             keep(f"{kind}-s{seed}-{task}-{kept[number]}")
 
-    done = training.train(computing(model, options), tokens, simulation, order, after_step)
+    done = training.train(model, tokens, simulation, order, after_step)
     keep(f"{kind}-s{seed}-{task}")
     return [{"task": task, "split": "training", "n": done.examples, "loss": done.loss}]
 
