@@ -1,7 +1,5 @@
 """Scores of one body under every task's head."""
 
-import base64
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +44,14 @@ class Answers:
 
     def score(self, bias: NDArray[np.float64] | None = None) -> float:
         """Return the score, with a bias added to the logits where one is given."""
-        if self.outputs.shape[1] == 1:
-            return score(self.task, self.outputs[:, 0], self.labels)
-        return score(self.task, (self.outputs + (0 if bias is None else bias)).argmax(1), self.labels)
+        if bias is None:
+            return score(self.task, self.answers, self.labels)
+        return score(self.task, (self.outputs + bias).argmax(1), self.labels)
 
-    def packed(self) -> str:
-        """Return the answers as text: zlib's base64 of uint8 classes, or of float16 scores."""
-        if self.outputs.shape[1] == 1:
-            answers: NDArray[np.generic] = self.outputs[:, 0].astype(np.float16)
-        else:
-            answers = self.outputs.argmax(1).astype(np.uint8)
-        return base64.b64encode(zlib.compress(answers.tobytes(), 9)).decode()
+    @property
+    def answers(self) -> NDArray[np.generic]:
+        """(n,) the classes with the highest logits, or the scores."""
+        return self.outputs[:, 0] if self.outputs.shape[1] == 1 else self.outputs.argmax(1)
 
     def bias(self) -> NDArray[np.float64] | None:
         """Return (classes,) what added to the logits gives the lowest cross-entropy; None for real numbers.

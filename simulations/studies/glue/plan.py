@@ -15,6 +15,7 @@ from simulations import training
 from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
+from simulations.studies.glue.kept import packed
 from simulations.studies.glue.options import DESIGN, GATE, TASKS, GlueOptions
 from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
 from simulations.studies.glue.search import around, halved, highest
@@ -63,7 +64,8 @@ def _own(options: GlueOptions, cell: Cell) -> Done:
     arena.load(bodies.body(options, cell.seed, data.task), options.lora_alpha / options.lora_r)
     reported = arena.reported()
     (row,) = _scored(reported, arena.tuning(), setting=OWN)
-    return Done(cell, [{**row, "constant": data.constant}], {"answers": {OWN: _packed(reported)}})
+    labels = packed(data.reported.labels.numpy())
+    return Done(cell, [{**row, "constant": data.constant}], {"labels": labels, "answers": {OWN: _packed(reported)}})
 
 
 def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
@@ -107,8 +109,8 @@ def _of(merit: Callable[[Mapping[str, Answers]], float], answers: Callable[[floa
 
 
 def _packed(answers: Mapping[str, Answers]) -> dict[str, str]:
-    """Return what a body answered on the reported rows, as text, by task: see `Answers.packed`."""
-    return {task: of_task.packed() for task, of_task in answers.items()}
+    """Return what a body answered on the reported rows, as text, by task."""
+    return {task: packed(of_task.answers) for task, of_task in answers.items()}
 
 
 def _scored(reported: Mapping[str, Answers], tuning: Mapping[str, Answers], setting: str) -> Iterator[Row]:
