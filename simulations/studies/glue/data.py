@@ -58,9 +58,11 @@ def _load(options: GlueOptions, task: str) -> TaskData:
     return TaskData(task, head, *(tokenise(part, tokenizer, simulation, head.regression) for part in parts))
 
 
-def score(task: str, answers: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
-    """Return accuracy; Matthews' correlation for CoLA, MRPC and QQP, whose classes are uneven; Spearman's for STS-B.
+def metric(task: str) -> str:
+    """Return "matthews" for CoLA, MRPC and QQP, whose classes are uneven, "spearman" for STS-B, else "accuracy"."""
+    return _METRIC.get(task, "accuracy")
 
-    A correlation with a constant is 0: see `metrics.scores`.
-    """
-    return metrics.metric(_METRIC.get(task, "accuracy"), answers, labels)
+
+def score(task: str, answers: NDArray[np.generic], labels: NDArray[np.generic]) -> float:
+    """Return the task's `metric`. A correlation with a constant is 0: see `metrics.scores`."""
+    return metrics.metric(metric(task), answers, labels)
