@@ -1,4 +1,4 @@
-"""GLUE's tasks as columns of text and labels, from GLUE's own TSV files or from the Hugging Face Hub."""
+"""GLUE's tasks, SNLI and SICK as columns of text and labels, from TSV files or from the Hugging Face Hub."""
 
 import csv
 import os
@@ -11,6 +11,7 @@ from fedfrom.errors import BadInput
 Columns = dict[str, list[str]]
 
 HUB_NAME = "nyu-mll/glue"
+NO_LABEL = "-1"  # the Hub's number where annotators did not agree
 CONSTANT_NAMES = ("text", "pair", "label")
 
 
@@ -32,6 +33,10 @@ class Layout:
         Columns of the Hub's copy: text and, where there is one, pair.
     header : tuple[str, ...] | None
         Columns of a file without a header line.
+    held_out : tuple[str, ...]
+        Names of the file of held-out examples; the first that is there is read.
+    hub_name : str
+        The Hub's dataset that has the task, empty for none.
     """
 
     folder: str
@@ -42,9 +47,11 @@ class Layout:
     names: tuple[str, ...]
     hub: tuple[str, ...]
     header: tuple[str, ...] | None = None
+    held_out: tuple[str, ...] = ("dev.tsv", "dev_matched.tsv")
+    hub_name: str = HUB_NAME
 
 
-# Class 0 is entailment in MNLI, QNLI, RTE and WNLI, so that one head can serve several of them. WNLI's own numbers run
+# Class 0 is entailment wherever there is entailment, so that one head can serve several tasks. WNLI's own numbers run
 # the other way round.
 ENTAILED = ("entailment", "not_entailment")
 THREE_WAY = ("entailment", "neutral", "contradiction")
@@ -83,8 +90,22 @@ LAYOUTS = {
     "qnli": Layout("QNLI", "question", "sentence", "label", ENTAILED, ENTAILED, ("question", "sentence")),
     "rte": Layout("RTE", "sentence1", "sentence2", "label", ENTAILED, ENTAILED, ("sentence1", "sentence2")),
     "wnli": Layout("WNLI", "sentence1", "sentence2", "label", ("1", "0"), ENTAILED, ("sentence1", "sentence2")),
+    "snli": Layout(
+        "SNLI",
+        "sentence1",
+        "sentence2",
+        "label",
+        THREE_WAY,
+        THREE_WAY,
+        ("premise", "hypothesis"),
+        hub_name="stanfordnlp/snli",
+    ),
+    # Ten times as many pairs are in SICK's test set as in its dev set.
+    "sick": Layout(
+        "SICK", "sentence1", "sentence2", "label", THREE_WAY, THREE_WAY, (), held_out=("test.tsv",), hub_name=""
+    ),
 }
-FILES = {"train": ("train.tsv", "train_subset.tsv"), "held-out": ("dev.tsv", "dev_matched.tsv")}
+TRAIN_FILES = ("train.tsv", "train_subset.tsv")
 
 
 def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
@@ -97,7 +118,7 @@ def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
     folder : Path
         Folder that holds the tasks' folders (CoLA, SST-2, …).
     part : str
-        "train" or "held-out" (GLUE's dev; MNLI's matched dev).
+        "train" or "held-out" (dev; MNLI's matched dev, SICK's test).
 
     Returns
     -------
@@ -113,12 +134,13 @@ def from_folder(task: str, folder: Path, part: str) -> tuple[Columns, str]:
     layout = LAYOUTS[task]
     if not os.path.isdir(folder):
         raise BadInput(f"--glue-dir {folder}: no such folder")
-    candidates = [folder / layout.folder / name for name in FILES[part]]
+    candidates = [folder / layout.folder / name for name in (TRAIN_FILES if part == "train" else layout.held_out)]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
+        none = "neither" if len(candidates) > 1 else "no"
+        hub = ", or leave --glue-dir out to read it from the Hub" if layout.hub_name else ""
         raise BadInput(
-            f"task {task}: found neither {' nor '.join(map(str, candidates))}; put GLUE's {layout.folder} there, "
-            "or leave --glue-dir out to read it from the Hub"
+            f"task {task}: found {none} {' nor '.join(map(str, candidates))}; put {layout.folder}'s file there{hub}"
         )
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -144,25 +166,31 @@ def from_hub(task: str, part: str) -> tuple[Columns, str]:
     Raises
     ------
     BadInput
-        The Hub can't be reached and its cache lacks the task.
+        The Hub has no copy that is known here, or it can't be reached and its cache lacks the task.
     """
     import datasets
 
+    layout = LAYOUTS[task]
+    if not layout.hub_name:
+        raise BadInput(
+            f"task {task}: give a folder with {layout.folder}/train.tsv (--glue-dir): no copy on the Hub is known"
+        )
     split = "train" if part == "train" else "validation_matched" if task == "mnli" else "validation"
     try:
-        rows = datasets.load_dataset(HUB_NAME, task, split=split)
+        rows = datasets.load_dataset(layout.hub_name, *((task,) if layout.hub_name == HUB_NAME else ()), split=split)
     except Exception as error:  # the Hub's client raises a dozen unrelated types
         raise BadInput(
-            f"task {task}: can't read {HUB_NAME} from the Hugging Face Hub ({type(error).__name__}); "
-            "give a folder with GLUE's TSV files (--glue-dir), or check the connection and HF_HUB_OFFLINE"
+            f"task {task}: can't read {layout.hub_name} from the Hugging Face Hub ({type(error).__name__}); "
+            "give a folder with its TSV files (--glue-dir), or check the connection and HF_HUB_OFFLINE"
         ) from None
-    layout = LAYOUTS[task]
     renamed = dict(zip(layout.hub, (layout.text, layout.pair), strict=False))
     columns = {str(renamed.get(name, name)): [str(value) for value in rows[name]] for name in rows.column_names}
-    if task in ("mnli", "qnli", "rte"):  # numbers on the Hub, names in the files
+    agreed = [row for row, label in enumerate(columns["label"]) if label != NO_LABEL]
+    columns = {name: [values[row] for row in agreed] for name, values in columns.items()}
+    if layout.classes in (ENTAILED, THREE_WAY):  # numbers on the Hub, names in the files
         columns["label"] = [layout.classes[int(value)] for value in columns["label"]]
     columns[layout.label] = columns.pop("label")
-    return _named(columns, layout, layout.label, HUB_NAME), f"{HUB_NAME} {task} {split}"
+    return _named(columns, layout, layout.label, layout.hub_name), f"{layout.hub_name} {task} {split}"
 
 
 def _named(columns: Columns, layout: Layout, label: str, source: str) -> Columns:

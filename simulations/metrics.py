@@ -16,6 +16,8 @@ METRICS = {
     "qnli": ("accuracy",),
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
+    "snli": ("accuracy",),
+    "sick": ("accuracy",),
 }
 
 

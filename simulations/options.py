@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from flwr.app import ConfigRecord
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-TASKS = ("reviews", *GLUE_TASKS)
+NLI_TASKS = ("snli", "sick")  # read from files named as GLUE's are
+TASKS = ("reviews", *GLUE_TASKS, *NLI_TASKS)
 DEFAULT_MODEL = "minilm"
 GLUE_VARIABLE = "FEDFROM_GLUE_DIR"
 RECORD_KEY = "options"
@@ -40,7 +41,9 @@ class Options:
     task: tuple[str, ...] = option(
         ("reviews",), f"One of {', '.join(TASKS)}; several for --partition tasks.", choices=TASKS
     )
-    glue_dir: str = option("", f"Folder with GLUE's TSV files (or set {GLUE_VARIABLE}); empty: the Hub.")
+    glue_dir: str = option(
+        "", f"Folder with GLUE's TSV files, SNLI and SICK beside them (or set {GLUE_VARIABLE}); empty: the Hub."
+    )
     train_examples: int = option(0, "Use at most this many training examples of a task, 0: all.", least=0)
     eval_examples: int = option(1000, "Use at most this many held-out examples of a task, 0: all.", least=0)
     validation_examples: int = option(
@@ -152,7 +155,7 @@ class Options:
     def needs_hub(self) -> bool:
         """Whether the model or a task comes from the Hugging Face Hub (or its cache)."""
         remote_model = self.model != DEFAULT_MODEL and not os.path.exists(os.path.expanduser(self.model))
-        return remote_model or (not self.glue_folder and any(task in GLUE_TASKS for task in self.task))
+        return remote_model or (not self.glue_folder and any(task != "reviews" for task in self.task))
 
     def client_rank(self, partition_id: int) -> int:
         """Return the LoRA rank of a client."""

@@ -60,14 +60,14 @@ def federated(options: FederatedOptions, report: bool) -> None:
 
 @commands.takes(GlueOptions, GLUE_QUICK, **FLAGS)
 def glue(options: GlueOptions, report: bool) -> None:
-    """Merge the adapters of seven GLUE tasks by every method at every scale, and score them under the tasks' heads.
+    """Merge the adapters of GLUE or NLI tasks by every method at every scale, and score them under the tasks' heads.
 
     A run that was stopped goes on with the missing work when the same command is given again.
     """
-    environment.prepare(options.simulation("sst2", 0).needs_hub)
+    environment.prepare(options.simulation(options.tasks[0], 0).needs_hub)
     from simulations.studies.glue import plan, summary
 
-    folder = Path(options.out)
+    folder = Path(options.out or f"results/{options.suite}")
     _run(plan.study(options), folder, options.processes, report, lambda frame: summary.write(frame, folder))
 
 

@@ -66,7 +66,7 @@ def write_tsv(path: Path, header: list[str] | None, rows: list[list[Any]]) -> No
 
 @pytest.fixture(scope="session")
 def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder with every GLUE task in GLUE's layout, 90 training and 30 held-out rows each."""
+    """Folder with every GLUE task in GLUE's layout, SNLI and SICK, 90 training and 30 held-out rows each."""
     folder = tmp_path_factory.mktemp("glue")
     generator = random.Random(0)
     for name, rows in {"train": 90, "dev": 30}.items():
@@ -113,6 +113,9 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
             ["index", "sentence1", "sentence2", "label"],
             [[i, a, b, e] for i, a, b, _, e, _ in several],
         )
+        nli = [[a, b, t] for _, a, b, _, _, t in several]
+        write("SNLI", f"{name}.tsv", ["sentence1", "sentence2", "label"], nli)
+        write("SICK", {"train": "train.tsv", "dev": "test.tsv"}[name], ["sentence1", "sentence2", "label"], nli)
         # WNLI's 1 is entailment.
         write(
             "WNLI",

@@ -14,7 +14,7 @@ from simulations.studies.frame import Frame
 from simulations.studies.glue import bodies, data, plan, summary
 from simulations.studies.glue.arena import Answers, Arena
 from simulations.studies.glue.kept import packed, unpacked
-from simulations.studies.glue.options import TASKS, GlueOptions
+from simulations.studies.glue.options import GlueOptions
 from simulations.studies.glue.rows import ROWS, scales
 from simulations.studies.glue.search import around, halved
 from simulations.studies.running import run
@@ -53,6 +53,20 @@ def test_rows_to_tune_on_are_in_no_training(options: GlueOptions) -> None:
     key = [str(row) for row in everything.tuning.rows + everything.train.rows]
     assert sorted(str(row) for row in found.tuning.rows + found.train.rows) == sorted(key)
     assert data.load(options)["qnli"].tuning.rows == found.tuning.rows
+
+
+def test_a_class_that_a_task_does_not_have_is_never_the_answer(options: GlueOptions) -> None:
+    options = replace(options, suite="nli")
+    found = data.load(options)["qnli"]
+    assert found.head.num_labels == 3 and set(found.train.labels.tolist()) == {0, 2}
+    bodies.ensure(options, 0, found)
+    arena = Arena(options, 0, {"qnli": found})
+    arena.load(bodies.body(options, 0, "qnli"), 1.0)
+    answers = arena.reported()["qnli"]
+    bias = answers.bias()
+    assert bias is not None and bias[1] == pytest.approx(0, abs=1e-6) and 1 not in (answers.outputs + bias).argmax(1)
+    assert np.isneginf(answers.outputs[:, 1]).all() and np.isfinite(answers.outputs[:, [0, 2]]).all()
+    assert data.load(options)["snli"].head.num_labels == 3 and not data.load(options)["snli"].absent
 
 
 def test_a_loaded_body_answers_as_the_adapter_in_peft_does(options: GlueOptions) -> None:
@@ -109,13 +123,13 @@ def test_successive_halving_tries_all_on_few_rows_and_the_better_half_on_all() -
 
 
 def test_the_average_of_bodies_is_the_mean_of_their_products(options: GlueOptions) -> None:
-    for task in TASKS:
+    for task in options.tasks:
         trained(options, task)
-    merged = plan._merge(options, ROWS[0], 0, options.lora_r * len(TASKS))
-    states = [bodies.body(options, 0, task) for task in TASKS]
+    merged = plan._merge(options, ROWS[0], 0, options.lora_r * len(options.tasks))
+    states = [bodies.body(options, 0, task) for task in options.tasks]
     for key in (key for key in merged if "lora_B" in key):
         other = key.replace("lora_B", "lora_A")
-        expected = 2.0 * sum(state[key].double() @ state[other].double() for state in states) / len(TASKS)
+        expected = 2.0 * sum(state[key].double() @ state[other].double() for state in states) / len(options.tasks)
         assert (merged[key].double() @ merged[other].double() - expected).norm() <= 1e-5 * expected.norm()
 
 

@@ -8,17 +8,18 @@ import pytest
 
 from fedfrom.errors import BadInput
 from simulations import glue, tasks
-from simulations.options import GLUE_TASKS, GLUE_VARIABLE, Options
+from simulations.options import GLUE_TASKS, GLUE_VARIABLE, NLI_TASKS, Options
 from tests.simulations.conftest import write_tsv
 
-PAIRS = {"mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
+PAIRS = {"mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", *NLI_TASKS}
+THREE = {"mnli", *NLI_TASKS}
 
 
 def load(name: str, folder: str, **more) -> tasks.Task:
     return tasks.load(Options(task=(name,), glue_dir=folder, **more))[0]
 
 
-@pytest.mark.parametrize("name", GLUE_TASKS)
+@pytest.mark.parametrize("name", [*GLUE_TASKS, *NLI_TASKS])
 def test_every_task_is_read_from_its_own_layout(name: str, tiny_glue: str) -> None:
     task = load(name, tiny_glue)
     assert (len(task.train), len(task.held_out)) == (90, 30)
@@ -29,13 +30,13 @@ def test_every_task_is_read_from_its_own_layout(name: str, tiny_glue: str) -> No
         assert set(task.train["label"]) == {0.0, 2.5, 5.0}
     else:
         assert set(task.train["label"]) == set(range(task.num_labels))
-        assert task.num_labels == (3 if name == "mnli" else 2)
+        assert task.num_labels == (3 if name in THREE else 2)
 
 
 def test_entailment_is_class_zero_wherever_there_is_entailment(tiny_glue: str) -> None:
     labels = [load(name, tiny_glue).train["label"] for name in ("qnli", "rte", "wnli")]
     assert list(labels[0]) == list(labels[1]) == list(labels[2])
-    assert all(glue.LAYOUTS[name].names[0] == "entailment" for name in ("mnli", "qnli", "rte", "wnli"))
+    assert all(glue.LAYOUTS[name].names[0] == "entailment" for name in ("mnli", "qnli", "rte", "wnli", "snli", "sick"))
 
 
 def test_quotation_marks_and_tabs_at_the_end_do_not_swallow_rows(tmp_path: Path) -> None:
@@ -75,11 +76,19 @@ def test_without_a_folder_an_unreachable_hub_says_what_to_do(monkeypatch) -> Non
         glue.from_hub("rte", "train")
 
 
+def test_a_task_that_is_on_no_hub_asks_for_its_files(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"task sick: give a folder with SICK/train\.tsv \(--glue-dir\)"):
+        glue.from_hub("sick", "train")
+    write_tsv(tmp_path / "SICK" / "train.tsv", ["sentence1", "sentence2", "label"], [["a", "b", "neutral"]])
+    with pytest.raises(BadInput, match=r"task sick: found no .*test\.tsv; put SICK's file there$"):
+        load("sick", str(tmp_path))
+
+
 def test_the_hub_and_the_files_give_the_same(monkeypatch, tiny_glue: str) -> None:
     """The Hub's copy differs in column names and in labels as numbers; both become one form."""
     import datasets
 
-    for name in GLUE_TASKS:
+    for name in (*GLUE_TASKS, "snli"):
         expected, _ = glue.from_folder(name, Path(tiny_glue), "train")
         layout = glue.LAYOUTS[name]
         columns = dict(zip(layout.hub, [expected["text"], expected.get("pair")], strict=False))
@@ -87,6 +96,9 @@ def test_the_hub_and_the_files_give_the_same(monkeypatch, tiny_glue: str) -> Non
         if name == "wnli":  # 1 is entailment there
             numbers = [1 - number for number in numbers]
         columns["label"] = numbers if name == "stsb" else [int(number) for number in numbers]
+        if name == "snli":  # a pair without a gold label
+            columns = {key: [values[0], *values] for key, values in columns.items()}
+            columns["label"][0] = -1
         hub = datasets.Dataset.from_dict(columns)
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, hub=hub, **kwargs: hub)
         found, _ = glue.from_hub(name, "train")
@@ -126,11 +138,15 @@ SIZES = {
     "stsb": (5749, 1500),
     "qnli": (9999, 5463),
     "mnli": (9999, 9815),
+    "snli": (12099, 9829),
+    "sick": (4440, 4927),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_glue_itself_is_read_whole(name: str, glue_dir: Path) -> None:
+    if not (glue_dir / glue.LAYOUTS[name].folder).is_dir():
+        pytest.skip(f"{glue_dir} has no {glue.LAYOUTS[name].folder}")
     task = load(name, str(glue_dir), eval_examples=0)
     assert (len(task.train), len(task.held_out)) == SIZES[name]
     assert "broken" not in task.source

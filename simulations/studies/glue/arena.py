@@ -116,6 +116,7 @@ class Arena:
         found = np.empty((len(tokens), head.out_features), np.float32)
         for chosen, output in training.outputs(self._model, tokens, self._threads, self._precision):
             found[chosen] = output.cpu().numpy()
+        found[:, list(self._data[task].absent)] = -np.inf
         return Answers(task, found, tokens.labels.numpy())
 
     def reported(self) -> dict[str, Answers]:

@@ -18,7 +18,15 @@ State = dict[str, Tensor]
 
 def shelf(options: GlueOptions) -> Shelf:
     """Return the folder of the trained models, one for each set of the settings of training."""
-    parts = [options.model, options.layers, options.lora_r, options.lora_alpha, options.lr, options.batch_size]
+    parts = [
+        options.suite,
+        options.model,
+        options.layers,
+        options.lora_r,
+        options.lora_alpha,
+        options.lr,
+        options.batch_size,
+    ]
     parts += [options.group_by_length, options.precision, options.epochs, options.small_epochs, options.max_length]
     parts += [options.train_examples, options.tuning_examples]
     name = "-".join(str(part).replace(os.sep, "_") for part in parts)

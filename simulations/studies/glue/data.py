@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from simulations import metrics, models, tasks
 from simulations.batches import Tokens, tokenise
-from simulations.studies.glue.options import TASKS, GlueOptions
+from simulations.studies.glue.options import GlueOptions
 
 _METRIC = {"cola": "matthews", "mrpc": "matthews", "qqp": "matthews", "stsb": "spearman"}
 _SEED = 0  # of all rows: every seed of the study trains and reports on the same ones
@@ -17,13 +17,26 @@ _SEED = 0  # of all rows: every seed of the study trains and reports on the same
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task's rows, tokenised."""
+    """One task's rows, tokenised.
+
+    Attributes
+    ----------
+    task : str
+        The task.
+    head : models.Head
+        Its head.
+    train, tuning, reported : Tokens
+        The rows.
+    absent : tuple[int, ...]
+        Classes of the head that the task does not have: they are no answer.
+    """
 
     task: str
     head: models.Head
     train: Tokens
     tuning: Tokens
     reported: Tokens
+    absent: tuple[int, ...] = ()
 
     @property
     def constant(self) -> float:
@@ -41,7 +54,7 @@ def load(options: GlueOptions) -> dict[str, TaskData]:
     BadInput
         The data or the tokenizer can't be used.
     """
-    return {task: _load(options, task) for task in TASKS}
+    return {task: _load(options, task) for task in options.tasks}
 
 
 def _load(options: GlueOptions, task: str) -> TaskData:
@@ -55,7 +68,17 @@ def _load(options: GlueOptions, task: str) -> TaskData:
     tokenizer = models.tokenizer(simulation)
     head = models.Head(found.num_labels, found.regression)
     parts = (found.train.select(sorted(train)), found.train.select(tuning), found.held_out)
-    return TaskData(task, head, *(tokenise(part, tokenizer, simulation, head.regression) for part in parts))
+    train_on, tune_on, report = (tokenise(part, tokenizer, simulation, head.regression) for part in parts)
+    data = TaskData(task, head, train_on, tune_on, report)
+    return _three_way(data) if options.suite == "nli" and head.num_labels == 2 else data
+
+
+def _three_way(data: TaskData) -> TaskData:
+    """Return a task of entailment or not under a head whose class 1, neutral, it does not have."""
+    train_on, tune_on, report = (
+        replace(tokens, labels=2 * tokens.labels) for tokens in (data.train, data.tuning, data.reported)
+    )
+    return TaskData(data.task, models.Head(3, False), train_on, tune_on, report, absent=(1,))
 
 
 def metric(task: str) -> str:

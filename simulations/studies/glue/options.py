@@ -6,8 +6,11 @@ from typing import Any
 from simulations.fields import check_bounds, option
 from simulations.options import Options, like, shared
 
-TASKS = ("sst2", "qnli", "mnli", "qqp", "stsb", "cola", "mrpc")
-SMALL = ("mrpc",)  # trained for --small-epochs
+SUITES = {
+    "glue": ("sst2", "qnli", "mnli", "qqp", "stsb", "cola", "mrpc"),
+    "nli": ("snli", "mnli", "sick", "qnli"),  # all under heads of three classes, as in KnOTS' experiments
+}
+SMALL = ("mrpc", "sick")  # trained for --small-epochs
 TARGETS = ("query", "key", "value", "attention.output.dense")
 GATE = 0.10  # a task counts where its own model is this far above a constant answer on the reported rows
 DESIGN = 0  # the seed that scales and rows are chosen on; the others confirm
@@ -28,7 +31,8 @@ QUICK: dict[str, Any] = {
 class GlueOptions:
     """The study's options. All of them but the folders, `seeds` and `processes` change results."""
 
-    out: str = option("results/glue", "Folder of the tables, the pictures and, in work, the finished cells.")
+    suite: str = option("glue", f"The tasks: {', '.join(SUITES)}.", choices=tuple(SUITES))
+    out: str = option("", "Folder of tables, pictures and, in work, finished cells. [default: results/SUITE]")
     cache: str = option("~/.cache/fedfrom/glue", "Folder of the trained models; each is trained once.")
     glue_dir: str = like("glue_dir")
     model: str = like("model")
@@ -40,7 +44,7 @@ class GlueOptions:
     group_by_length: bool = like("group_by_length", True)
     precision: str = like("precision", "bfloat16")
     epochs: int = like("epochs", 2)
-    small_epochs: int = option(5, "Passes over the data of MRPC, the smallest task.", least=1)
+    small_epochs: int = option(5, f"Passes over the data of {', '.join(SMALL)}, the smallest tasks.", least=1)
     max_length: int = like("max_length", 64)
     train_examples: int = like("train_examples", 8000)
     tuning_examples: int = option(300, "Training examples of a task, held out, by which scales are chosen.", least=4)
@@ -53,6 +57,11 @@ class GlueOptions:
     )
     seeds: int = option(6, "Seeds 0, 1, ...: seed 0 is the design's, the others confirm.", least=1)
     processes: int = like("processes", 1)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The suite's tasks."""
+        return SUITES[self.suite]
 
     def simulation(self, task: str, seed: int) -> Options:
         """Return the options of one task's training, checked.
@@ -74,10 +83,10 @@ class GlueOptions:
         return Options(**{**shared(self), "processes": 0, **own}).validated()
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that results depend on."""
+        """Return the settings that results depend on, beside the study's name, which is the suite, and its seeds."""
         check_bounds(self)
         return {
             name: value
             for name, value in vars(self).items()
-            if name not in ("out", "cache", "glue_dir", "seeds", "processes")
+            if name not in ("suite", "out", "cache", "glue_dir", "seeds", "processes")
         }

@@ -16,7 +16,7 @@ from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.kept import packed
-from simulations.studies.glue.options import DESIGN, GATE, TASKS, GlueOptions
+from simulations.studies.glue.options import DESIGN, GATE, GlueOptions
 from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
 from simulations.studies.glue.search import around, halved, highest
 from simulations.studies.study import Cell, Done, Row, Study
@@ -29,16 +29,19 @@ FULL = "full"  # the rank of the sum of all bodies
 def study(options: GlueOptions) -> Study:
     """Return the study: the design seed whole; of each confirming seed the named contrasts' rows, then the others."""
     confirming = range(DESIGN + 1, options.seeds)
-    cells = [cell for seed in (DESIGN, *confirming) for cell in _cells(seed, ROWS if seed == DESIGN else NAMED)]
-    cells += [cell for seed in confirming for cell in _cells(seed, OTHERS) if cell.part == MERGE]
+    cells = _cells(options, DESIGN, ROWS)
+    cells += [cell for seed in confirming for cell in _cells(options, seed, NAMED)]
+    cells += [cell for seed in confirming for cell in _cells(options, seed, OTHERS) if cell.part == MERGE]
     names = tuple(row.name for row in ROWS)
     seeds = tuple(range(options.seeds))
-    return Study("glue", seeds, (KIND,), names, TASKS, options.settings(), tuple(cells), partial(_run, options))
+    return Study(
+        options.suite, seeds, (KIND,), names, options.tasks, options.settings(), tuple(cells), partial(_run, options)
+    )
 
 
-def _cells(seed: int, rows: Sequence[MethodRow]) -> list[Cell]:
+def _cells(options: GlueOptions, seed: int, rows: Sequence[MethodRow]) -> list[Cell]:
     """Return the cells of a seed's own models, and of some methods that merge them."""
-    own = [Cell(OWN, KIND, seed, task, cost=3.0) for task in TASKS]
+    own = [Cell(OWN, KIND, seed, task, cost=3.0) for task in options.tasks]
     needs = tuple(cell.name for cell in own)
     return [*own, *(Cell(MERGE, KIND, seed, row.name, needs, cost=6.0) for row in rows)]
 
@@ -87,7 +90,7 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     tried: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     tuned, grid = 0.0, scales(options.scales)
-    for rank, columns in {FULL: options.lora_r * len(TASKS), str(options.lora_r): options.lora_r}.items():
+    for rank, columns in {FULL: options.lora_r * len(options.tasks), str(options.lora_r): options.lora_r}.items():
         body = Scaled(arena, _merge(options, row, cell.seed, columns), options.first_examples)
         every = partial(_of, merit, body.tuning)
         if rank == FULL:
@@ -133,7 +136,7 @@ def _share(score: float, own: pd.Series) -> float:
 
 def _merge(options: GlueOptions, row: MethodRow, seed: int, rank: int) -> Mapping[str, Tensor]:
     """Return the merged body, whose B carries the scaling."""
-    states = bodies.with_norms([bodies.body(options, seed, task) for task in TASKS], row.k)
+    states = bodies.with_norms([bodies.body(options, seed, task) for task in options.tasks], row.k)
     chosen = {**row.options, "rank": rank} | ({"seed": seed} if "seed" in method_options(row.method) else {})
     configs = [bodies.config(options)] * len(states)
-    return fedfrom.merge(states, method=row.method, configs=configs, names=list(TASKS), **chosen)[0]
+    return fedfrom.merge(states, method=row.method, configs=configs, names=list(options.tasks), **chosen)[0]
