@@ -16,7 +16,7 @@ from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.kept import packed
-from simulations.studies.glue.options import DESIGN, GATE, GlueOptions
+from simulations.studies.glue.options import GATE, GlueOptions
 from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
 from simulations.studies.glue.search import around, halved, highest
 from simulations.studies.study import Cell, Done, Row, Study
@@ -27,11 +27,13 @@ FULL = "full"  # the rank of the sum of all bodies
 
 
 def study(options: GlueOptions) -> Study:
-    """Return the study: the design seed whole; of each confirming seed the named contrasts' rows, then the others."""
-    confirming = range(DESIGN + 1, options.seeds)
-    cells = _cells(options, DESIGN, ROWS)
-    cells += [cell for seed in confirming for cell in _cells(options, seed, NAMED)]
-    cells += [cell for seed in confirming for cell in _cells(options, seed, OTHERS) if cell.part == MERGE]
+    """Return the study: for each seed its own models and the rows of the named contrasts, then the other rows."""
+    seeds = tuple(range(options.seeds))
+    cells: list[Cell] = []
+    for seed in seeds:
+        cells += [*_own_cells(options, seed), *_merge_cells(options, seed, NAMED)]
+    for seed in seeds:
+        cells += _merge_cells(options, seed, OTHERS)
     names = tuple(row.name for row in ROWS)
     seeds = tuple(range(options.seeds))
     return Study(
@@ -39,11 +41,13 @@ def study(options: GlueOptions) -> Study:
     )
 
 
-def _cells(options: GlueOptions, seed: int, rows: Sequence[MethodRow]) -> list[Cell]:
-    """Return the cells of a seed's own models, and of some methods that merge them."""
-    own = [Cell(OWN, KIND, seed, task, cost=3.0) for task in options.tasks]
-    needs = tuple(cell.name for cell in own)
-    return [*own, *(Cell(MERGE, KIND, seed, row.name, needs, cost=6.0) for row in rows)]
+def _own_cells(options: GlueOptions, seed: int) -> list[Cell]:
+    return [Cell(OWN, KIND, seed, task, cost=3.0) for task in options.tasks]
+
+
+def _merge_cells(options: GlueOptions, seed: int, rows: Sequence[MethodRow]) -> list[Cell]:
+    needs = tuple(cell.name for cell in _own_cells(options, seed))
+    return [Cell(MERGE, KIND, seed, row.name, needs, cost=5.0) for row in rows]
 
 
 def gated(known: pd.DataFrame, seed: int) -> list[str]:
@@ -74,7 +78,7 @@ def _own(options: GlueOptions, cell: Cell) -> Done:
 def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     """Merge the seed's bodies by one method at both ranks, choose a scale, and score what the tables show.
 
-    At the lower rank the scales next to the one that was chosen at full rank are tried.
+    At the lower rank the scales next to the one that was chosen at full rank are tried, and not the published one.
     """
     data = load(options)
     for of_task in data.values():  # the folder of models may have been removed since the own models were scored
@@ -97,7 +101,8 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
             tuned, tried[rank] = halved(grid, partial(_of, merit, body.first), every)
         else:
             tuned, tried[rank] = highest(around(grid, tuned), every)
-        for setting, scale in {PUBLISHED: row.published, CONSTANT: row.constant, TUNED: tuned}.items():
+        published = row.published if rank == FULL else None
+        for setting, scale in {PUBLISHED: published, CONSTANT: row.constant, TUNED: tuned}.items():
             if scale is not None:
                 for scored in _scored(body.reported(scale), body.tuning(scale), setting=setting):
                     task = own.loc[scored["task"]]
