@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedfrom.keywords import Aggregate, FedAvgArguments, FroMArguments, MergeArguments
 from fedfrom.loop import RoundLoop
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.peft.configs import check_config
@@ -51,50 +52,44 @@ class FedMerge(RoundLoop):
     clip : float | None (default: None)
         Each client's update of a layer is shortened to at most this multiple of the median norm there: see `merge`.
     examples_cap : float | None (default: 10.0)
-        Each num-examples counts for at most this multiple of the median over the round's valid replies, in weights and
-        in the averages of metrics. None is no bound.
+        Each num-examples counts for at most this multiple of the valid replies' median, in weights and in the averages
+        of metrics. None is no bound.
     min_valid_replies : int (default: 1)
         A round with fewer valid replies is skipped: the global arrays stay.
     max_skipped : int | None (default: 3)
         `start` raises RuntimeError, with the most frequent reason, after this number of rounds in a row whose replies
-        were all rejected: clients and server do not fit each other. A valid reply ends the row; rounds without replies
-        neither count nor end it. None is no bound. Whatever the bound, a run in which replies were rejected and no
-        round merged anything ends in the same error.
+        were all rejected (rounds without replies don't count), or at the end of a run that merged nothing because of
+        rejections: clients and server do not fit each other. None is no bound on rounds in a row.
     select : str | None (default: None)
-        "multikrum" merges only the n - f of n valid replies whose whole updates are closest to others' (adapters as
-        products): see `fedfrom.merging.selection`. A round with n < 2f + 3 is skipped.
+        "multikrum" merges only the n - f of n >= 2f + 3 valid replies whose whole updates are closest to others'.
     attackers : int (default: 0)
         f, the number of attackers in a round that `select` allows for. Replies rejected before it count among them.
     lora_config : LoraConfig | Mapping | None (default: None)
-        The global adapter's config: clients may then have other ranks and alphas. A client of a smaller rank that has
-        replied once (`fedfrom.client`) is sent only the leading ranks that it uses. None: all clients must have the
-        global adapter's rank, and one scaling is assumed, which cancels.
+        The global adapter's config: clients may then have other ranks and alphas, and one of a smaller rank that has
+        replied once is sent only the leading ranks that it uses. None: all must have the global adapter's rank.
     frozen : str | Collection[str] (default: ())
-        Keys of tensors that clients never train, or `fnmatch` patterns of keys ("*embeddings*"). They are sent with the
-        others and keep their bits. `fedfrom.client` does not send them back; other clients' are ignored.
+        Keys of tensors that clients never train, or `fnmatch` patterns of keys ("*embeddings*"). They keep their
+        bits. `fedfrom.client` does not send them back; other clients' are ignored.
     seed : int (default: 0)
         Seed of the sampling of nodes, and of the method.
     node_timeout : float (default: 3600)
         Seconds to wait for enough nodes in a round, before RuntimeError ends the run.
     memory_budget : float | None (default: 4 GiB)
-        Bytes of a round's replies that are kept in memory. Further replies are written to disk as they come, and merged
-        from there a block at a time, to the same bits; one that cannot be written is rejected. None: all are kept in
-        memory, as are replies that a strategy around this one hands over as a list.
+        Bytes of a round's replies that are kept in memory. Further replies go to disk as they come, and are merged from
+        there a block at a time, to the same bits; one that cannot be written is rejected. None: all stay in memory.
     spool : str | Path | None (default: None)
-        Folder for replies on disk; None is the one for temporary files. The files have no names, and are gone after the
-        round or with the process.
+        Folder for replies on disk; None is the one for temporary files. The files are gone with the round or process.
     on_round : Callable[[RoundReport], object] | None (default: None)
-        Called with each round's report once the round is over and `scores` are filled in. An exception in it is logged
-        as an error, and training goes on.
+        Called with each round's report, scores included, once the round is over. An exception in it is only logged.
     dora, same_base : bool (default: False)
         Accept DoRA, and initialisations that alter the base model: see `fedfrom.merging.peft.configs.check_config`.
     checkpoint : str | Path | None (default: None)
-        A folder of this run's own. The run's state is written there after every round, and a run that starts with the
-        same folder goes on after the last whole round: see `start`, which strategies that wrap this one replace.
+        A folder of this run's own, where its state is written after every round. A run that starts with the same folder
+        goes on after the last whole round: see `start`.
     checkpoints_kept : int (default: 2)
         Number of newest checkpoints that stay; the disk needs room for one more.
-    **options
-        The method's options, where the method is given by name, and FedAvg's arguments.
+    **others
+        FedAvg's arguments, and where the method is given by name its options.
 
     Attributes
     ----------
@@ -129,24 +124,23 @@ class FedMerge(RoundLoop):
         same_base: bool = False,
         checkpoint: str | Path | None = None,
         checkpoints_kept: int = 2,
-        **options: Any,
+        **others: Unpack[MergeArguments],
     ) -> None:
-        fedavg = {name: options.pop(name) for name in FEDAVG & options.keys()}
+        fedavg = {name: value for name, value in others.items() if name in FEDAVG}
         check_fedavg(fedavg)
-        super().__init__(**fedavg)
+        super().__init__(**cast(FedAvgArguments, fedavg))
+        options = {name: value for name, value in others.items() if name not in FEDAVG}
         self.method = method_from(method, options, seed, type(self), FedMerge)
         self.server_lr, self.clip = check_merge(self.method, server_lr, clip)
         check_screening(examples_cap, min_valid_replies, select, attackers)
         check_run(
             node_timeout, memory_budget, on_round, max_skipped, checkpoints_kept, spool=spool, checkpoint=checkpoint
         )
-        self.seed = seed
         self.examples_cap, self.min_valid_replies, self.max_skipped = examples_cap, min_valid_replies, max_skipped
-        self.select, self.attackers = select, attackers
-        self.dora, self.same_base = dora, same_base
+        self.select, self.attackers, self.dora, self.same_base = select, attackers, dora, same_base
         self.lora_config = None if lora_config is None else check_config(lora_config, "lora_config", dora, same_base)
         self.frozen = check_frozen(frozen)
-        self.node_timeout, self.on_round = node_timeout, on_round
+        self.seed, self.node_timeout, self.on_round = seed, node_timeout, on_round
         self.memory_budget, self.spool = memory_budget, spool
         self.checkpoint, self.checkpoints_kept = checkpoint, checkpoints_kept
         # carried from round to round: see `state`
@@ -249,15 +243,15 @@ class FedMerge(RoundLoop):
         if share == 0.0:
             return []
         config["server-round"] = server_round
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        told = {self.configrecord_key: config}
         if self.lora_config is not None:
-            content[ADAPTER_KEY] = adapter_record(self.lora_config, arrays, "global arrays")
+            told[ADAPTER_KEY] = adapter_record(self.lora_config, arrays, "global arrays")
         if frozen:
-            content[FROZEN_KEY] = frozen_record(frozen)
+            told[FROZEN_KEY] = frozen_record(frozen)
         available, seed, timeout = self.min_available_nodes, self.seed, self.node_timeout
         node_ids = sample_nodes(grid, server_round, message_type, share, least, available, seed, timeout)
         return [
-            Message(RecordDict({**content, self.arrayrecord_key: own}), dst_node_id=node_id, message_type=message_type)
+            Message(RecordDict({self.arrayrecord_key: own, **told}), dst_node_id=node_id, message_type=message_type)
             for node_id, own in self._ranks.cut(arrays, node_ids).items()
         ]
 
@@ -269,10 +263,7 @@ class FedMerge(RoundLoop):
         self._ranks, self._warned = NodeRanks(), False
 
     def state(self) -> dict[str, Any]:
-        """Return what is carried from round to round, as plain data with str keys: part of a checkpoint.
-
-        A subclass that carries more adds to it, and takes it out again in `restore`.
-        """
+        """Return what is carried, as plain data with str keys: part of a checkpoint. A subclass may add to it."""
         return {**super().state(), "ranks": self._ranks.state(), "warned": self._warned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -285,11 +276,15 @@ class FedMerge(RoundLoop):
 class FedFroM(FedMerge):
     """FedAvg with FroM in place of averaging: each client's update of each layer counts by its norm to the power k.
 
-    A drop-in for FedAvg: any client app that replies with a PEFT adapter's state dict, a full state dict, or both,
-    works unchanged. Adapters are merged as products BA (Eq. 6), never factor by factor.
+    A drop-in for FedAvg: its arguments come first, in its order, so that FedFroM(0.5) trains on half of the nodes. Any
+    client app that replies with a PEFT adapter's state dict, a full state dict, or both, works unchanged. Adapters are
+    merged as products BA (Eq. 6), never factor by factor.
 
     Parameters
     ----------
+    fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, min_available_nodes
+    weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evaluate_metrics_aggr_fn
+        FedAvg's.
     k : float | str (default: 0.5)
         Power of the norm: 1 in the paper; -1 weighs by inverse norms. With examples_power 1, clip and examples_cap
         None, k = 0 is FedAvg, on products. Infinity with clip=None is the largest update alone. "auto" takes in each
@@ -298,53 +293,58 @@ class FedFroM(FedMerge):
         p, the power of each client's number of examples. The paper's is 0.
     rank : int | float | None (default: None)
         Caps the rank of the merged product; the arrays keep the shapes that the clients have.
-    solver : str (default: "svd")
-        "svd", the global optimum of Eq. 6, or "alternating", the paper's Algorithm 1.
-    scope : str (default: "layer")
-        "layer", the paper's, or "model": one weight a client from the norm of its whole update.
-    iterations, tolerance
-        Those of Algorithm 1, with its defaults: see `fedfrom.merging.solve.Solver`.
-    validate, search
-        For k="auto": a function from a global state (key -> tensor) to its score, and the candidates, such as
-        {"k": (0, 0.5, 1)}. Where the function raises or returns no number, the round is skipped with that reason.
     clip : float | None (default: 1.0)
         See `FedMerge`. Clipping comes before the weights, and updates shortened to the same norm share the weight: with
         k = infinity and norms 1, 2, 3, 4 the weights are 0, 0, 1/2, 1/2 at the default.
     examples_cap : float | None (default: 3.0)
         See `FedMerge`.
+    solver, scope, coefficient, iterations, tolerance, validate, search
+        Of the method: see `FroM`. Where `validate` raises or returns no number, the round is skipped with that reason.
     server_lr, min_valid_replies, max_skipped, select, attackers, lora_config, frozen, seed, node_timeout
-        See `FedMerge`.
     dora, same_base, memory_budget, spool, on_round, checkpoint, checkpoints_kept
         See `FedMerge`.
-    **fedavg
-        FedAvg's arguments, passed on.
     """
 
     def __init__(
         self,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        train_metrics_aggr_fn: Aggregate | None = None,
+        evaluate_metrics_aggr_fn: Aggregate | None = None,
         *,
         k: float | str = 0.5,
         examples_power: float = 0.5,
-        rank: int | float | None = None,
-        solver: str = "svd",
-        scope: str = "layer",
+        rank: float | None = None,
         clip: float | None = 1.0,
         examples_cap: float | None = 3.0,
-        **others: Any,
+        **others: Unpack[FroMArguments],
     ) -> None:
-        if "method" in others:
+        if method := cast(dict[str, Any], others).get("method"):
             raise ValueError(
-                f"method: expected none, as FedFroM merges with FroM, found {others['method']!r}: say "
-                f"FedMerge({others['method']!r})"
+                f"method: expected none, as FedFroM merges with FroM, found {method!r}: say FedMerge({method!r})"
             )
         super().__init__(
             "from",
-            clip=clip,
-            examples_cap=examples_cap,
+            fraction_train=fraction_train,
+            fraction_evaluate=fraction_evaluate,
+            min_train_nodes=min_train_nodes,
+            min_evaluate_nodes=min_evaluate_nodes,
+            min_available_nodes=min_available_nodes,
+            weighted_by_key=weighted_by_key,
+            arrayrecord_key=arrayrecord_key,
+            configrecord_key=configrecord_key,
+            train_metrics_aggr_fn=train_metrics_aggr_fn,
+            evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
             k=k,
             examples_power=examples_power,
             rank=rank,
-            solver=solver,
-            scope=scope,
+            clip=clip,
+            examples_cap=examples_cap,
             **others,
         )
