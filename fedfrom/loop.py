@@ -142,6 +142,10 @@ class RoundLoop(FedAvg):
                     self._save(checkpoints, server_round, result)
         log.info("")
         log.info("Strategy execution finished in %.2fs", time.perf_counter() - start)
+        log.info("")
+        log.info("Final results:")
+        for line in str(result).splitlines():
+            log.info("\t%s", line)
         return result
 
     def _train_and_evaluate(
@@ -160,15 +164,24 @@ class RoundLoop(FedAvg):
         if arrays is not None:
             result.arrays = arrays
         if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
+            self._log_training(server_round, metrics)
             result.train_metrics_clientapp[server_round] = metrics
 
         messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
         replies = send_and_receive(grid, messages, timeout) if messages else []
         metrics = self.aggregate_evaluate(server_round, replies)
         if metrics is not None:
-            log.info("\t└──> Aggregated MetricRecord: %s", metrics)
+            log.info("\t└──> Evaluation: %s", _rounded(metrics))
             result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _log_training(self, server_round: int, metrics: MetricRecord) -> None:
+        """Log the round's line and the clients' own metrics; all of them in full at debug level."""
+        own = dict(metrics)
+        if (report := self.reports.get(server_round)) is not None:
+            log.info("\t└──> Merge: %s", report.line())
+            own = {name: value for name, value in own.items() if name not in report.metrics()}
+        log.info("\t└──> Training: %s", _rounded(own))
+        log.debug("\t└──> Aggregated MetricRecord: %s", metrics)
 
     def _evaluate_on_server(
         self,
@@ -179,7 +192,7 @@ class RoundLoop(FedAvg):
         if evaluate_fn is None:
             return
         metrics = evaluate_fn(server_round, result.arrays)
-        log.info("Global evaluation, round %d: %s", server_round, metrics)
+        log.info("Global evaluation, round %d: %s", server_round, None if metrics is None else _rounded(metrics))
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
 
@@ -250,3 +263,8 @@ class RoundLoop(FedAvg):
             if server_round == 0:
                 raise
             log.error("checkpoint of round %d: %s; training goes on, the one before stays", server_round, error)
+
+
+def _rounded(metrics: Mapping[str, Any]) -> str:
+    """Return metrics as text, numbers with four digits."""
+    return ", ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())

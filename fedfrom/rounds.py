@@ -15,9 +15,9 @@ from fedfrom.wire.contents import array_bytes
 from fedfrom.wire.pulling import Arriving
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoundReport:
-    """What happened to the replies of one training round.
+    """What happened to the replies of one training round. `print(report.summary())` says it in a few lines.
 
     Attributes
     ----------
@@ -104,6 +104,35 @@ class RoundReport:
             bytes_up=arriving.bytes,
             server_round=server_round,
         )
+
+    def __repr__(self) -> str:
+        return f"<RoundReport of round {self.server_round}: {self.line()}>"
+
+    def line(self) -> str:
+        """Return the round in one line: merged and rejected replies, weights, cosine, energy dropped, seconds."""
+        found = self.metrics()
+        parts = [f"merged {len(self.nodes)} of {self.asked}", f"rejected {len(self.rejected)}"]
+        if "weight-min" in found:
+            parts.append(f"weights {found['weight-min']:.3f} to {found['weight-max']:.3f}")
+        if "cosine-mean" in found:
+            parts.append(f"cosine {found['cosine-mean']:.2f}")
+        if "energy-dropped-max" in found:
+            parts.append(f"energy dropped {found['energy-dropped-max']:.1%}")
+        return ", ".join([*parts, f"{self.seconds:.2f} s"])
+
+    def summary(self) -> str:
+        """Return the round's line, what became of the other replies, and the merge's summary."""
+        lines = [f"round {self.server_round}: {self.line()}"]
+        for kind, by_node in (("rejected", self.rejected), ("failed", self.failed)):
+            lines += [f"node {node} {kind}: {why}" for node, why in by_node.items()]
+        if self.missing:
+            lines.append(f"no reply from {', '.join(map(str, self.missing))}")
+        return "\n".join([*lines, *([] if self.merge is None else [self.merge.summary()])])
+
+    @property
+    def asked(self) -> int:
+        """Number of nodes that were asked to train."""
+        return self.valid + len(self.rejected) + len(self.failed) + len(self.missing)
 
     def numbers(self) -> dict[str, float]:
         """Return the single numbers among `scores`, named "train/loss" and the like."""

@@ -249,3 +249,22 @@ def test_on_round_hears_each_round_once_it_is_over(flower_log: pytest.LogCapture
     assert [r.getMessage() for r in flower_log.records if r.levelname == "ERROR"] == [
         "on_round: round 2: training goes on"
     ]
+
+
+def test_a_round_is_one_line_of_numbers_with_the_clients_metrics_after_it(flower_log: pytest.LogCaptureFixture) -> None:
+    strategy = FedFroM()
+    result = strategy.start(InProcessGrid(noisy, 3), record_of(mixed_state()), num_rounds=1)
+    said = [record.getMessage().strip() for record in flower_log.records if record.levelname == "INFO"]
+    report = strategy.reports[1]
+    found = report.metrics()
+    line = (
+        f"merged 3 of 3, rejected 0, weights {found['weight-min']:.3f} to {found['weight-max']:.3f}, cosine "
+        f"{found['cosine-mean']:.2f}, energy dropped {found['energy-dropped-max']:.1%}, {report.seconds:.2f} s"
+    )
+    at = said.index(f"└──> Merge: {line}")
+    assert said[at + 1] == f"└──> Training: loss: {result.train_metrics_clientapp[1]['loss']:.4g}"
+    assert not any("bytes-up" in text for text in said[: said.index("Final results:")])
+    assert repr(report) == f"<RoundReport of round 1: {line}>"
+    assert report.summary().splitlines()[0] == f"round 1: {line}" and report.merge is not None
+    assert report.summary().endswith(report.merge.summary())
+    assert said[-1] != "Final results:" and any("loss" in text for text in said[said.index("Final results:") :])

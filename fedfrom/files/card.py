@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from fedfrom.files.folders import Model
 from fedfrom.merging.report import MergeReport
 from fedfrom.merging.solve import RANK_OPTIONS
+from fedfrom.merging.summary import client_rows
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -51,33 +51,21 @@ def model_card(
         "| input | examples | weight given | norm of the update | weight, mean over layers | smallest | largest |",
         "|---|---|---|---|---|---|---|",
     ]
-    for i, row in enumerate(input_rows(report)):
+    for i, row in enumerate(client_rows(report)):
         count = "" if examples is None else f"{examples[i]:g}"
         given = "" if own is None else f"{own[i]:g}"
         cells = [
-            _cell(row["name"]),
+            _cell(row.name),
             count,
             given,
-            f"{row['norm']:.4g}",
-            *(f"{row[c]:.4f}" for c in ("mean", "least", "most")),
+            f"{row.norm:.4g}",
+            *(f"{weight:.4f}" for weight in (row.mean, row.least, row.most)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if command:
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
         lines += ["", f"{fence}sh", command, fence]
     return "\n".join(lines) + "\n"
-
-
-def input_rows(report: MergeReport) -> list[dict[str, Any]]:
-    """Return each input's name, the norm of its whole update, and the mean, least and largest of its weights."""
-    rows = []
-    layers = [layer for layer in report.layers if layer.is_update]
-    weighed = layers or [layer for layer in report.layers if layer.weights]
-    for i, name in enumerate(report.clients):
-        weights = [layer.weights[i] for layer in weighed] or [1 / len(report.clients)]
-        row: dict[str, Any] = {"name": name, "norm": math.hypot(*(layer.norms[i] for layer in layers))}
-        rows.append({**row, "mean": sum(weights) / len(weights), "least": min(weights), "most": max(weights)})
-    return rows
 
 
 def _ranks(report: MergeReport) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from fedfrom.files.card import input_rows
 from fedfrom.files.inspection import Inspection
 from fedfrom.merging.report import LayerReport
+from fedfrom.merging.summary import client_rows
 
 MOST_LAYERS = 10
 
@@ -51,7 +51,7 @@ def tables(inspection: Inspection, every_layer: bool) -> Iterator[Table]:
 
 
 def _inputs(inspection: Inspection) -> Table:
-    rows, cosines = input_rows(inspection.report), inspection.report.cosines()
+    rows, cosines = client_rows(inspection.report), inspection.report.cosines()
     table = Table(title="Inputs", title_justify="left", title_style="bold")
     table.add_column("", justify="right")
     table.add_column("input", overflow="fold")
@@ -65,11 +65,11 @@ def _inputs(inspection: Inspection) -> Table:
         effective = [inspection.effective_ranks[layer.name][i] for layer in inspection.layers]
         table.add_row(
             str(i + 1),
-            Text(os.fspath(row["name"])),
+            Text(os.fspath(row.name)),
             "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-            f"{row['norm']:.4g}",
+            f"{row.norm:.4g}",
             f"{sum(effective) / len(effective):.1f}",
-            *(f"{row[name]:.3f}" for name in ("mean", "least", "most")),
+            *(f"{weight:.3f}" for weight in (row.mean, row.least, row.most)),
             *([f"{value:.2f}" for value in cosines[i]] if shown else []),
         )
     return table

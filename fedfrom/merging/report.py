@@ -96,9 +96,9 @@ class LayerReport:
         return self.kind == "adapter" or (self.kind == "tensor" and self.has_reference)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What `merge` did.
+    """What `merge` did. `print(report.summary())` says it in a few lines.
 
     Attributes
     ----------
@@ -123,6 +123,16 @@ class MergeReport:
     config: dict[str, Any] | None = None
     validation: list[tuple[float, ...]] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        name, clients, layers = self.method["name"], len(self.clients), len(self.layers)
+        return f"<MergeReport: {name}, {clients} clients, {layers} layers; summary() says more>"
+
+    def summary(self) -> str:
+        """Return the clients' weights, their cosines, interference and what the rank costs, in lines of 80 columns."""
+        from fedfrom.merging.summary import summary  # which imports this module
+
+        return summary(self)
 
     @property
     def has_adapters(self) -> bool:
