@@ -16,6 +16,7 @@ from simulations.studies.glue.arena import Answers, Arena
 from simulations.studies.glue.kept import packed, unpacked
 from simulations.studies.glue.options import GlueOptions
 from simulations.studies.glue.rows import ROWS, scales
+from simulations.studies.glue.scales import EQUAL_NORM, PROJECTION, data_free
 from simulations.studies.glue.search import around, halved
 from simulations.studies.running import run
 
@@ -156,6 +157,28 @@ def test_norms_in_proportion_to_their_power_keep_their_sum(options: GlueOptions)
             assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 1 - 1e-6
 
 
+def test_scales_without_rows_do_what_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def adapter() -> dict[str, torch.Tensor]:
+        shapes = {"lora_A": (2, 9), "lora_B": (7, 2)}
+        return {f"{m}.{part}.weight": torch.randn(of, generator=generator) for m in "ab" for part, of in shapes.items()}
+
+    def dense(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        pairs = [state[f"{m}.lora_B.weight"].double() @ state[f"{m}.lora_A.weight"].double() for m in "ab"]
+        return torch.cat(pairs).flatten()
+
+    states, body = [adapter() for _ in range(3)], adapter()
+    for key in body:  # a body that is near the first
+        body[key] = body[key] + 3 * states[0][key]
+    found = data_free(body, states, 2.0)
+    thetas, merged = [2.0 * dense(state) for state in states], dense(body)
+    mean = sum(float(theta.norm()) for theta in thetas) / 3
+    assert found[EQUAL_NORM] * float(merged.norm()) == pytest.approx(mean)
+    shares = [float(merged @ theta / theta.square().sum()) for theta in thetas]
+    assert found[PROJECTION] * sum(shares) / 3 == pytest.approx(0.5)
+
+
 def test_answers_are_kept_as_text() -> None:
     assert unpacked(packed(np.array([1, 0, 2])), regression=False).tolist() == [1, 0, 2]
     scores = np.array([0.1, 4.2, 5.0], np.float32)
@@ -175,7 +198,7 @@ def test_the_whole_study_runs_and_resumes(options: GlueOptions, tmp_path: Path, 
     assert set(merged["setting"]) >= {plan.PUBLISHED, plan.TUNED} and set(merged["rank"]) == {"full", "2"}
     assert merged[merged["setting"] == plan.TUNED]["scale"].isin(scales(4)).all()
     summary.write(frame, tmp_path / "tables")
-    assert (tmp_path / "tables" / "methods.md").read_text().count("| average |") == 3
+    assert (tmp_path / "tables" / "methods.md").read_text().count("| average |") == 5
     monkeypatch.setattr(plan, "_own", None)
     monkeypatch.setattr(plan, "_merged", None)
     run(Frame(tmp_path / "work", study), say=lambda text: None)

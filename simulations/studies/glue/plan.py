@@ -17,7 +17,8 @@ from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.kept import packed
 from simulations.studies.glue.options import GATE, GlueOptions
-from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
+from simulations.studies.glue.rows import FIRST, NAMED, OTHERS, ROWS, MethodRow, by_name, scales
+from simulations.studies.glue.scales import data_free
 from simulations.studies.glue.search import around, halved, highest
 from simulations.studies.study import Cell, Done, Row, Study
 
@@ -78,7 +79,8 @@ def _own(options: GlueOptions, cell: Cell) -> Done:
 def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     """Merge the seed's bodies by one method at both ranks, choose a scale, and score what the tables show.
 
-    At the lower rank the scales next to the one that was chosen at full rank are tried, and not the published one.
+    At the lower rank the scales next to the one that was chosen at full rank are tried, and not the published one nor
+    those that need no rows.
     """
     data = load(options)
     for of_task in data.values():  # the folder of models may have been removed since the own models were scored
@@ -95,14 +97,20 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     kept: dict[str, Any] = {}
     tuned, grid = 0.0, scales(options.scales)
     for rank, columns in {FULL: options.lora_r * len(options.tasks), str(options.lora_r): options.lora_r}.items():
-        body = Scaled(arena, _merge(options, row, cell.seed, columns), options.first_examples)
+        merged = _merge(options, row, cell.seed, columns)
+        body = Scaled(arena, merged, options.first_examples)
         every = partial(_of, merit, body.tuning)
         if rank == FULL:
             tuned, tried[rank] = halved(grid, partial(_of, merit, body.first), every)
         else:
             tuned, tried[rank] = highest(around(grid, tuned), every)
-        published = row.published if rank == FULL else None
-        for setting, scale in {PUBLISHED: published, CONSTANT: row.constant, TUNED: tuned}.items():
+        settings = {CONSTANT: row.constant, TUNED: tuned}
+        if rank == FULL:
+            settings |= {
+                PUBLISHED: row.published,
+                **(_data_free(options, cell.seed, merged) if row.name in FIRST else {}),
+            }
+        for setting, scale in settings.items():
             if scale is not None:
                 for scored in _scored(body.reported(scale), body.tuning(scale), setting=setting):
                     task = own.loc[scored["task"]]
@@ -110,6 +118,11 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
                     found.append({**scored, "rank": rank, "scale": scale, **compared})
         kept[rank] = _packed(body.reported(tuned))
     return Done(cell, found, {"tried": tried, "answers": kept})
+
+
+def _data_free(options: GlueOptions, seed: int, merged: Mapping[str, Tensor]) -> dict[str, float]:
+    states = [bodies.body(options, seed, task) for task in options.tasks]
+    return data_free(merged, states, options.lora_alpha / options.lora_r)
 
 
 def _of(merit: Callable[[Mapping[str, Answers]], float], answers: Callable[[float], Any], scale: float) -> float:
