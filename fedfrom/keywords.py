@@ -43,6 +43,7 @@ class MethodOptions(TypedDict, total=False):
     examples_power: float
     floor: float
     form: str
+    gauge: str
     inner: str
     inner_options: Mapping[str, Any]
     iterations: int
@@ -83,6 +84,7 @@ class FroMArguments(TypedDict, total=False):
     checkpoints_kept: int
     solver: str
     scope: str
+    gauge: str
     coefficient: float | str
     iterations: int
     tolerance: float

@@ -298,7 +298,7 @@ class FedFroM(FedMerge):
         k = infinity and norms 1, 2, 3, 4 the weights are 0, 0, 1/2, 1/2 at the default.
     examples_cap : float | None (default: 3.0)
         See `FedMerge`.
-    solver, scope, coefficient, iterations, tolerance, validate, search
+    solver, scope, gauge, coefficient, iterations, tolerance, validate, search
         Of the method: see `FroM`. Where `validate` raises or returns no number, the round is skipped with that reason.
     server_lr, min_valid_replies, max_skipped, select, attackers, lora_config, frozen, seed, node_timeout
     dora, same_base, memory_budget, spool, on_round, checkpoint, checkpoints_kept

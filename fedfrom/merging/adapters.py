@@ -15,6 +15,7 @@ from fedfrom.merging.deltas import adapter_deltas
 from fedfrom.merging.layer import MOST_COSINES, LayerUpdates, Merged
 from fedfrom.merging.linalg import sums
 from fedfrom.merging.linalg.entries import Combine, Entries, Histogram, form
+from fedfrom.merging.linalg.gauges import gauged
 from fedfrom.merging.linalg.krylov import energy_of
 from fedfrom.merging.linalg.leading import columns_of
 from fedfrom.merging.linalg.lowrank import LowRank, norms_and_cosines
@@ -213,11 +214,10 @@ class AdapterUpdates(LayerUpdates):
         scale = alpha**2 * self.weighted_energy(weighing.weights)
         rows = self._own_rank if self.shared.as_reference else None
         solution = method.solve(target, rank, self.name, scale, rows, self._stack, parts)
-        if not self.inputs.template(self.name).layers[self.name].is_embedding:
-            return solution
-        # PEFT starts embedding_B (here A) as standard normal: its entries leave with that size
-        root = target.shape[1] ** 0.5
-        return replace(solution, matrix=LowRank(solution.matrix.B / root, solution.matrix.A * root))
+        template = self.inputs.template(self.name)
+        layer, stored = template.layers[self.name], self.unit / self._scaling_out
+        dtype = template.state.stored_dtype(next(layer.keys[part] for part in L.RANK_DIMENSION if part in layer.keys))
+        return replace(solution, matrix=gauged(solution.matrix, method.gauge, stored, dtype, layer.is_embedding))
 
     def _inner_and_square(
         self, change: _ProductChange, weighing: Weighing, solution: Solution

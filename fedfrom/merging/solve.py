@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedfrom.merging.linalg.gauges import GAUGES
 from fedfrom.merging.linalg.krylov import Triplets, krylov_svd
 from fedfrom.merging.linalg.leading import columns_of, leading_svd, takes_few
 from fedfrom.merging.linalg.lowrank import LowRank, gauge, random_normal
@@ -20,7 +21,7 @@ from fedfrom.numeric import is_number, is_whole
 
 SOLVERS = ("svd", "alternating")
 # a Solver's options that concern adapters alone; the seed is also that of methods that draw
-RANK_OPTIONS = ("rank", "solver", "iterations", "tolerance")
+RANK_OPTIONS = ("rank", "solver", "iterations", "tolerance", "gauge")
 # Float32 is not taken for a sum with less than this share of its parts' energy, nor for updates with less than this
 # share of W's energy.
 _CANCELLED, _DWARFED = 1e-2, 1e-1
@@ -71,6 +72,9 @@ class Solver:
         Algorithm 1 stops when an iteration lowers the objective by less than this share of sum_i w_i ||theta_i||^2.
     seed : int (default: 0)
         Of Algorithm 1's random A_0.
+    gauge : str (default: "orthonormal")
+        How the product's size is split between its factors, which training goes on from: "orthonormal", all of it in B,
+        or "balanced", in both alike: see `fedfrom.merging.linalg.gauges.gauged`.
     """
 
     rank: int | float | None = None
@@ -78,6 +82,7 @@ class Solver:
     iterations: int = 10_000
     tolerance: float = 1e-9
     seed: int = 0
+    gauge: str = "orthonormal"
 
     def __post_init__(self) -> None:
         is_fraction = isinstance(self.rank, float) and 0 < self.rank < 1
@@ -85,6 +90,8 @@ class Solver:
             raise ValueError(f"rank: expected an int >= 1, a fraction in (0, 1) or None, found {self.rank!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, found {self.solver!r}")
+        if self.gauge not in GAUGES:
+            raise ValueError(f"gauge: expected one of {', '.join(GAUGES)}, found {self.gauge!r}")
         if not is_whole(self.iterations) or self.iterations < 1:
             raise ValueError(f"iterations: expected a whole number >= 1, found {self.iterations!r}")
         if not is_number(self.tolerance) or not self.tolerance >= 0:

@@ -165,3 +165,61 @@ def test_embeddings_swap_the_roles(rank):
 def test_module_name_is_the_layers_name():
     case = adapter_case(0)
     assert merge(case.states)[1].layers[0].name == MODULE
+
+
+# --- Balanced ---------------------------------------------------------------------------------------------------------
+
+
+@given(adapter_cases(start="trained"))
+def test_a_balanced_product_is_the_same_in_factors_of_equal_size(case):
+    one, _ = merge(**case.arguments(), rank=case.rank)
+    other, report = merge(**case.arguments(), rank=case.rank, gauge="balanced")
+    B, A = other[B_KEY], other[A_KEY]
+    expected = oracle.product(one[B_KEY], one[A_KEY])
+    assert oracle.relative_error(oracle.product(B, A), expected, float(expected.norm())) <= 1e-12
+    if torch.equal(A, one[A_KEY]):  # kept as the clients had it
+        return
+    sizes, lengths = torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)
+    fresh = torch.tensor(3**-0.5, dtype=torch.float64)
+    torch.testing.assert_close(
+        lengths, torch.maximum((sizes * lengths).sqrt(), fresh.expand(len(A))), rtol=1e-12, atol=0
+    )
+    assert (torch.diff(sizes * lengths) <= 1e-12 * (sizes * lengths).max()).all()
+
+
+def test_rows_without_a_column_leave_as_fresh_ones():
+    states = [{A_KEY: normal(3, 9, g=generator(i)), B_KEY: torch.zeros(12, 3, dtype=torch.float64)} for i in range(2)]
+    merged, _ = merge(states, gauge="balanced")
+    torch.testing.assert_close(merged[A_KEY] @ merged[A_KEY].T, torch.eye(3, dtype=torch.float64) / 3)
+    assert not merged[B_KEY].any()
+
+
+def test_small_updates_keep_their_digits_in_float16():
+    g = generator(0)
+    pairs = [(1e-5 * normal(384, 8, g=g), normal(8, 384, g=g) / 34) for _ in range(3)]
+    exact, _ = merge([{B_KEY: B, A_KEY: A} for B, A in pairs], method="average")
+    half = [{B_KEY: 64 * B, A_KEY: A / 64} for B, A in pairs]  # as balanced clients have them
+    half = [{key: tensor.half() for key, tensor in state.items()} for state in half]
+    true = oracle.product(exact[B_KEY], exact[A_KEY])
+    errors = {}
+    for gauge in ("orthonormal", "balanced"):
+        merged, _ = merge(half, method="average", gauge=gauge)
+        assert merged[B_KEY].dtype == torch.float16
+        found = oracle.product(merged[B_KEY].double(), merged[A_KEY].double())
+        errors[gauge] = float((found - true).norm() / true.norm())
+    assert errors["balanced"] < 6e-4 < 3e-3 < errors["orthonormal"]
+
+
+def test_an_embeddings_rows_are_no_shorter_than_fresh_ones():
+    key = "base_model.model.embed.lora_embedding_"
+    g = generator(0)
+    states = [{f"{key}A": 0.1 * normal(2, 30, g=g), f"{key}B": normal(8, 2, g=g)} for _ in range(2)]
+    for gauge in ("orthonormal", "balanced"):
+        merged, _ = merge(states, method="average", gauge=gauge)
+        lengths = torch.linalg.vector_norm(merged[f"{key}B"], dim=0)
+        assert (lengths >= 8**0.5 * (1 - 1e-12)).all()
+
+
+def test_another_gauge_is_refused():
+    with pytest.raises(ValueError, match="^gauge: expected one of orthonormal, balanced, found 'aligned'$"):
+        merge([{A_KEY: normal(3, 9, g=generator(0)), B_KEY: normal(12, 3, g=generator(1))}], gauge="aligned")
