@@ -37,7 +37,7 @@ class ACTMat(ProductMethod):
     ----------
     rho : float (default: 0.0)
         0 to 1.
-    examples_power, rank, solver, iterations, tolerance, seed
+    examples_power, rank, solver, iterations, tolerance, seed, gauge
         See `ProductMethod`.
     """
 

@@ -19,7 +19,7 @@ class Average(ProductMethod):
     ----------
     examples_power : float (default: 0.0)
         p: client i weighs n_i^p.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         See `Solver`.
     """
 

@@ -92,7 +92,7 @@ class CoreTies(InCoreSpace, Ties):
 
     Parameters
     ----------
-    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Ties`; entries are trimmed by layer, since cores are not comparable between layers.
     scope : str (default: "layer")
         That, and nothing else.
@@ -110,6 +110,7 @@ class CoreDareTies(InCoreSpace, DareTies):
 
     Parameters
     ----------
-    density, majority, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, form, examples_power, validate, search
+    rank, solver, iterations, tolerance, seed, gauge
         See `DareTies`.
     """

@@ -72,7 +72,7 @@ class Dare(Dropping, TaskArithmetic):
     ----------
     density : float (default: 0.2)
         1 - p: the share of entries that is kept, 0 < density <= 1.
-    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `TaskArithmetic`.
     """
 
@@ -83,7 +83,7 @@ class DareTies(Dropping, SignElection, TaskArithmetic):
 
     Parameters
     ----------
-    density, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    density, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Dare`.
     majority : str (default: "total")
         See `Ties`.
@@ -101,6 +101,6 @@ class DareFroM(Dropping, FroM):
     ----------
     density : float (default: 0.2)
         See `Dare`.
-    k, coefficient, examples_power, scope, validate, search, rank, solver, iterations, tolerance, seed
+    k, coefficient, examples_power, scope, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `FroM`.
     """

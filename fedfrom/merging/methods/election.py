@@ -37,7 +37,7 @@ class SignElection(ProductMethod):
     ----------
     majority : str (default: "total")
         The elected sign: "total", of the sum, the paper's, or "frequency", of most.
-    examples_power, rank, solver, iterations, tolerance, seed
+    examples_power, rank, solver, iterations, tolerance, seed, gauge
         See `ProductMethod`.
     """
 

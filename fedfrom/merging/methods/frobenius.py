@@ -97,7 +97,7 @@ class FroM(Chooses):
     search : Mapping[str, Sequence[float]] | None (default: None)
         The values to choose from, by option: {"k": (0, 0.5, 1)}. None is (0, 0.25, 0.5, 1, 2) for k and
         (0.3, 0.5, 0.7, 1, 1.5) for the coefficient. For options that are "auto" alone.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         How adapters are solved back to a rank: see `Solver`.
 
     Examples

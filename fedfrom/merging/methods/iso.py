@@ -52,7 +52,7 @@ class Iso(Spectral):
     ----------
     coefficient : float | str (default: 1.0)
         The paper's alpha; 1 to 3 in its experiments. See `Spectral`.
-    examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Spectral`, which says too what is averaged.
     """
 
@@ -82,7 +82,7 @@ class IsoCTS(Iso):
     common_space_fraction : float (default: 0.8)
         k / r before rounding, 0 to 1. Where the rest has less than half a direction for each update s is 0, and the
         result Iso-C's.
-    coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Iso`.
     """
 

@@ -82,7 +82,7 @@ class KnotsTA(TaskArithmetic):
 
     Parameters
     ----------
-    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `TaskArithmetic`.
     """
 
@@ -98,7 +98,7 @@ class KnotsTies(AlignedEntries, Ties):
     ----------
     convention : str (default: "paper")
         See `AlignedEntries`.
-    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Ties`; entries are trimmed by layer in the paper's convention, as V's are not comparable between layers.
     scope : str (default: "layer")
         That, and nothing else: over all layers is convention="released".
@@ -138,6 +138,7 @@ class KnotsDareTies(AlignedEntries, DareTies):
     ----------
     convention : str (default: "paper")
         See `AlignedEntries`.
-    density, majority, coefficient, form, examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    density, majority, coefficient, form, examples_power, validate, search
+    rank, solver, iterations, tolerance, seed, gauge
         See `DareTies`.
     """

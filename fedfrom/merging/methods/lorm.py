@@ -23,7 +23,7 @@ class LoRM(RegMean):
 
     Parameters
     ----------
-    off_diagonal, examples_power, rank, solver, seed
+    off_diagonal, examples_power, rank, solver, seed, gauge
         See `RegMean`. A fraction as rank is RegMean, cut by Eq. 6: LoRM needs to know its rank beforehand.
     iterations : int (default: 10000)
         At most so many alternations.

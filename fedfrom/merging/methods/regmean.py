@@ -91,7 +91,7 @@ class RegMean(ProductMethod):
         a, 0 <= a <= 1: 0.9 in the paper, 0.1 for T5.
     examples_power : float (default: 0.0)
         p: w_i proportional to n_i^p.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         See `Solver`.
     """
 

@@ -25,7 +25,7 @@ class GreedySoup(Average):
     ----------
     validate : Callable[[Mapping[str, Tensor]], float]
         The score of a merged state, higher is better; NaN is worse than any number.
-    examples_power, rank, solver, iterations, tolerance, seed
+    examples_power, rank, solver, iterations, tolerance, seed, gauge
         See `Average`.
     """
 

@@ -82,7 +82,7 @@ class Spectral(Chooses):
         multiply theta_t then too, and are not divided by their sum; in what is averaged they are.
     validate, search
         See `Chooses`.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         See `Solver`.
     """
 

@@ -39,7 +39,7 @@ class SVC(ProductMethod):
         Its options, but for those that it shares with this one.
     floor : float (default: 1.0)
         Above 0. 1 never enlarges a singular value; below it, those that the merge has shrunk may grow.
-    examples_power, rank, solver, iterations, tolerance, seed
+    examples_power, rank, solver, iterations, tolerance, seed, gauge
         See `ProductMethod`; `inner` has the same.
     """
 

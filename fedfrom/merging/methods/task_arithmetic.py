@@ -40,7 +40,7 @@ class TaskArithmetic(Chooses):
         by their sum there, but multiply each theta_i as they are.
     validate, search
         See `Chooses`.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         See `Solver`.
     """
 

@@ -71,7 +71,7 @@ class Ties(SignElection, Chooses):
         votes, and is counted.
     validate, search
         See `Chooses`.
-    rank, solver, iterations, tolerance, seed
+    rank, solver, iterations, tolerance, seed, gauge
         See `Solver`.
     """
 

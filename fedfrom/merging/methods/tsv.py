@@ -31,7 +31,7 @@ class TSV(Spectral):
     ----------
     coefficient : float | str (default: 1.0)
         The paper's alpha; see `Spectral`.
-    examples_power, validate, search, rank, solver, iterations, tolerance, seed
+    examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Spectral`, which says too what is averaged.
     """
 
