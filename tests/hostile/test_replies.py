@@ -55,6 +55,7 @@ STRATEGIES: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "tsv": (lambda: FedMerge("tsv", lora_config=CONFIG), None),
     "iso-cts": (lambda: FedMerge("iso-cts"), None),
     "core-ties": (lambda: FedMerge("core-ties", lora_config=CONFIG), None),
+    "ctm": (lambda: FedMerge("ctm", lora_config=CONFIG), None),
     "greedy-soup": (lambda: FedMerge("greedy-soup", validate=score), None),
     "regmean": (lambda: FedMerge("regmean", lora_config=CONFIG), None),
     "lorm": (lambda: FedMerge("lorm", lora_config=CONFIG), None),

@@ -34,11 +34,12 @@ class CtM(Wrapper, Chooses):
     X_t, O_t and the order of the steps are those of the authors' released code
     (github.com/ZhengbaoHe/compress-then-merge), which searches beta from 0 to 0.75 and has 0.25 with TIES in its
     example. Ours are: r is the rank that Eq. 6 is solved at; in rounds theta_t is compressed, and W + alpha theta* is
-    cut as with every method. A plain matrix is compressed where `rank` is a whole number. A fraction, or none for a
-    plain matrix, compresses nothing: U and V are all directions that are not rounding in the inputs' dtype. sum_t and m
-    weigh a client by the weight that `inner` gives it, relative to the others; zero updates do not count. HOOI ends by
-    what a step gains; as released by how far it moves the relative error. Signs of columns are fixed, since even
-    elections go to +.
+    cut as with every method. A plain matrix is compressed where `rank` is a whole number. Where all updates together
+    have no more than r directions on one side, as where they share A, and where `rank` is a fraction, or None for a
+    plain matrix, nothing is compressed: U and V are all directions that are not rounding in the inputs' dtype. sum_t
+    and m weigh a client by the weight that `inner` gives it, relative to the others; zero updates do not count. HOOI
+    ends by what a step gains; as released by how far it moves the relative error. Signs of columns are fixed, since
+    even elections go to +.
 
     Of a LoRA module nothing dense is formed. Of a plain matrix all clients' are held at once, and time is that of an
     eigendecomposition of each side. What `Spectral` averages is averaged here too, times the coefficient.
@@ -100,7 +101,7 @@ class CtM(Wrapper, Chooses):
         return shared.merged(self._inner.change, coefficients, destination, float(self.coefficient))
 
     def _compressed(self, updates: Updates, cores: Cores, weights: Sequence[float], columns: int | None) -> Space:
-        """Return the updates in U and V of that many columns, None for all that there are."""
+        """Return the updates in U and V of that many columns; in all that there are where they need not be cut."""
         norms = [float(torch.linalg.vector_norm(M)) for M in cores.matrices]
         share = [c / max(weights) if norm > 0 else 0.0 for c, norm in zip(weights, norms, strict=True)]
         mean = math.fsum(s * norm for s, norm in zip(share, norms, strict=True)) / math.fsum(share)
@@ -109,7 +110,7 @@ class CtM(Wrapper, Chooses):
             for s, norm in zip(share, norms, strict=True)
         ]
         U, V = bases(updates, cores, scales)
-        if columns is not None and columns < max(U.shape[1], V.shape[1]):
+        if columns is not None and columns < min(U.shape[1], V.shape[1]):
             targets = [s * (U.T @ M.to(U.dtype) @ V) for s, M in zip(scales, cores.matrices, strict=True)]
             own, other = tucker2(torch.stack(targets), columns, self.tolerance, self.iterations, updates.tolerance)
             U, V = U @ own, V @ other
