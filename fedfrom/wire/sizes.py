@@ -92,9 +92,5 @@ def _check_loaded(layer: Layer, sent: Sent, scaling: float, own: float) -> None:
     for key in layer.keys.values():
         limit = torch.finfo(sent.state[key].dtype).max
         if sent.largest[key] * scaling > limit * own:
-            why = (
-                f"reply, {layer.name!r}: expected a lora_alpha at which {key!r} stays below {limit:g}, found one that "
-            )
-            raise RejectedReply(
-                "config", f"{why}makes lora_alpha / r {own:g} where the global adapter's is {scaling:g}"
-            )
+            why = f"reply, {layer.name!r}: expected a scaling at which {key!r} stays below {limit:g}, found {own:g}"
+            raise RejectedReply("config", f"{why} where the global adapter's is {scaling:g}")

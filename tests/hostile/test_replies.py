@@ -116,7 +116,7 @@ def test_a_scaling_at_which_the_global_adapter_overflows_costs_its_sender_alone(
     arrays, _ = strategy.aggregate_train(1, [*honest, bad])
     assert arrays is not None
     (reason,) = strategy.reports[1].rejected.values()
-    assert "expected a lora_alpha at which" in reason
+    assert "expected a scaling at which" in reason
 
 
 def assert_round(

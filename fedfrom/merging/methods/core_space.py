@@ -24,9 +24,13 @@ class InCoreSpace(ProductMethod):
     """Merges the cores M_i by the method that it is mixed into; what is no weight of a linear layer is averaged.
 
     The paper takes U from the factors B side by side and V from the A, so that its M_i depend on which factors a
-    product was sent in, and on alpha. Here they come from the products. Of a LoRA module nothing dense is formed. A
-    plain matrix, which the paper does not merge, gets its bases from the clients' matrices: all of them are held at
-    once, and time is that of an eigendecomposition of each side, O(d_out^3 + d_in^3).
+    product was sent in, and on alpha. Here they come from the products. The released code
+    (github.com/apanariello4/core-space-merging) keeps all T r vectors, and the signs that its SVD gives them; here
+    those that are rounding are left out, so that a density is a share of fewer entries, and signs are fixed.
+
+    Of a LoRA module nothing dense is formed. A plain matrix, which the paper does not merge, gets its bases from the
+    clients' matrices: all of them are held at once, and time is that of an eigendecomposition of each side,
+    O(d_out^3 + d_in^3).
     """
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:

@@ -24,18 +24,19 @@ class SVC(Wrapper):
     has. n equal updates that were summed come out as one. The equations are those of the authors' released code
     (github.com/lyymuwu/SVC), whose alpha is `floor`.
 
-    It departs from that code in two points. Where u_r^T theta_i is rounding, s_ir is 0: there the code divides by at
+    It departs from that code in three points. Where u_r^T theta_i is rounding, s_ir is 0: there the code divides by at
     least 1e-12, which depends on the unit of theta. Clients of weight 0 are not among the n; all others count alike, so
-    that a client of weight 2 is not that client twice. As there, only matrices of linear layers are calibrated; all
-    else is what `inner` makes of it. From the factors of LoRA modules: O((d_out + d_in) R^2), nothing dense unless
-    `inner` is.
+    that a client of weight 2 is not that client twice. Embedding tables, and what is no matrix, are as `inner` makes
+    them in both; in the code CLIP's text_projection is too. From the factors of LoRA modules: O((d_out + d_in) R^2),
+    nothing dense unless `inner` is.
 
     Parameters
     ----------
     inner, inner_options
         The method whose result is calibrated: see `Wrapper`.
     floor : float (default: 1.0)
-        Above 0. 1 never enlarges a singular value; below it, those that the merge has shrunk may grow.
+        Above 0. 1, also the released program's default, never enlarges a singular value; below it, those that the merge
+        has shrunk may grow. Its script takes 1 around TSV-M and 1 / n around all others.
     examples_power, rank, solver, iterations, tolerance, seed
         See `Wrapper`.
     """
