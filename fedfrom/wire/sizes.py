@@ -91,6 +91,6 @@ def _check_loaded(layer: Layer, sent: Sent, scaling: float, own: float) -> None:
     """Raise RejectedReply where what was sent at a scaling, at the reply's own one, is too large for its dtype."""
     for key in layer.keys.values():
         limit = torch.finfo(sent.state[key].dtype).max
-        if sent.largest[key] * scaling > limit * own:
+        if sent.largest.get(key, 0.0) * scaling > limit * own:
             why = f"reply, {layer.name!r}: expected a scaling at which {key!r} stays below {limit:g}, found {own:g}"
             raise RejectedReply("config", f"{why} where the global adapter's is {scaling:g}")
