@@ -36,6 +36,7 @@ class FedAvgArguments(TypedDict, total=False):
 class MethodOptions(TypedDict, total=False):
     """The options of all merging methods but the seed, which is the strategy's; each method takes some of them."""
 
+    beta: float
     coefficient: float | str
     common_space_fraction: float
     convention: str

@@ -317,6 +317,13 @@ def test_a_rank_of_full_models_is_said_to_have_no_effect_and_not_in_the_card(tmp
     assert "server\\_lr = 1" in settings
 
 
+def test_ctm_has_a_rank_on_full_models_too(tmp_path, capsys):
+    names = [folders.write_checkpoint(tmp_path / f"m{i}", checkpoint_state(i)) for i in range(3)]
+    options = ["--base", names[0], "--method", "ctm", "--rank", "2", "--option", "inner=average"]
+    assert "no effect" not in done(capsys, "merge", str(tmp_path / "out"), *names[1:], *options)
+    assert "rank = 2" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_rank_of_adapters_stays_in_the_card(tmp_path, capsys, saved):
     """Also where they saved modules, which have none."""

@@ -154,6 +154,7 @@ STRATEGIES: dict[str, Any] = {
     "ties": lambda **o: FedMerge("ties", **o),
     "tsv": lambda **o: FedMerge("tsv", **o),
     "core-ties": lambda **o: FedMerge("core-ties", **o),
+    "ctm": lambda **o: FedMerge("ctm", rank=2, **o),
     "factor-average": lambda **o: FedMerge("factor-average", **o),
     "multikrum": lambda **o: FedFroM(select="multikrum", attackers=1, **o),
 }

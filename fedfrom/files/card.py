@@ -31,7 +31,7 @@ def model_card(
     idle = () if report.method.get("solver") == "alternating" else ("iterations", "tolerance")
     own = report.method.get("weights")
     # weights are in the table, and full models have no rank
-    hidden = {"weights", *idle, *(() if report.has_adapters else RANK_OPTIONS)}
+    hidden = {"weights", *idle, *(() if report.has_rank else RANK_OPTIONS)}
     shown = {field: value for field, value in report.method.items() if value is not None and field not in hidden}
     settings = ", ".join(f"{field} = {_number(value)}" for field, value in shown.items())
     lines = [

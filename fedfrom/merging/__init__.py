@@ -14,6 +14,7 @@ from fedfrom.merging.merge import merge
 from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
+from fedfrom.merging.methods.ctm import CtM
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.methods.fisher import Fisher
 from fedfrom.merging.methods.frobenius import FroM
@@ -34,6 +35,7 @@ __all__ = [
     "Average",
     "CoreDareTies",
     "CoreTies",
+    "CtM",
     "Dare",
     "DareFroM",
     "DareTies",

@@ -135,9 +135,9 @@ class MergeReport:
         return summary(self)
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether adapters were merged as products, which have a rank; full models have none."""
-        return any(layer.kind == "adapter" for layer in self.layers)
+    def has_rank(self) -> bool:
+        """Whether a rank was asked for: of adapters, which are merged as products, or of any matrix by CtM."""
+        return self.method["name"] == "CtM" or any(layer.kind == "adapter" for layer in self.layers)
 
     @property
     def interference(self) -> float:

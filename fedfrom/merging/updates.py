@@ -259,9 +259,12 @@ class DenseUpdates(Updates):
         n of one shape, float32 or float64; not changed.
     name : str
         The layer.
+    tolerance : float (default: 0.0)
+        See `Updates`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], name: str) -> None:
+    def __init__(self, tensors: Sequence[Tensor], name: str, tolerance: float = 0.0) -> None:
+        self.tolerance = tolerance
         self.name, self.order, self.shape = name, range(len(tensors)), tuple(tensors[0].shape)
         self.dtype = tensors[0].dtype
         self._entries = Entries(tensors, [None] * len(tensors), [1.0] * len(tensors), tensors[0].dtype)

@@ -54,6 +54,8 @@ def check_sizes(reply: Reply, sent: Sent) -> None:
             if layer.is_adapter:
                 scaling = 1.0 if reply.config is None else rank_and_scaling(reply.config, layer.name)[1]
                 _check_product(layer, state, scaling)
+                if reply.config is not None and sent.lora_config is not None:
+                    _check_loaded(layer, sent, rank_and_scaling(sent.lora_config, layer.name)[1], scaling)
 
 
 def check_size(tensor: Tensor, key: str, who: str = "reply", limit: float = math.inf) -> None:
@@ -83,3 +85,12 @@ def _check_product(layer: Layer, state: Mapping[str, Tensor], scaling: float) ->
     if not bound <= limit and not (norm := L.read_adapter(layer, state, scaling, "reply").norm()) <= limit:
         why = f"reply, {layer.name!r}: expected a product of norm up to {limit:g}, found {norm:g}"
         raise RejectedReply("too-large", why)
+
+
+def _check_loaded(layer: Layer, sent: Sent, scaling: float, own: float) -> None:
+    """Raise RejectedReply where what was sent at a scaling, at the reply's own one, is too large for its dtype."""
+    for key in layer.keys.values():
+        limit = torch.finfo(sent.state[key].dtype).max
+        if sent.largest.get(key, 0.0) * scaling > limit * own:
+            why = f"reply, {layer.name!r}: expected a scaling at which {key!r} stays below {limit:g}, found {own:g}"
+            raise RejectedReply("config", f"{why} where the global adapter's is {scaling:g}")

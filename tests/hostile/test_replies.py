@@ -55,6 +55,7 @@ STRATEGIES: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "tsv": (lambda: FedMerge("tsv", lora_config=CONFIG), None),
     "iso-cts": (lambda: FedMerge("iso-cts"), None),
     "core-ties": (lambda: FedMerge("core-ties", lora_config=CONFIG), None),
+    "ctm": (lambda: FedMerge("ctm", lora_config=CONFIG), None),
     "greedy-soup": (lambda: FedMerge("greedy-soup", validate=score), None),
     "regmean": (lambda: FedMerge("regmean", lora_config=CONFIG), None),
     "lorm": (lambda: FedMerge("lorm", lora_config=CONFIG), None),
@@ -103,6 +104,19 @@ def test_a_reply_is_rejected_with_a_reason_or_merged(given_round: Any) -> None:
     if oracle is not None:
         accepted = honest if report.rejected else [*honest, bad]
         assert_round(merged, state, accepted, oracle, strategy.lora_config, strategy.examples_cap)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("alpha", [1e-39, 1e-300, 5e-324])
+def test_a_scaling_at_which_the_global_adapter_overflows_costs_its_sender_alone(dtype: type, alpha: float) -> None:
+    """Without an entry or a product that is too large."""
+    strategy, state = STRATEGIES["from, with configs"][0](), STATES[dtype]
+    honest, bad = sent_and_replies(strategy, state)
+    bad.content[ADAPTER_KEY]["lora_alpha"] = alpha
+    arrays, _ = strategy.aggregate_train(1, [*honest, bad])
+    assert arrays is not None
+    (reason,) = strategy.reports[1].rejected.values()
+    assert "expected a scaling at which" in reason
 
 
 def assert_round(

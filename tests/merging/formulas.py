@@ -154,6 +154,8 @@ PRODUCTS = [
     {"method": "svc"},
     {"method": "actmat", "rho": 1.0},
     {"method": "svc", "inner": "dare-from", "floor": 0.5},
+    {"method": "ctm"},
+    {"method": "ctm", "inner": "from", "inner_options": {"k": 0.5}, "beta": 0.0},
     *RANDOM,
 ]
 

@@ -63,6 +63,8 @@ SPECTRAL = [
     {"method": "iso-cts"},
     {"method": "core-ties", "density": 0.4},
     {"method": "core-dare-ties", "density": 0.5},
+    {"method": "ctm", "inner_options": {"density": 0.4}, "rank": 2},
+    {"method": "ctm", "inner": "from", "beta": 0.0},
 ]
 DRAWN = [{"method": "dare", "density": 0.5}, {"method": "dare-from", "density": 0.5}]
 COUNTING = [{"method": "svc", "inner": "average"}]  # a client twice is two of the n

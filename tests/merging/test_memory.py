@@ -9,7 +9,7 @@ from tests.merging.samples import A_KEY, B_KEY
 from tests.peaks import printed_last, reads_peaks
 
 BY_FACTORS = ["from", "task-arithmetic", "knots-ta", "knots-ties", "knots-dare-ties"]
-BY_FACTORS += ["tsv", "iso", "iso-cts", "core-ties", "core-dare-ties"]
+BY_FACTORS += ["tsv", "iso", "iso-cts", "core-ties", "core-dare-ties", "ctm"]
 
 
 class LargestResult(TorchDispatchMode):

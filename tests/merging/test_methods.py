@@ -121,6 +121,8 @@ MEANS = [
     {"method": "core-dare-ties", "density": 1.0},
     {"method": "actmat", "rho": 0.5},
     {"method": "svc", "inner": "from", "inner_options": {"k": 2.0}},
+    {"method": "ctm", "inner": "average"},
+    {"method": "ctm", "inner_options": {"density": 1.0}},
 ]
 
 
@@ -238,9 +240,10 @@ def test_every_name_is_tested_here():
         (
             "coefficient",
             [math.nan, math.inf],
-            ["task-arithmetic", "ties", "dare", "knots-ta", "knots-ties", "tsv", "iso", "iso-cts", "core-ties"],
+            ["task-arithmetic", "ties", "dare", "knots-ta", "knots-ties", "tsv", "iso", "iso-cts", "core-ties", "ctm"],
         ),
         ("common_space_fraction", [-0.1, 1.1, math.nan, None], ["iso-cts"]),
+        ("beta", [-0.1, 1.1, math.nan, None], ["ctm"]),
         ("floor", [0.0, -1.0, math.nan, math.inf], ["fisher"]),
         ("off_diagonal", [-0.1, 1.1, math.nan], ["regmean", "lorm"]),
         ("validate", [None, 3], ["greedy-soup"]),

@@ -28,6 +28,7 @@ METHODS = [
     "iso-cts",
     "core-ties",
     "core-dare-ties",
+    "ctm",
 ]
 CASES = [adapter_case(0, start="trained"), tensor_case(0)]
 

@@ -33,6 +33,7 @@ from tests.merging.samples import (
 ISO = [{"method": "iso"}, {"method": "iso-cts"}, {"method": "iso-cts", "common_space_fraction": 0.3}]
 SPECTRAL = [{"method": "tsv"}, *ISO]
 EVERY = [*SPECTRAL, {"method": "core-ties", "density": 0.4}, {"method": "core-dare-ties", "density": 0.5}]
+EVERY += [{"method": "ctm"}]  # at a rank that cuts: test_ctm.py
 # factors in float32 or less are exact here, results are rounded to the dtype
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 

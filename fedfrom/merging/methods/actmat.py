@@ -21,7 +21,8 @@ class ACTMat(ProductMethod):
 
     Here C_t = (1 - rho) theta_t^T theta_t + rho ||theta_t||^2 / d_in I, the paper's at rho = 0. rho = 1 is FroM at
     k = 2: a matrix weight and a scalar weight are the two ends of one line. w_t, proportional to n_t^p, is not in
-    the paper: with p = 0 it cancels.
+    the paper: with p = 0 it cancels. At rho = 0 the equation is the released code's (github.com/marawangamal/actmat),
+    which takes the pseudoinverse of sum_t C_t itself, cut at the rounding of its arithmetic.
 
     LoRA modules go by cores, theta_t = U M_t V^T, M_t (p, q): sum_t w_t C_t is V K V^T on the span of V, K = sum_t w_t
     ((1 - rho) M_t^T M_t + rho ||theta_t||^2 / d_in I_q), and a multiple of the identity beyond it, where no theta_t has

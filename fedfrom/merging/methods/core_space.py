@@ -2,70 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from fedfrom.merging.linalg.directions import left_basis, triplets, with_fixed_signs
 from fedfrom.merging.methods.base import ProductMethod
 from fedfrom.merging.methods.dare import DareTies
 from fedfrom.merging.methods.spectral import averaged
 from fedfrom.merging.methods.ties import Ties
-from fedfrom.merging.updates import Change, Cores, DenseChange, DenseUpdates, Destination, Updates
-
-# An entry of a core at most this share of the client's norm is zero but for float64's rounding, and must not vote.
-_ROUNDING = 1e-12
+from fedfrom.merging.spaces import Space, bases, space
+from fedfrom.merging.updates import Change, Cores, Destination, Updates
 
 
-def core_space(updates: Updates, cores: Cores) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return (U, [M_i], V): theta_i = U M_i V^T, with bases that come from the updates alone.
-
-    Parameters
-    ----------
-    updates : Updates
-        theta_i, at least one of them not zero.
-    cores : Cores
-        Theirs, in any bases.
-
-    Returns
-    -------
-    tuple[Tensor, list[Tensor], Tensor]
-        U (p, a) and V (q, b), float64, in the coordinates of the cores: the left singular vectors of
-        [theta_1 ... theta_n] and those of [theta_1^T ... theta_n^T], by descending singular value, without those that
-        are rounding in the inputs' dtype, each with its largest entry in the layer's coordinates positive. M_i (a, b).
-        Where singular values tie their vectors are any of the same span.
-    """
-    products = updates.products
-    sides: list[list[Tensor]] = [[], []]
-    for i, M in enumerate(cores.matrices):
-        if products is None:
-            found = M, M.T
-        else:  # as wide as theta_i's rank in place of the stack's
-            U, S, Vh = triplets(M, _ROUNDING, products[i].rank)
-            found = U * S, Vh.T * S
-        for side, part in zip(sides, found, strict=True):
-            side.append(part)
-    U, V = (_basis(side, updates.tolerance, lift) for side, lift in zip(sides, (cores.left, cores.right), strict=True))
-    merged = [U.T @ M.to(U.dtype) @ V for M in cores.matrices]
-    for M in merged:
-        M[M.abs() <= _ROUNDING * torch.linalg.vector_norm(M)] = 0
-    return U, merged, V
-
-
-def _basis(matrices: Sequence[Tensor], tolerance: float, lift: Callable[[Tensor], Tensor]) -> Tensor:
-    basis = left_basis(matrices, tolerance)
-    return with_fixed_signs(basis, lift(basis))
+def core_space(updates: Updates, cores: Cores) -> Space:
+    """Return the updates in bases that come from the updates alone."""
+    return space(updates, cores, *bases(updates, cores))
 
 
 class InCoreSpace(ProductMethod):
     """Merges the cores M_i by the method that it is mixed into; what is no weight of a linear layer is averaged.
 
     The paper takes U from the factors B side by side and V from the A, so that its M_i depend on which factors a
-    product was sent in, and on alpha. Here they come from the products. Of a LoRA module nothing dense is formed. A
-    plain matrix, which the paper does not merge, gets its bases from the clients' matrices: all of them are held at
-    once, and time is that of an eigendecomposition of each side, O(d_out^3 + d_in^3).
+    product was sent in, and on alpha. Here they come from the products. The released code
+    (github.com/apanariello4/core-space-merging) keeps all T r vectors, and the signs that its SVD gives them; here
+    those that are rounding are left out, so that a density is a share of fewer entries, and signs are fixed.
+
+    Of a LoRA module nothing dense is formed. A plain matrix, which the paper does not merge, gets its bases from the
+    clients' matrices: all of them are held at once, and time is that of an eigendecomposition of each side,
+    O(d_out^3 + d_in^3).
     """
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
@@ -75,12 +40,9 @@ class InCoreSpace(ProductMethod):
             return averaged(updates, coefficients, float(self.coefficient))
         if not any(updates.sizes):
             return updates.sum(coefficients)
-        U, merged, V = core_space(updates, cores)
-        # by norm, since the order of the updates depends on the factors they came in, and DARE's draws on the order
-        order = sorted(range(len(merged)), key=updates.sizes.__getitem__)
-        M = super().change(DenseUpdates([merged[i] for i in order], updates.name), coefficients[order], destination)
-        assert isinstance(M, DenseChange)  # as `DenseUpdates` give it
-        return cores.lift((U @ M.tensor @ V.T).to(cores.matrices[0].dtype))
+        # candidates of other coefficients have the same bases
+        shared = updates.once("core space", partial(core_space, updates, cores))
+        return shared.merged(super().change, coefficients, destination)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,11 +47,13 @@ class Iso(Spectral):
     of those singular values are the zeros of a low-rank sum: mean and directions beyond the rank would be arbitrary.
     Where a LoRA module is cut to its rank, the sum's leading directions stay: theta* itself has none. The cut loses
     1 - rank / (rank of the sum) of the energy; a `rank` of T times the clients', or a share such as 0.99, loses none.
+    Embedding tables are averaged; the released code merges them like other matrices, and averages CLIP's
+    text_projection.
 
     Parameters
     ----------
     coefficient : float | str (default: 1.0)
-        The paper's alpha; 1 to 3 in its experiments. See `Spectral`.
+        The paper's alpha, which the released code searches from 0.1 to 3. See `Spectral`.
     examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Spectral`, which says too what is averaged.
     """

@@ -11,6 +11,7 @@ from fedfrom.merging.methods.actmat import ACTMat
 from fedfrom.merging.methods.average import Average, FactorAverage
 from fedfrom.merging.methods.base import Method
 from fedfrom.merging.methods.core_space import CoreDareTies, CoreTies
+from fedfrom.merging.methods.ctm import CtM
 from fedfrom.merging.methods.dare import Dare, DareFroM, DareTies
 from fedfrom.merging.methods.fisher import Fisher
 from fedfrom.merging.methods.frobenius import FroM
@@ -48,6 +49,7 @@ _METHODS: dict[str, type[Method]] = {
     "greedy-soup": GreedySoup,
     "svc": SVC,
     "actmat": ACTMat,
+    "ctm": CtM,
 }
 
 

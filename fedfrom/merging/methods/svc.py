@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedfrom.merging.linalg.lowrank import LowRank
-from fedfrom.merging.methods.base import Method, ProductMethod
+from fedfrom.merging.methods.wrapping import Wrapper
 from fedfrom.merging.updates import Change, Destination, Updates
 from fedfrom.numeric import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVC(ProductMethod):
+class SVC(Wrapper):
     """Singular Value Calibration (Li et al., 2026, arXiv 2602.05536) of the theta* of any method on products.
 
     theta* = sum_r sigma_r u_r v_r^T becomes sum_r gamma_r sigma_r u_r v_r^T, gamma_r = n / sum_i max(floor, s_ir),
@@ -25,73 +24,29 @@ class SVC(ProductMethod):
     has. n equal updates that were summed come out as one. The equations are those of the authors' released code
     (github.com/lyymuwu/SVC), whose alpha is `floor`.
 
-    It departs from that code in two points. Where u_r^T theta_i is rounding, s_ir is 0: there the code divides by at
+    It departs from that code in three points. Where u_r^T theta_i is rounding, s_ir is 0: there the code divides by at
     least 1e-12, which depends on the unit of theta. Clients of weight 0 are not among the n; all others count alike, so
-    that a client of weight 2 is not that client twice. As there, only matrices of linear layers are calibrated; all
-    else is what `inner` makes of it. From the factors of LoRA modules: O((d_out + d_in) R^2), nothing dense unless
-    `inner` is.
+    that a client of weight 2 is not that client twice. Embedding tables, and what is no matrix, are as `inner` makes
+    them in both; in the code CLIP's text_projection is too. From the factors of LoRA modules: O((d_out + d_in) R^2),
+    nothing dense unless `inner` is.
 
     Parameters
     ----------
-    inner : str (default: "task-arithmetic")
-        The name of the method whose result is calibrated: any that merges products and chooses nothing by validation.
-    inner_options : Mapping[str, Any] | None (default: None)
-        Its options, but for those that it shares with this one.
+    inner, inner_options
+        The method whose result is calibrated: see `Wrapper`.
     floor : float (default: 1.0)
-        Above 0. 1 never enlarges a singular value; below it, those that the merge has shrunk may grow.
+        Above 0. 1, also the released program's default, never enlarges a singular value; below it, those that the merge
+        has shrunk may grow. Its script takes 1 around TSV-M and 1 / n around all others.
     examples_power, rank, solver, iterations, tolerance, seed, gauge
-        See `ProductMethod`; `inner` has the same.
+        See `Wrapper`.
     """
 
-    inner: str = "task-arithmetic"
-    inner_options: Mapping[str, Any] | None = field(default=None, hash=False)
     floor: float = 1.0
-
-    _inner: ClassVar[Method]  # set on the instance
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.floor) or not 0 < self.floor < math.inf:
             raise ValueError(f"floor: expected a finite number > 0, found {self.floor!r}")
-        inner = self._made()
-        # not fields: what this method is follows from what is inside
-        for name, value in {"_inner": inner, "k": inner.k, "scope": inner.scope, "needs": inner.needs}.items():
-            object.__setattr__(self, name, value)
-
-    def _made(self) -> Method:
-        """Return the method inside."""
-        from fedfrom.merging.methods.registry import make_method, method_class, methods  # it lists this one
-
-        names = [name for name in methods() if name not in ("svc", "greedy-soup")]
-        names = [name for name in names if issubclass(method_class(name), ProductMethod)]
-        if self.inner not in names:
-            raise ValueError(f"inner: expected one of {', '.join(names)}, found {self.inner!r}")
-        options = {} if self.inner_options is None else self.inner_options
-        shared = {"examples_power", "rank", "solver", "iterations", "tolerance", "seed", "validate", "search"}
-        if not isinstance(options, Mapping) or shared & set(options):
-            raise ValueError(
-                f"inner_options: expected a mapping from {self.inner}'s options to values, but for "
-                f"{', '.join(sorted(shared))}, found {options!r}"
-            )
-        return make_method(self.inner, **options, examples_power=self.examples_power, seed=self.seed)
-
-    def weights(self, updates: Updates, examples: Sequence[float] | None, given: Sequence[float] | None) -> Tensor:
-        """Return the weights of the method inside."""
-        return self._inner.weights(updates, examples, given)
-
-    def coefficients(self, weights: Tensor, mean_weight: float = 1.0) -> Tensor:
-        """Return the coefficients of the method inside."""
-        return self._inner.coefficients(weights, mean_weight)
-
-    def survey(self, layers: Iterable[Updates]) -> Any:
-        """Return what the method inside has to know."""
-        return self._inner.survey(layers)
-
-    def knowing(self, known: Any) -> Self:
-        """Return this method with what the survey returned."""
-        method = super().knowing(known)
-        object.__setattr__(method, "_inner", self._inner.knowing(known))
-        return method
 
     def change(self, updates: Updates, coefficients: Tensor, destination: Destination) -> Change:
         """Return the calibrated theta*."""

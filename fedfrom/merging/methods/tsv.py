@@ -22,15 +22,18 @@ class TSV(Spectral):
     Departures. polar(X) is P Q^T over the directions that are not rounding in the inputs' dtype. In the paper it is
     over all, which leaves it undefined where updates share directions: two copies of an update that differ in their
     last places would add a second one of noise. With the cut, identical updates of rank k give back that update, times
-    the coefficient. k is at least 1, where the paper's is 0 for more clients than the smaller side has rows. Where
-    singular values k and k + 1 of an update are equal, rounding decides which of its directions stay.
+    the coefficient. k ends at rank_t, where the released code (github.com/AntoAndGar/task_singular_vectors) also takes
+    vectors of singular value 0, any of their span, which turn the others in its polar step: of LoRA most. k is at least
+    1, where the paper's is 0 for more clients than the smaller side has rows. Where singular values k and k + 1 of an
+    update are equal, rounding decides which of its directions stay. The code merges embedding tables like other
+    matrices.
 
     Time is that of T SVDs of the cores, and of two whose side is that of all triplets side by side.
 
     Parameters
     ----------
     coefficient : float | str (default: 1.0)
-        The paper's alpha; see `Spectral`.
+        The paper's alpha, which the released code searches from 0.1 to 3. See `Spectral`.
     examples_power, validate, search, rank, solver, iterations, tolerance, seed, gauge
         See `Spectral`, which says too what is averaged.
     """

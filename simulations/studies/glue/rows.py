@@ -67,6 +67,7 @@ OTHERS = (
     MethodRow("knots-ties, as released", "knots-ties", {"density": 0.2, "convention": "released"}),
     MethodRow("dare-ties", "dare-ties", {"density": 0.5}),
     MethodRow("average, svc", "svc", {"inner": "average"}),
+    MethodRow("ctm-ties", "ctm", {"inner": "ties", "inner_options": {"density": 0.2}}),
 )
 ROWS = NAMED + OTHERS
 

@@ -87,6 +87,7 @@ def rows(kind: str) -> tuple[Row, ...]:
         Row("lorm", "lorm", _grid(off_diagonal=_OFF_DIAGONALS)),
         Row("greedy-soup", "greedy-soup", _grid(server_lr=_SCALES)),
         Row("svc", "svc", _grid(floor=(1.0, 0.8, 0.6, 0.4, 0.2, 0.1))),
+        Row("ctm", "ctm", _grid(beta=(0.25, 0.0, 0.75), coefficient=(1.0, 2.0))),
         Row("actmat", "actmat", _grid(rho=(1.0, 0.9, 0.7, 0.5, 0.2, 0.0))),
     ]
     shared = {name for row in found for name in row.also}
