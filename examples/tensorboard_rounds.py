@@ -3,8 +3,8 @@
     python examples/tensorboard_rounds.py
     tensorboard --logdir runs/tensorboard
 
-The hook gets each round's report once the round is over. Weights & Biases and MLflow take the same numbers:
-`wandb.log(numbers, step=report.server_round)` and `mlflow.log_metrics(numbers, step=report.server_round)`.
+The hook gets each round's report once the round is over. `fedfrom.loggers` has one for Weights & Biases, for MLflow and
+for a CSV file too, and `several` calls a few; a function of your own takes the report as its only argument.
 """
 
 import sys
@@ -14,9 +14,8 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from lora_classifier import client_app, evaluate, model
 from peft import get_peft_model_state_dict
-from torch.utils.tensorboard import SummaryWriter
 
-from fedfrom import FedFroM
+from fedfrom import FedFroM, loggers
 
 server_app = ServerApp()
 
@@ -24,18 +23,10 @@ server_app = ServerApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Three rounds, told to TensorBoard."""
-    with SummaryWriter(str(context.run_config.get("logdir", "runs/tensorboard"))) as writer:
-
-        def on_round(report):
-            for name, number in report.numbers().items():
-                writer.add_scalar(name, number, report.server_round)
-            for layer in report.merge.layers if report.merge else []:
-                for node, weight in zip(report.nodes, layer.weights, strict=False):
-                    writer.add_scalar(f"weights/{layer.name}/{node}", weight, report.server_round)
-
-        strategy = FedFroM(fraction_evaluate=0.0, on_round=on_round)
-        initial = ArrayRecord(get_peft_model_state_dict(model()))
-        strategy.start(grid=grid, initial_arrays=initial, num_rounds=3, evaluate_fn=evaluate)
+    folder = str(context.run_config.get("logdir", "runs/tensorboard"))
+    strategy = FedFroM(fraction_evaluate=0.0, on_round=loggers.TensorBoard(folder, layers=True))
+    initial = ArrayRecord(get_peft_model_state_dict(model()))
+    strategy.start(grid=grid, initial_arrays=initial, num_rounds=3, evaluate_fn=evaluate)
 
 
 if __name__ == "__main__":

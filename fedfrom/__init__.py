@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import fedfrom.client as client
+    import fedfrom.loggers as loggers
     from fedfrom.merging import Average, FactorAverage, FroM, LowRank, MergeReport, merge, methods
     from fedfrom.strategy import FedFroM, FedMerge
     from fedfrom.wire.records import to_record, to_state_dict
@@ -21,6 +22,7 @@ __all__ = [
     "LowRank",
     "MergeReport",
     "client",
+    "loggers",
     "merge",
     "methods",
     "to_record",
@@ -38,8 +40,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import fedfrom` loads neither torch nor flwr."""
     if name not in __all__:
         raise AttributeError(f"module 'fedfrom' has no attribute {name!r}")
-    if name == "client":
-        return importlib.import_module("fedfrom.client")
+    if name in ("client", "loggers"):
+        return importlib.import_module(f"fedfrom.{name}")
     return getattr(importlib.import_module(_HOME.get(name, "fedfrom.merging")), name)
 
 
