@@ -31,7 +31,7 @@ class MethodRow:
     published : float
         The scale that the method's paper or its released code has as default: what theta* is multiplied by.
     constant : float | None
-        The scale that was best on the design seed; None before it was chosen.
+        The scale that the design seed's tuning rows chose at full rank; None before they did.
     k : float
         Before they are merged, a layer's updates are given norms in proportion to ||theta_t||_F^k: FroM's weights
         (Eq. 1) of equally long updates. Their sum of norms stays; 1 leaves them as they are.
@@ -45,18 +45,18 @@ class MethodRow:
     k: float = 1.0
 
 
-def _from(k: float) -> MethodRow:
-    return MethodRow(f"from k={k:g}", "from", {"k": k, "examples_power": 0.0})
+def _from(k: float, constant: float | None = None) -> MethodRow:
+    return MethodRow(f"from k={k:g}", "from", {"k": k, "examples_power": 0.0}, constant=constant)
 
 
 NAMED = (  # all that FIRST and SECOND compare
-    MethodRow("average", "average"),
-    MethodRow("tsv", "tsv"),
-    _from(1.0),
-    MethodRow("ties", "ties", {"density": 0.2}),
-    MethodRow("iso-cts", "iso-cts"),
-    MethodRow("core-ties", "core-ties", {"density": 0.2}),
-    MethodRow("tsv k=0", "tsv", k=0.0),
+    MethodRow("average", "average", constant=1.41),
+    MethodRow("tsv", "tsv", constant=0.5),
+    _from(1.0, constant=1.41),
+    MethodRow("ties", "ties", {"density": 0.2}, constant=0.354),
+    MethodRow("iso-cts", "iso-cts", constant=1.41),
+    MethodRow("core-ties", "core-ties", {"density": 0.2}, constant=0.25),
+    MethodRow("tsv k=0", "tsv", constant=0.707, k=0.0),
 )
 OTHERS = (
     _from(-1.0),
