@@ -50,6 +50,8 @@ def read_config(context: typer.Context, path: str | None) -> str | None:
             if not isinstance(value, dict):
                 raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
             value = [f"{key}={entry}" for key, entry in value.items()]
+        elif parameter.multiple:
+            value = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
         elif isinstance(value, list):
             value = ",".join(map(str, value))
         elif isinstance(value, dict):

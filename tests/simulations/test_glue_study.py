@@ -11,13 +11,13 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from fedfrom.tuning.halving import around, halved, scales
 from simulations import models
 from simulations.studies.frame import Frame
 from simulations.studies.glue import bodies, data, plan, summary
 from simulations.studies.glue.arena import Answers, Arena
 from simulations.studies.glue.options import TASKS, GlueOptions
-from simulations.studies.glue.rows import ROWS, scales
-from simulations.studies.glue.search import around, halved
+from simulations.studies.glue.rows import ROWS
 from simulations.studies.running import run
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 import fedfrom
 from fedfrom.merging.methods.registry import method_options
+from fedfrom.tuning.halving import around, halved, highest, scales
 from simulations import training
 from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.options import DESIGN, GATE, TASKS, GlueOptions
-from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name, scales
-from simulations.studies.glue.search import around, halved, highest
+from simulations.studies.glue.rows import NAMED, OTHERS, ROWS, MethodRow, by_name
 from simulations.studies.study import Cell, Done, Row, Study
 
 OWN, MERGE, KIND, REPORTED = "own", "merge", "lora", "reported"
