@@ -120,7 +120,14 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>")
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        vocab_size=len(words),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
     )
     base = root / "base"
     GPT2LMHeadModel(config).save_pretrained(base)
@@ -138,7 +145,7 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             start = generator.randrange(3)
             return " ".join(ring[(start + i) % 3] for i in range(generator.randint(5, 9)))
 
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-2)
         for _ in range(60):
             batch = [tokenizer(text())["input_ids"] for _ in range(16)]
             longest = max(map(len, batch))

@@ -107,7 +107,9 @@ def test_saved_modules_of_language_models_are_scored_as_they_are_merged(
         folder = tmp_path / path.name
         folder.mkdir()
         moved = base["transformer.ln_f.weight"] + 0.1 * (place + 1)
-        state = {**load(path), "base_model.model.transformer.ln_f.weight": moved}
+        bias = base["transformer.ln_f.bias"]
+        saved = {"base_model.model.transformer.ln_f.weight": moved, "base_model.model.transformer.ln_f.bias": bias}
+        state = {**load(path), **saved}
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps({**config_of(path), "modules_to_save": ["ln_f"]}))
         inputs.append(str(folder))
