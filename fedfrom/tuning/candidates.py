@@ -79,8 +79,8 @@ def candidates(common: Mapping[str, Any], asked: Candidate | None) -> list[Candi
     return [asked] if asked.name in (AVERAGE, "soup") else [*found, asked]
 
 
-def body_of(layers: LayerByLayer, heads: set[str]) -> Body:
-    """Return what a merge makes of the inputs, without the tensors of heads, which are given by key."""
+def body_of(layers: LayerByLayer, head: Mapping[str, str]) -> Body:
+    """Return what a merge makes of the inputs, the head apart, whose tensors are given as name -> key."""
     state: dict[str, Tensor] = {}
     references: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
@@ -92,7 +92,9 @@ def body_of(layers: LayerByLayer, heads: set[str]) -> Body:
             references.update({key: W.tensor(report.name) for key in part})
     with _unlogged():
         config = layers.report(reports).config
-    return Body({key: tensor for key, tensor in state.items() if key not in heads}, config or {}, references)
+    merged = {name: state.pop(key) for name, key in head.items()}
+    moved = {name: references.pop(key) for name, key in head.items() if key in references}
+    return Body(state, config or {}, references, merged, moved)
 
 
 @contextmanager

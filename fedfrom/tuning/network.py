@@ -40,11 +40,15 @@ class Body:
         Its adapter config.
     references : Mapping[str, Tensor]
         Key -> the base's tensor, of the tensors that a scale moves away from it; others than factors stay as they are.
+    head, head_references : Mapping[str, Tensor]
+        The merged head where there is one, and the base's.
     """
 
     state: Mapping[str, Tensor]
     config: Mapping[str, Any]
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    head_references: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Network:
@@ -195,9 +199,15 @@ class Network:
                         "the adapters were trained on, resized as it was, as --base"
                     )
                 self._moved.setdefault(name, parameter.detach().clone())
-                W = self._body.references.get(key)
-                value = tensor if W is None else W.double() + scale * (tensor.double() - W.double())
-                parameter.copy_(value)
+                parameter.copy_(_scaled(tensor, self._body.references.get(key), scale))
+
+    def add_merged_head(self, scale: float) -> int:
+        """Return the place of the loaded merge's own head, at a scale."""
+        assert self._body is not None
+        moved = self._body.head_references
+        head = {name: _scaled(tensor, moved.get(name), scale) for name, tensor in self._body.head.items()}
+        self._heads.append(self._modules("the merged head", head))
+        return len(self._heads) - 1
 
     def answer(self, tokens: Tokens, head: int, heard: Callable[[int], None]) -> NDArray[np.floating]:
         """Return the outputs on rows: (n, classes) logits under one input's head, or (n, 2) losses and tokens.
@@ -278,6 +288,11 @@ class Network:
 def classes(head: Head, otherwise: int) -> int:
     """Return the number of outputs of a head: the least of its matrices' numbers of rows; of no head the other."""
     return min((tensor.shape[0] for tensor in head.values() if tensor.ndim == 2), default=otherwise)
+
+
+def _scaled(tensor: Tensor, W: Tensor | None, scale: float) -> Tensor:
+    """Return W + scale (tensor - W); the tensor itself where it has no reference W."""
+    return tensor if W is None else (W.double() + scale * (tensor.double() - W.double())).to(tensor.dtype)
 
 
 def _tokenizer_of(first: Model, base: str) -> str:

@@ -62,6 +62,8 @@ class Outcome:
         Whether each input has a head of its own.
     heads_agree : bool
         Whether OUT has a merged head too.
+    whole : float | None
+        Score of OUT itself, under the merged head, where all inputs have the same rows.
     """
 
     inputs: Sequence[Input]
@@ -71,6 +73,7 @@ class Outcome:
     refit: bool
     has_heads: bool
     heads_agree: bool
+    whole: float | None = None
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
@@ -118,11 +121,14 @@ class Outcome:
             found.append(f"Left out of the mean: {', '.join(left)}, whose {own} not better than {than} on these rows.")
         found.append("Scores are on the rows that were tuned on: expect a little less on others.")
         if self.has_heads:
-            beside = (
-                "OUT itself has the inputs' heads merged into one, which these scores don't use."
-                if self.heads_agree
-                else "The heads differ in shape, so OUT itself has the merged body alone."
-            )
+            beside = "The heads differ in shape, so OUT itself has the merged body alone."
+            if self.heads_agree:
+                scored = (
+                    "which these scores don't use"
+                    if self.whole is None
+                    else f"and scores {self.inputs[0].shown(self.whole)} on these rows"
+                )
+                beside = f"OUT itself has the inputs' heads merged into one, {scored}."
             found.append(
                 f"{FOLDER}/ has an adapter for each input: the merged body with the input's own head. {beside}"
             )
@@ -184,6 +190,7 @@ class Outcome:
             "chosen": self.tried.index(self.best),
             "less the average": {"difference": _finite(self.gain.value), "standard error": self.gain.error},
             "refit-bias": self.refit,
+            "merged head": None if self.whole is None else _finite(self.whole),
         }
 
 

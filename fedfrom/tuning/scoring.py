@@ -83,11 +83,11 @@ class Scoring:
         """Whether there are rows beside the first."""
         return any(each.first < len(each.tokens) for each in self.data)
 
-    def answer(self, place: int, part: str = "all") -> Answers:
-        """Return what the loaded adapter answers on part of one input's rows, at least one, under the input's head."""
+    def answer(self, place: int, part: str = "all", head: int | None = None) -> Answers:
+        """Return what the loaded adapter answers on part of an input's rows, at least one, under its head or another."""
         data = self.data[place]
         rows = data.part(part)
-        outputs = self.network.answer(data.tokens[rows], place, self._heard)
+        outputs = self.network.answer(data.tokens[rows], place if head is None else head, self._heard)
         return Answers(data.metric, outputs, data.labels[rows])
 
     def answers(self, part: str = "all") -> list[Answers | None]:

@@ -93,6 +93,8 @@ class Tuner:
         """
         task = self._task(models)
         tried = candidates(self.common, self.asked)
+        # what can't be merged is refused before minutes of scoring; nothing is merged yet
+        merges = [prepare(models, pretrained, each.method, **self.merging) for each in tried]
         files = {name: read_rows(name) for name in self.files}
         every = [files[name] for name in (self.files if len(self.files) > 1 else list(self.files) * len(models))]
         base = self._base(models)
@@ -108,9 +110,8 @@ class Tuner:
         run.expect(len(grid), len(tried))
         inputs = self._inputs(models, heads, run)
         results = []
-        for number, candidate in enumerate(tried, 1):
-            layers = prepare(models, pretrained, candidate.method, **self.merging)
-            network.load(str(candidate), body_of(layers, set(head_keys(models[0]).values())))
+        for number, (candidate, layers) in enumerate(zip(tried, merges, strict=True), 1):
+            network.load(str(candidate), body_of(layers, head_keys(models[0])))
             results.append(self._searched(candidate, inputs, run, grid))
             if self.say is not None:
                 found = results[-1]
@@ -121,8 +122,13 @@ class Tuner:
         gain = difference(inputs, best.answers, results[0].answers, self.refit_bias)
         own = with_biases(heads, best.answers) if self.refit_bias else heads
         written = own if any(heads) else []
+        whole = None
+        if head_keys(models[0]) and len(self.files) == 1:
+            network.load("the merge", body_of(merges[results.index(best)], head_keys(models[0])))
+            network.at(best.scale)
+            whole = run.answer(0, head=network.add_merged_head(best.scale)).score()
         agree = bool(head_keys(models[0]))
-        self.outcome = Outcome(inputs, results, best, gain, self.refit_bias, any(map(bool, heads)), agree)
+        self.outcome = Outcome(inputs, results, best, gain, self.refit_bias, any(map(bool, heads)), agree, whole)
         return Chosen(best.candidate.method, best.scale, written, self.outcome.card(), self.outcome.record())
 
     def _task(self, models: Sequence[Model]) -> str:

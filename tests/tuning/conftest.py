@@ -62,7 +62,7 @@ def _length(words: list[str]) -> int:
 
 @pytest.fixture(scope="session")
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Three adapters of two, three and two classes on one BERT, trained for a few steps each under heads of their own."""
+    """Three adapters of two, three and two classes on one BERT, trained a little, each under a head of its own."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
 

@@ -1,6 +1,7 @@
 """`fedfrom merge --tune` of sequence classifiers, against PEFT and against every scale of the grid."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fedfrom import cli, merge
 from fedfrom.tuning.halving import scales
 from tests.folders import config_of, load
-from tests.tuning.conftest import Trained, read_csv
+from tests.tuning.conftest import Trained, read_csv, words_of, write_csv
 
 PREFIX = "base_model.model."
 
@@ -105,16 +106,12 @@ def test_the_scale_is_the_best_of_the_grid(merged: Path, classifiers: Trained, t
     assert {trial["scale"]: pytest.approx(trial["merit"]) for trial in average["trials"]} == by_scale
 
 
-def test_the_folder_is_what_merging_with_the_chosen_method_and_scale_gives(
-    merged: Path, classifiers: Trained
-) -> None:
+def test_the_folder_is_what_merging_with_the_chosen_method_and_scale_gives(merged: Path, classifiers: Trained) -> None:
     record = json.loads((merged / "tuning.json").read_text())
     best = record["methods"][record["chosen"]]
     states = [{k: t for k, t in load(path).items() if "lora_" in k} for path in classifiers.adapters]
     configs = [config_of(path) for path in classifiers.adapters]
-    expected, report = merge(
-        states, method=best["method"], configs=configs, server_lr=best["scale"], **best["options"]
-    )
+    expected, report = merge(states, method=best["method"], configs=configs, server_lr=best["scale"], **best["options"])
     found = load(merged)
     assert found.keys() == expected.keys(), "no head: they differ in shape"
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -162,7 +159,16 @@ def test_many_rows_are_halved_and_end_where_all_of_them_would(
     assert rungs == ["first"] * 9 + ["all"] * 4
     last = [trial for trial in average["trials"] if trial["rows"] == "all"]
     assert average["share"] == max(trial["merit"] for trial in last)
-    tuned(capsys, str(tmp_path / "one"), *classifiers.inputs, *classifiers.tune, "--method", "average", "--server-lr", str(average["scale"]))
+    tuned(
+        capsys,
+        str(tmp_path / "one"),
+        *classifiers.inputs,
+        *classifiers.tune,
+        "--method",
+        "average",
+        "--server-lr",
+        str(average["scale"]),
+    )
     (one,) = json.loads((tmp_path / "one" / "tuning.json").read_text())["methods"]
     assert one["share"] == pytest.approx(average["share"]), "first rows and the others are all rows"
 
@@ -192,12 +198,46 @@ def test_a_refitted_bias_lowers_cross_entropy(classifiers: Trained, tmp_path: Pa
         assert record["inputs"][place]["merged"] == accuracy(found["refit"], right)
 
 
+def test_a_regression_head_is_scored_by_rank(classifiers: Trained, tmp_path: Path, capsys: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+    from scipy.stats import spearmanr
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer, generator = AutoTokenizer.from_pretrained(classifiers.base), random.Random(0)
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(classifiers.base, num_labels=1)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"])
+    model = get_peft_model(model, lora)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
+    for _ in range(30):
+        words = [words_of(generator) for _ in range(32)]
+        tokens = tokenizer([" ".join(each) for each in words], padding=True, return_tensors="pt")
+        right = torch.tensor([float(len(each)) for each in words])
+        model(**tokens, labels=(right - 5.5) / 2).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(tmp_path / "rank")
+    words = [words_of(generator) for _ in range(40)]
+    rows = write_csv(tmp_path / "rank.csv", ["text", "score"], [[" ".join(each), len(each) / 2] for each in words])
+    out = tuned(
+        capsys, str(tmp_path / "out"), str(tmp_path / "rank"), classifiers.inputs[0], "--tune", str(rows),
+        *classifiers.tune[:2], "--method", "average", "--refit-bias",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    right = [len(each) for each in words]
+    for kind, folder in {"own": tmp_path / "rank", "merged": tmp_path / "out" / "heads" / "rank"}.items():
+        found = spearmanr(logits(classifiers.base, folder, 1, rows)[:, 0], right)[0]
+        assert record["inputs"][0][kind] == pytest.approx(found, abs=0.01)  # float32's order of near ties
+    assert record["inputs"][0]["constant"] == 0 and "Spearman" in out
+    key = PREFIX + "classifier.bias"
+    same = [load(tmp_path / name)[key] for name in ("rank", "out/heads/rank")]
+    assert torch.equal(*same), "there is no class to fit a bias to"
+
+
 def test_heads_that_agree_are_merged_too(classifiers: Trained, tmp_path: Path, capsys: Any) -> None:
     """One file for both, of the first one's task: the other's adapter is no better than a constant answer there."""
     first, last = classifiers.inputs[0], classifiers.inputs[2]
-    out = tuned(
-        capsys, str(tmp_path / "out"), first, last, "--tune", str(classifiers.rows[0]), "--method", "average"
-    )
+    out = tuned(capsys, str(tmp_path / "out"), first, last, "--tune", str(classifiers.rows[0]), "--method", "average")
     assert f"Left out of the mean: {last}, whose own adapter is not better than a constant answer" in out
     assert "OUT itself has the inputs' heads merged into one" in out
     state, one, other = load(tmp_path / "out"), load(first), load(last)
@@ -206,6 +246,9 @@ def test_heads_that_agree_are_merged_too(classifiers: Trained, tmp_path: Path, c
     assert torch.equal(load(tmp_path / "out" / "heads" / "length")[key], other[key])
     record = json.loads((tmp_path / "out" / "tuning.json").read_text())
     assert record["inputs"][1]["share"] is None
+    # scored as PEFT's model of OUT is
+    found = accuracy(logits(classifiers.base, tmp_path / "out", 2, classifiers.rows[0]), labels(classifiers.rows[0]))
+    assert record["merged head"] == found and f"and scores {found:.3f} on these rows" in out
     # the merged head is what fedfrom merge alone gives
     scale = record["methods"][0]["scale"]
     tuned(capsys, str(tmp_path / "alone"), first, last, "--method", "average", "--server-lr", str(scale))

@@ -42,9 +42,7 @@ def merged(language_models: Trained, tmp_path_factory: pytest.TempPathFactory) -
 def test_shares_are_those_of_pefts_models(merged: Path, language_models: Trained) -> None:
     record = json.loads((merged / "tuning.json").read_text())
     shares = []
-    for known, adapter, rows in zip(
-        record["inputs"], language_models.adapters, language_models.rows, strict=True
-    ):
+    for known, adapter, rows in zip(record["inputs"], language_models.adapters, language_models.rows, strict=True):
         base = token_loss(language_models.base, None, rows)
         own, found = (token_loss(language_models.base, path, rows) for path in (adapter, merged))
         assert own < base - 0.5, "the adapter learnt its texts"
