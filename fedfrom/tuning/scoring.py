@@ -84,7 +84,7 @@ class Scoring:
         return any(each.first < len(each.tokens) for each in self.data)
 
     def answer(self, place: int, part: str = "all", head: int | None = None) -> Answers:
-        """Return what the loaded adapter answers on part of an input's rows, at least one, under its head or another."""
+        """Return what the loaded adapter answers on part of an input's rows (not empty), under its head or another."""
         data = self.data[place]
         rows = data.part(part)
         outputs = self.network.answer(data.tokens[rows], place if head is None else head, self._heard)
