@@ -83,7 +83,7 @@ def numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] |
 def power_of(text: str) -> float:
     if text == "auto":
         raise BadInput(
-            "--k auto: needs validation data, which a command line has none of: give a number, or call "
+            "--k auto: needs validation data: give a number, let --tune ROWS choose the method, or call "
             "fedfrom.merge(..., k='auto', validate=...) in Python"
         )
     k = number("--k", text)

@@ -72,8 +72,9 @@ def tuner_of(
     alone = {name: value for name, value in options.items() if name not in _OF_ALL}
     if not was_given(context, "method") and alone:
         name = next(iter(alone))
+        option = f"--{name}" if name in ("k", "scope") else f"--option {name}"
         raise BadInput(
-            f"{name}: expected with --method alone, as --tune tries several methods, found without: say which method "
+            f"{option}: expected with --method alone, as --tune tries several methods, found without: say which method "
             "it is for"
         )
     if rate == "safe":

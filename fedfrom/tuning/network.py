@@ -126,7 +126,10 @@ class Network:
         limits = [max_length, getattr(self.config, "max_position_embeddings", None), self._tokenizer.model_max_length]
         self._max_length = int(min(limit for limit in limits if limit))
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        self._heads = [self._modules(model.name, head) for model, head in zip(models, heads, strict=True)]
+        own = [self._modules(model.name, head) for model, head in zip(models, heads, strict=True)]
+        # an input that saved no head, or less of it than others, has the base's
+        pretrained = {path: self.model.get_submodule(path) for head in own for path in head}
+        self._heads = [{**pretrained, **head} for head in own]
 
     def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
         """Return the tokens of rows, each cut to the largest length."""

@@ -91,7 +91,7 @@ def test_bad_options(classifiers: Trained, tmp_path: Path, capsys: Any) -> None:
     inputs, tune = classifiers.inputs, classifiers.tune
     cases: list[tuple[Arguments, str]] = [
         ([*inputs, *tune[:4]], "expected one file for all inputs, or one an input, 3, found 2"),
-        ([*inputs, *tune, "--k", "2"], "k: expected with --method alone"),
+        ([*inputs, *tune, "--k", "2"], "--k: expected with --method alone"),
         ([*inputs, *tune, "--server-lr", "safe"], "expected a number with --tune"),
         ([*inputs, *tune, "--max-length", "1"], "--max-length: expected at least 2 tokens, found 1"),
         ([*inputs, *tune, "--method", "factor-average"], "expected a method that merges products"),
