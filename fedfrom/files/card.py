@@ -89,7 +89,7 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def cell(text: str) -> str:
-    """Return text with Markdown's special characters escaped, on one line of at most 300 characters."""
+def cell(text: str, most: int = 300) -> str:
+    """Return text with Markdown's special characters escaped, on one line of at most so many characters."""
     flat = " ".join(text.split())
-    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:300]
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:most]

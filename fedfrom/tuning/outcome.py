@@ -156,7 +156,7 @@ class Outcome:
         lines = ["## Tuned", "", "| " + " | ".join(self.titles) + " |", "|" + "---|" * len(self.titles)]
         lines += ["| " + " | ".join(cell(each) for each in row) + " |" for row in self.rows]
         for sentence in self.sentences():
-            lines += ["", sentence if "--" not in sentence and "_" not in sentence else cell(sentence)]
+            lines += ["", cell(sentence, most=5000)]
         return "\n".join(lines) + "\n"
 
     def record(self) -> dict[str, Any]:
