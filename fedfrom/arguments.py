@@ -50,6 +50,8 @@ def read_config(context: typer.Context, path: str | None) -> str | None:
             if not isinstance(value, dict):
                 raise BadInput(f"--config {path}, option: expected name: value, found {value!r}")
             value = [f"{key}={entry}" for key, entry in value.items()]
+        elif parameter.multiple:
+            value = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
         elif isinstance(value, list):
             value = ",".join(map(str, value))
         elif isinstance(value, dict):
@@ -81,7 +83,7 @@ def numbers(name: str, text: str | None, inputs: Sequence[str]) -> list[float] |
 def power_of(text: str) -> float:
     if text == "auto":
         raise BadInput(
-            "--k auto: needs validation data, which a command line has none of: give a number, or call "
+            "--k auto: needs validation data: give a number, let --tune ROWS choose the method, or call "
             "fedfrom.merge(..., k='auto', validate=...) in Python"
         )
     k = number("--k", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from fedfrom.arguments import (
 )
 from fedfrom.closest import did_you_mean
 from fedfrom.commands.options import Base, Device, Dora, ForceBase, Inputs, SameBase
+from fedfrom.commands.tuning import check_without_tuning, show, tuner_of
 from fedfrom.errors import BadInput
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -83,6 +85,19 @@ def merge(
     option: Annotated[
         list[str] | None, typer.Option("--option", help="A method's own: --option density=0.3. Repeat for more.")
     ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune",
+            help="Rows to choose method and scale on: one CSV, TSV, JSONL or TXT file for all inputs, or one an input.",
+        ),
+    ] = None,
+    refit_bias: Annotated[
+        bool, typer.Option("--refit-bias", help="With --tune: fit the bias of each classifier's head to its rows.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="With --tune: tokens of a row, at most. [default: 256]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT, an earlier result.")] = False,
     force_base: ForceBase = False,
     dora: Dora = False,
@@ -106,32 +121,42 @@ def merge(
     fedfrom merge merged adapter-a adapter-b --examples 1000,250
     fedfrom merge merged model-a model-b --base pretrained --method ties --option density=0.3
     fedfrom merge merged owner/adapter-a owner/adapter-b@v2 --config merge.yaml
+    fedfrom merge merged adapter-a adapter-b --tune rows-a.csv --tune rows-b.csv
     """
     own_weights = numbers("--weights", weights, inputs)
     counts = numbers("--examples", examples, inputs)
-    options = {
+    found = {
         "k": None if k is None else power_of(k),
         "rank": None if rank is None else rank_of(rank),
         "solver": solver,
         "scope": scope,
         "examples_power": 1.0 if counts is not None and examples_power is None else examples_power,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in found.items() if value is not None}
     own = own_options(option or [], given)
     rate: float | str = server_lr if server_lr == "safe" else number("--server-lr", server_lr)
     if dtype is not None and dtype not in _DTYPES:
         meant = did_you_mean(dtype, _DTYPES, _ALSO)
         raise BadInput(f"--dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}{meant}")
+    options = {**given, **own}
+    tuner = None
+    if not tune:
+        check_without_tuning(refit_bias, max_length)
+    else:
+        merging = {"examples": counts, "weights": own_weights, "clip": clip, "dora": dora, "same_base": same_base}
+        tuner = tuner_of(context, tune, method, options, rate, refit_bias, max_length, **merging)
 
     import torch
 
     from fedfrom.files.merge import merge_folders
 
-    with progress_bar("Merging", in_bytes=True) as progress:
+    with progress_bar("Merging", in_bytes=True) if tuner is None else progress_bar("Tuning") as progress:
+        if tuner is not None:
+            tuner.progress, tuner.say = progress, None if progress is not None else _say
         report = merge_folders(
             out,
             inputs,
-            method_of(method, {**given, **own}),
+            method_of(method, options if tuner is None else {}),
             base=base,
             examples=counts,
             weights=own_weights,
@@ -144,11 +169,19 @@ def merge(
             dora=dora,
             same_base=same_base,
             command=command_line(context),
-            progress=progress,
+            progress=progress if tuner is None else None,
+            choose=tuner,
         )
+    if tuner is not None and tuner.outcome is not None:
+        show(tuner.outcome)
     without = sum(layer.kind == "tensor" and not layer.has_reference for layer in report.layers)
     averaged = f", {without} of them without a base and so averaged" if without else ""
     dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
     cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
     idle = "" if report.has_rank else without_effect(given, own)
     print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}{idle}")
+
+
+def _say(line: str) -> None:
+    """Print a line of progress, where there is no terminal to draw a bar on."""
+    print(line, file=sys.stderr, flush=True)

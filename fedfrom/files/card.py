@@ -43,8 +43,8 @@ def model_card(
         "",
         f"{len(models)} {what}{'s' if len(models) > 1 else ''}, merged with [fedfrom](https://arxiv.org/abs/2506.02478).",
         "",
-        f"- base model: {_cell(str(name)) if name else 'not named by the inputs'}",
-        f"- method: {_cell(settings)}",
+        f"- base model: {cell(str(name)) if name else 'not named by the inputs'}",
+        f"- method: {cell(settings)}",
         *([f"- rank: {_ranks(report)}"] if adapter else []),
         f"- interference (share of the updates' energy that the merge loses): {report.interference:.3f}",
         "",
@@ -55,7 +55,7 @@ def model_card(
         count = "" if examples is None else f"{examples[i]:g}"
         given = "" if own is None else f"{own[i]:g}"
         cells = [
-            _cell(row.name),
+            cell(row.name),
             count,
             given,
             f"{row.norm:.4g}",
@@ -77,7 +77,7 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cell(text: str) -> str:
-    """Return text with Markdown's special characters escaped, on one line of at most 300 characters."""
+def cell(text: str, most: int = 300) -> str:
+    """Return text with Markdown's special characters escaped, on one line of at most so many characters."""
     flat = " ".join(text.split())
-    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:300]
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", flat)[:most]

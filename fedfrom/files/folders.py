@@ -17,6 +17,7 @@ from fedfrom.files.tensors import Tensors
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+TUNING = "tuning.json"  # what fedfrom merge --tune tried
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 # files downloaded from the Hub: no pickles, and nothing from subfolders (other formats, earlier checkpoints)
 _FETCHED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -25,7 +26,7 @@ _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _LEGAL = ("LICENSE", "NOTICE")
 # files on the training of one input, which the merged model does not get
 _OWN = re.compile(
-    r"(trainer_state|all_results|train_results|eval_results|.*\.index)\.json|requirements\.txt", re.DOTALL
+    r"(trainer_state|all_results|train_results|eval_results|tuning|.*\.index)\.json|requirements\.txt", re.DOTALL
 )
 _LARGEST = 1 << 26  # bytes of a small file
 

@@ -94,7 +94,7 @@ def inspect_folders(
     ValueError
         As `merge_folders`; checkpoints need a base.
     """
-    models, pretrained = open_inputs(inputs, base, None, device, force_base)
+    models, pretrained, _ = open_inputs(inputs, base, None, device, force_base)
     if not models[0].is_adapter and pretrained is None:
         raise BadInput("--base: expected the pretrained model, which checkpoints' updates are relative to: pass --base")
     layers = prepare(models, pretrained, FroM(k=k), dora=dora, same_base=same_base)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedfrom.errors import BadInput
 from fedfrom.files.card import model_card
+from fedfrom.files.chosen import Choose
 from fedfrom.files.compatibility import check_alike, names_in_base
 from fedfrom.files.folders import (
     ADAPTER,
@@ -20,11 +21,13 @@ from fedfrom.files.folders import (
     CONFIG,
     INDEX,
     MODEL,
+    TUNING,
     Model,
     carried_files,
     copy_files,
     open_model,
 )
+from fedfrom.files.heads import Head, folder_names, set_apart, write_heads
 from fedfrom.files.output import Output, write_card
 from fedfrom.files.tensors import Spec, Tensors, Writer
 from fedfrom.merging.clients import Round, clients_of
@@ -42,8 +45,11 @@ def open_inputs(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     force_base: bool = False,
-) -> tuple[list[Model], Model | None]:
-    """Return the models and the base, checked against each other; no tensor is read.
+    own_heads: bool = False,
+) -> tuple[list[Model], Model | None, list[Head]]:
+    """Return the models, the base, and with `own_heads` each model's head, checked against each other.
+
+    No tensor is read but those of heads.
 
     Parameters
     ----------
@@ -57,6 +63,9 @@ def open_inputs(
         Device of the tensors.
     force_base : bool (default: False)
         Accept adapters whose base models go by different names.
+    own_heads : bool (default: False)
+        Classifiers' heads may differ, and are then no part of the models; and the base is needed to run the adapters,
+        but is no reference where it has none of the tensors that they saved whole.
 
     Raises
     ------
@@ -69,6 +78,11 @@ def open_inputs(
         raise BadInput(f"--device {device}: not there: {str(error).partition(chr(10))[0]}") from None
     models = [open_model(name, device) for name in inputs]
     pretrained = None if base is None else open_model(base, device)
+    heads: list[Head] = []
+    if own_heads:
+        models, heads = set_apart(models)
+        if pretrained is not None and not names_in_base(models[0], pretrained):
+            pretrained = None
     if dtype is not None:
         everything = [*models, *([] if pretrained is None else [pretrained])]
         # torch promotes no 8-bit floats
@@ -77,7 +91,7 @@ def open_inputs(
         for each in everything:
             each.tensors.wide = functools.reduce(torch.promote_types, wide, dtype)
     check_alike(models, pretrained, force_base)
-    return models, pretrained
+    return models, pretrained, heads
 
 
 def prepare(
@@ -136,6 +150,7 @@ def merge_folders(
     same_base: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    choose: Choose | None = None,
 ) -> MergeReport:
     """Merge adapters or checkpoints on disk into a new folder, which PEFT or transformers load.
 
@@ -167,15 +182,21 @@ def merge_folders(
         Command for the model card.
     progress : Callable[[int, int], None] | None (default: None)
         Called after each layer with the merged bytes of input and with all bytes of input.
+    choose : Choose | None (default: None)
+        Chooses method and server_lr in place of those given, once the inputs are checked; adapters alone.
 
     Raises
     ------
     ValueError
         Bad input, or OUT can't be written. An earlier OUT is then unchanged, and no new one is left.
     """
-    models, pretrained = open_inputs(inputs, base, dtype, device, force_base)
+    models, pretrained, heads = open_inputs(inputs, base, dtype, device, force_base, own_heads=choose is not None)
     folders = [model.folder for model in (*models, *([] if pretrained is None else [pretrained]))]
     output = Output(Path(out).expanduser(), folders, force)
+    chosen = None
+    if choose is not None:
+        chosen = choose(models, pretrained, heads)
+        method, server_lr = chosen.method, chosen.scale
     layers = prepare(models, pretrained, method, examples, weights, server_lr, clip, dora, same_base)
     carried = carried_files(models[0])
     watch = _Watch(models, layers, progress)
@@ -188,6 +209,12 @@ def merge_folders(
             report = _write_checkpoint(folder, layers, watch, models[0], dtype)
             _write_config(folder / CONFIG, models[0].config, dtype)
         card = model_card(report, models, pretrained, examples, command)
+        if chosen is not None:
+            if chosen.heads:
+                own = [{key: _cast(key, tensor, dtype) for key, tensor in head.items()} for head in chosen.heads]
+                write_heads(folder, report.config or {}, folder_names(models), own)
+            (folder / TUNING).write_text(json.dumps(chosen.record, indent=1, allow_nan=False) + "\n")
+            card = f"{card}\n{chosen.card}"
         write_card(folder, card)
     return report
 

@@ -47,7 +47,7 @@ class Output:
         if os.path.isdir(path):
             if not force:
                 raise BadInput(f"{path}: already there: name another OUT, or pass --force to replace it")
-            if strange := sorted(set(os.listdir(path)) - _written(path)):
+            if strange := sorted(set(_entries(path)) - _written(path)):
                 raise BadInput(
                     f"{path}: expected a folder that fedfrom merge wrote, and nothing else in it, found other files "
                     f"({strange[0]}): remove them, or name another OUT"
@@ -82,7 +82,7 @@ class Output:
 
 def write_card(folder: Path, card: str) -> None:
     """Write a folder's model card, its last file, with the names of all: --force removes no others."""
-    names = json.dumps(sorted([_CARD, *os.listdir(folder)])).replace(">", "\\u003e")
+    names = json.dumps(sorted([_CARD, *_entries(folder)])).replace(">", "\\u003e")
     (folder / _CARD).write_text(f"{card}\n<!-- files that fedfrom wrote: {names} -->\n", encoding="utf-8")
 
 
@@ -93,6 +93,18 @@ def _written(folder: Path) -> set[str]:
         return {name for name in json.loads(lists[-1]) if os.path.isfile(folder / name)}
     except (OSError, IndexError, ValueError, TypeError):
         return set()
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the paths, in the folder, of all files in it, and of links and folders that hold none."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        inner = Path(place).relative_to(folder)
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [(inner / name).as_posix() for name in (*files, *links)]
+        if not folders and not files and inner.parts:
+            found.append(inner.as_posix())
+    return found
 
 
 def _real(path: Path) -> Path:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from fedfrom.tuning.halving import halved, scales
 from simulations import models
 from simulations.studies.frame import Frame
 from simulations.studies.glue import bodies, data, plan, summary
 from simulations.studies.glue.arena import Answers, Arena
 from simulations.studies.glue.kept import packed, unpacked
 from simulations.studies.glue.options import GlueOptions
-from simulations.studies.glue.rows import ROWS, scales
-from simulations.studies.glue.scales import EQUAL_NORM, PROJECTION, data_free
-from simulations.studies.glue.search import around, halved
+from simulations.studies.glue.rows import ROWS
+from simulations.studies.glue.scales import EQUAL_NORM, PROJECTION, around, data_free
 from simulations.studies.running import run
 
 
@@ -198,7 +198,7 @@ def test_the_whole_study_runs_and_resumes(options: GlueOptions, tmp_path: Path, 
     assert set(merged["setting"]) >= {plan.PUBLISHED, plan.TUNED} and set(merged["rank"]) == {"full", "2"}
     assert merged[merged["setting"] == plan.TUNED]["scale"].isin(scales(4)).all()
     summary.write(frame, tmp_path / "tables")
-    assert (tmp_path / "tables" / "methods.md").read_text().count("| average |") == 5
+    assert (tmp_path / "tables" / "methods.md").read_text().count("| average |") == 7
     monkeypatch.setattr(plan, "_own", None)
     monkeypatch.setattr(plan, "_merged", None)
     run(Frame(tmp_path / "work", study), say=lambda text: None)

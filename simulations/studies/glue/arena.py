@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedfrom.tuning.bias import refitted_bias
 from simulations import models, training
 from simulations.batches import Tokens
 from simulations.studies.glue import bodies
@@ -16,7 +17,6 @@ from simulations.studies.glue.data import TaskData, score
 from simulations.studies.glue.options import GlueOptions
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-_PULL = 1e-3  # towards a bias of 0, relative to the mean cross-entropy
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,9 @@ class Answers:
     def bias(self) -> NDArray[np.float64] | None:
         """Return (classes,) what added to the logits gives the lowest cross-entropy; None for real numbers.
 
-        The head's bias is fitted anew, by Newton's method on a convex function, with a weak pull towards 0 where a
-        class is missing in these rows.
+        The head's bias is fitted anew: see `refitted_bias`.
         """
-        n, classes = self.outputs.shape
-        if classes == 1:
-            return None
-        logits, bias, right = self.outputs.astype(np.float64), np.zeros(classes), np.eye(classes)[self.labels]
-        for _ in range(30):
-            shifted = logits + bias
-            shares = np.exp(shifted - shifted.max(1, keepdims=True))
-            shares /= shares.sum(1, keepdims=True)
-            gradient = (shares - right).mean(0) + _PULL * bias
-            curvature = np.diag(shares.mean(0)) - shares.T @ shares / n + _PULL * np.eye(classes)
-            bias = bias - np.linalg.solve(curvature, gradient)
-        return bias
+        return None if self.outputs.shape[1] == 1 else refitted_bias(self.outputs, self.labels)  # type: ignore[arg-type]
 
 
 class Arena:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 import fedfrom
 from fedfrom.merging.methods.registry import method_options
+from fedfrom.tuning.halving import halved, highest, scales
 from simulations import training
 from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import load
 from simulations.studies.glue.kept import packed
 from simulations.studies.glue.options import GATE, GlueOptions
-from simulations.studies.glue.rows import FIRST, NAMED, OTHERS, ROWS, MethodRow, by_name, scales
-from simulations.studies.glue.scales import data_free
-from simulations.studies.glue.search import around, halved, highest
+from simulations.studies.glue.rows import FIRST, NAMED, OTHERS, ROWS, MethodRow, by_name
+from simulations.studies.glue.scales import around, data_free
 from simulations.studies.study import Cell, Done, Row, Study
 
 OWN, MERGE, KIND, REPORTED = "own", "merge", "lora", "reported"
@@ -36,7 +36,6 @@ def study(options: GlueOptions) -> Study:
     for seed in seeds:
         cells += _merge_cells(options, seed, OTHERS)
     names = tuple(row.name for row in ROWS)
-    seeds = tuple(range(options.seeds))
     return Study(
         options.suite, seeds, (KIND,), names, options.tasks, options.settings(), tuple(cells), partial(_run, options)
     )

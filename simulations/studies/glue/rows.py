@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 REFERENCE = "average"  # what the other methods are compared with, at its tuned scale
 FIRST = ("tsv", REFERENCE)  # tested first; the contrasts of SECOND are tested together, by Holm's method
 SECOND = (
@@ -75,8 +73,3 @@ ROWS = NAMED + OTHERS
 def by_name(name: str) -> MethodRow:
     """Return the row of that name."""
     return next(row for row in ROWS if row.name == name)
-
-
-def scales(count: int) -> list[float]:
-    """Return the scales that are tried: from 0.25 to 4, each the same multiple of the one before."""
-    return [float(f"{scale:.3g}") for scale in np.geomspace(0.25, 4, count)]

@@ -1,4 +1,4 @@
-"""Scales that need no labelled rows: of a merged update's size, and of how much of each update it holds."""
+"""Scales of a merged update: those around another, and two that need no labelled rows."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -6,6 +6,12 @@ from statistics import fmean
 from torch import Tensor
 
 EQUAL_NORM, PROJECTION = "equal norm", "projection 1/2"
+
+
+def around(scales: Sequence[float], one: float) -> list[float]:
+    """Return one of the ascending scales with the next smaller and the next larger."""
+    place = scales.index(one)
+    return list(scales[max(0, place - 1) : place + 2])
 
 
 def data_free(body: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]], scaling: float) -> dict[str, float]:

@@ -1,9 +1,18 @@
 """The choice of a scale: all on the first tuning rows, the better half of them on all tuning rows."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 Merit = Callable[[float], float]
+
+
+def scales(count: int) -> list[float]:
+    """Return the scales that are tried: from 0.25 to 4, each the same multiple of the one before, to three digits."""
+    return [float(f"{scale:.3g}") for scale in np.geomspace(0.25, 4, count)]
 
 
 def halved(scales: Sequence[float], few: Merit, every: Merit) -> tuple[float, list[dict[str, Any]]]:
@@ -30,12 +39,6 @@ def highest(scales: Sequence[float], every: Merit) -> tuple[float, list[dict[str
     """Return the scale with the highest merit on all tuning rows, and what was tried."""
     tried = [{"scale": scale, "rows": "all", "merit": every(scale)} for scale in scales]
     return _best_first(tried)[0]["scale"], tried
-
-
-def around(scales: Sequence[float], one: float) -> list[float]:
-    """Return one of the ascending scales with the next smaller and the next larger."""
-    place = scales.index(one)
-    return list(scales[max(0, place - 1) : place + 2])
 
 
 def _best_first(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
