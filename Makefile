@@ -21,10 +21,10 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_NO_INPUT ?= 1
 
-.PHONY: help venv simulate test test-slow test-all bench lint format clean
+.PHONY: help venv simulate test test-slow test-all test-flower bench lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo '  ARGS="…" is passed on: make simulate ARGS="--help", make test ARGS="-k frobenius"'
 
 venv: $(STAMP)  ## Install everything into .venv (some minutes, once)
@@ -50,7 +50,7 @@ simulate: $(STAMP)  ## FedFroM against FedAvg on an uneven partition, with a pic
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest --numprocesses
 
-test test-slow test-all: export HF_HUB_OFFLINE ?= 1
+test test-slow test-all test-flower: export HF_HUB_OFFLINE ?= 1
 
 test: $(STAMP)  ## The fast tests and one real simulation
 	@$(PYTEST) $(WORKERS) -m "not slow" $(ARGS)
@@ -60,6 +60,9 @@ test-slow: $(STAMP)  ## The others
 
 test-all: $(STAMP)  ## Every test
 	@$(PYTEST) $(WORKERS) $(ARGS)
+
+test-flower: $(STAMP)  ## What stands on Flower, with the oldest and the newest (ARGS="1.40.0": with that one)
+	@$(BIN)/python -m tests.flower_versions $(ARGS)
 
 bench: $(STAMP)  ## Adapters against dense Algorithm 1, PEFT, others; writes results/speed (ARGS="--quick": a minute)
 	@$(BIN)/python -m benchmarks.adapters $(ARGS)

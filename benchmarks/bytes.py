@@ -19,8 +19,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.messages import Nodes, outside_a_run
+from benchmarks.messages import Nodes
 from fedfrom import FedFroM, client, to_record
+from simulations.engines.jobs import set_task_identity
 
 RANKS = (4, 8, 16)
 WORDS = "embeddings.word_embeddings.weight"
@@ -36,7 +37,7 @@ def adapter(rank: int, sizes: dict[str, int]) -> nn.Module:
 def rounds(clients: Sequence[nn.Module], server: nn.Module, count: int, **options: Any) -> Iterator[tuple[int, int]]:
     """Yield the bytes down and up of each round."""
     as_delta = options.pop("as_delta", False)
-    outside_a_run()
+    set_task_identity()
     strategy, grid = FedFroM(**options), Nodes(len(clients))
     is_adapter = hasattr(server, "peft_config")
     arrays = to_record(client.adapter_state(server) if is_adapter else server.state_dict())

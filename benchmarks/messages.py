@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+
+from simulations.engines.jobs import set_task_identity
 
 State = Mapping[str, np.ndarray]
 
@@ -41,14 +41,9 @@ class Nodes(Grid):
     set_run = create_message = push_messages = pull_messages = send_and_receive = run = _nothing
 
 
-def outside_a_run() -> None:
-    """Name the server as the sender of messages: outside a run Flower otherwise refuses to build one."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
-
-
 def reply(node_id: int, state: State, examples: float) -> Message:
     """Return a node's train reply, as a strategy receives it."""
-    outside_a_run()
+    set_task_identity()
     asked = Message(RecordDict(), dst_node_id=node_id, message_type="train")
     metrics = MetricRecord({"num-examples": examples})
     return Message(RecordDict({"arrays": record_of(state), "metrics": metrics}), reply_to=asked)

@@ -15,9 +15,10 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.full.models import States, examples
-from benchmarks.messages import Nodes, outside_a_run
+from benchmarks.messages import Nodes
 from fedfrom import FedFroM
 from fedfrom.wire.records import to_record, to_state
+from simulations.engines.jobs import set_task_identity
 
 ROOT = Path(__file__).resolve().parents[2]
 FEDFROM, FEDAVG, COPY, WARM, LINEAR = "FedFroM", "FedAvg", "copy", "copy, warm", "mergekit linear"
@@ -27,7 +28,7 @@ class Replies:
     """The global model as a record, and the replies of clients 0 to n - 1."""
 
     def __init__(self, model: str) -> None:
-        outside_a_run()
+        set_task_identity()
         self.states = States(model)
         self.arrays = to_record(self.states.reference)
 

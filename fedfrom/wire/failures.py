@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flwr.app import Message
-from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fedfrom.wire.records import BF16
 from fedfrom.wire.wording import one_line
@@ -35,6 +34,9 @@ def failure(message: Message) -> str:
 def failures_by_node(errors: Iterable[Message], asked: Iterable[Message]) -> dict[int, str]:
     """Return node id -> why the node replied with an error, or why the SuperLink gave it up.
 
+    An error from a node that was asked is that node's. Any other sender is the SuperLink, which reports a lost node
+    under an id of its own: the error is then about the node whose message it answers.
+
     Parameters
     ----------
     errors : Iterable[Message]
@@ -43,10 +45,10 @@ def failures_by_node(errors: Iterable[Message], asked: Iterable[Message]) -> dic
         The round's messages to the nodes.
     """
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked}
-    found = {}
+    nodes, found = set(node_of.values()), {}
     for error in errors:
         node_id = error.metadata.src_node_id
-        if node_id == SUPERLINK_NODE_ID:  # the SuperLink reports a lost node under its own id
+        if node_id not in nodes:
             node_id = node_of.get(error.metadata.reply_to_message_id, node_id)
         found[node_id] = failure(error)
     return found

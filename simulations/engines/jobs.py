@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
+
+SERVER = 1
+"""The server's node id. Flower's own name for it, SUPERLINK_NODE_ID, is not public."""
 
 Client = Callable[[Message, Context], Message]
 """A ClientApp, or any function of its signature."""
@@ -62,7 +64,7 @@ class Outcome:
     reason: str = ""
 
 
-def set_task_identity(run_id: int = 1, node_id: int = SUPERLINK_NODE_ID, task_id: int = 1) -> None:
+def set_task_identity(run_id: int = 1, node_id: int = SERVER, task_id: int = 1) -> None:
     """Say who speaks in this process. Outside a run nobody does, and Flower then refuses to build a Message."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
 

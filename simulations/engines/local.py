@@ -8,12 +8,12 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import ServerApp
 
 from simulations import client_app, environment, models, training, worker
 from simulations.engines import forks
 from simulations.engines.grid import LocalGrid, Workers
+from simulations.engines.jobs import SERVER
 from simulations.engines.workers import InTurn, Pool
 from simulations.options import Options
 
@@ -50,7 +50,7 @@ def serve(server: ServerApp, workers: Workers, clients: int, seed: int = 0) -> N
     """Run a ServerApp with clients that workers run, and end the workers."""
     with closing(workers):
         grid = LocalGrid(workers, clients, seed=seed)
-        server(grid, Context(1, SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config={}))
+        server(grid, Context(1, SERVER, node_config={}, state=RecordDict(), run_config={}))
 
 
 def _load(options: Options, head: models.Head, tokens: Path) -> ClientApp:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from fedfrom.merging.peft import layers as L
 from simulations import client_app, server_app
 from tests.conftest import ROOT
 from tests.inprocess import InProcessGrid
+from tests.processes import free_ports, of_home
 from tests.simulations.conftest import write_tsv
 
 pytestmark = [
@@ -50,20 +50,6 @@ pytestmark = [
 SITES = ("north", "south", "west")
 KILLED = 2
 SLOW = 900.0  # seconds that one step may take on a busy machine before it counts as hanging
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback device that nobody listens on."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
-    except OSError as error:
-        pytest.skip(f"needs ports on 127.0.0.1: {error}")
-    finally:
-        for each in held:
-            each.close()
 
 
 @dataclass
@@ -127,15 +113,7 @@ class Deployment:
 
     def left(self) -> list[int]:
         """Return the ids of all processes that were started here, by whomever, and have not ended."""
-        mark = f"FLWR_HOME={self.environment['FLWR_HOME']}".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in entry.read_bytes().split(b"\0"):
-                    found.append(int(entry.parent.name))
-            except OSError:  # another's, or just ended
-                continue
-        return found
+        return of_home(self.environment["FLWR_HOME"])
 
     def kill(self) -> None:
         """End whatever is left, the SuperLink last."""
