@@ -69,6 +69,15 @@ def test_adapters_are_merged_bit_for_bit_as_merge_does(tmp_path, capsys, options
     assert config_of(tmp_path / "out") == report.config
 
 
+def test_it_ends_with_who_weighs_what_in_lines_of_80_columns(tmp_path, capsys):
+    inputs = adapters(tmp_path)
+    said = done(capsys, "merge", str(tmp_path / "out"), *inputs, "--k", "1", "--rank", "2").splitlines()
+    _, report = merge([load(i) for i in inputs], configs=[config_of(i) for i in inputs], names=inputs, k=1.0, rank=2)
+    assert said[-len(report.summary().splitlines()) :] == report.summary().splitlines()
+    assert [line.split()[-1] for line in said if re.match(r"  0\.\d{3} \(", line)] == [Path(i).name for i in inputs]
+    assert max(map(len, said[1:])) <= 80
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"scope": "model"}, {"method": "ties"}])

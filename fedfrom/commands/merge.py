@@ -176,10 +176,9 @@ def merge(
         show(tuner.outcome)
     without = sum(layer.kind == "tensor" and not layer.has_reference for layer in report.layers)
     averaged = f", {without} of them without a base and so averaged" if without else ""
-    dropped = max((layer.energy_dropped for layer in report.layers), default=0.0)
-    cut = f", cut to a rank that drops up to {dropped:.0%} of a layer's energy" if dropped >= 0.005 else ""
     idle = "" if report.has_rank else without_effect(given, own)
-    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{cut}{idle}")
+    print(f"{out}: {len(inputs)} inputs, {len(report.layers)} layers{averaged}{idle}")
+    print(report.summary())
 
 
 def _say(line: str) -> None:

@@ -126,7 +126,7 @@ def test_successive_halving_tries_all_on_few_rows_and_the_better_half_on_all() -
 def test_the_average_of_bodies_is_the_mean_of_their_products(options: GlueOptions) -> None:
     for task in options.tasks:
         trained(options, task)
-    merged = plan._merge(options, ROWS[0], 0, options.lora_r * len(options.tasks))
+    merged = plan._merge(options, ROWS[0], 0, options.lora_r * len(options.tasks), data.load(options))
     states = [bodies.body(options, 0, task) for task in options.tasks]
     for key in (key for key in merged if "lora_B" in key):
         other = key.replace("lora_B", "lora_A")

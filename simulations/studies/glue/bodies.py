@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulations import models, training
+from simulations import client_statistics, models, training
 from simulations.studies.glue.data import TaskData
 from simulations.studies.glue.options import GlueOptions
 from simulations.studies.shelf import Shelf
@@ -40,8 +40,7 @@ def train(options: GlueOptions, seed: int, data: TaskData) -> float:
     """
     simulation = options.simulation(data.task, seed)
     model = models.adapt(models.base_model(simulation, data.head), simulation, options.lora_r)
-    order = training.round_seed(seed, sum(data.task.encode()))
-    done = training.train(model, data.train, simulation, order, rate=training.warmed_up)
+    done = training.train(model, data.train, simulation, _order(seed, data.task), rate=training.warmed_up)
     shelf(options).put(_name(seed, data.task), models.trained_state(model.cpu()))
     return done.loss
 
@@ -75,6 +74,14 @@ def with_norms(states: Sequence[State], k: float) -> list[State]:
     return found
 
 
+def gram(options: GlueOptions, seed: int, data: TaskData) -> State:
+    """Return the Gram matrices of the inputs of a task's own model, by module, on some of its training rows."""
+    simulation = options.simulation(data.task, seed)
+    model = models.adapt(models.base_model(simulation, data.head), simulation, options.lora_r)
+    models.load_trained_state(model, _state(options, seed, data.task))
+    return client_statistics.compute("gram", model, data.train, simulation, _order(seed, data.task))
+
+
 def config(options: GlueOptions) -> dict[str, Any]:
     """Return the rank and the scaling of every adapter."""
     return {"r": options.lora_r, "lora_alpha": options.lora_alpha}
@@ -82,6 +89,11 @@ def config(options: GlueOptions) -> dict[str, Any]:
 
 def _state(options: GlueOptions, seed: int, task: str) -> State:
     return shelf(options).get(_name(seed, task))
+
+
+def _order(seed: int, task: str) -> int:
+    """Return the seed of the order of a task's rows."""
+    return training.round_seed(seed, sum(task.encode()))
 
 
 def _name(seed: int, task: str) -> str:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import fedfrom
-from fedfrom.merging.methods.registry import method_options
+from fedfrom.merging.methods.registry import method_options, needed_statistics
 from fedfrom.tuning.halving import halved, highest, scales
 from simulations import training
 from simulations.studies.glue import bodies
 from simulations.studies.glue.arena import Answers, Arena, Scaled
-from simulations.studies.glue.data import load
+from simulations.studies.glue.data import TaskData, load
 from simulations.studies.glue.kept import packed
 from simulations.studies.glue.options import GATE, GlueOptions
 from simulations.studies.glue.rows import FIRST, NAMED, OTHERS, ROWS, MethodRow, by_name
@@ -96,7 +96,7 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     kept: dict[str, Any] = {}
     tuned, grid = 0.0, scales(options.scales)
     for rank, columns in {FULL: options.lora_r * len(options.tasks), str(options.lora_r): options.lora_r}.items():
-        merged = _merge(options, row, cell.seed, columns)
+        merged = _merge(options, row, cell.seed, columns, data)
         body = Scaled(arena, merged, options.first_examples)
         every = partial(_of, merit, body.tuning)
         if rank == FULL:
@@ -151,9 +151,13 @@ def _share(score: float, own: pd.Series) -> float:
     return float((score - own["constant"]) / (own["score"] - own["constant"]))
 
 
-def _merge(options: GlueOptions, row: MethodRow, seed: int, rank: int) -> Mapping[str, Tensor]:
+def _merge(
+    options: GlueOptions, row: MethodRow, seed: int, rank: int, data: Mapping[str, TaskData]
+) -> Mapping[str, Tensor]:
     """Return the merged body, whose B carries the scaling."""
     states = bodies.with_norms([bodies.body(options, seed, task) for task in options.tasks], row.k)
     chosen = {**row.options, "rank": rank} | ({"seed": seed} if "seed" in method_options(row.method) else {})
-    configs = [bodies.config(options)] * len(states)
-    return fedfrom.merge(states, method=row.method, configs=configs, names=list(options.tasks), **chosen)[0]
+    chosen["configs"] = [bodies.config(options)] * len(states)
+    if needed_statistics(row.method):
+        chosen["statistics"] = [bodies.gram(options, seed, data[task]) for task in options.tasks]
+    return fedfrom.merge(states, method=row.method, names=list(options.tasks), **chosen)[0]

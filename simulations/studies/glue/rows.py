@@ -64,6 +64,7 @@ OTHERS = (
     MethodRow("knots-ties", "knots-ties", {"density": 0.2}),
     MethodRow("knots-ties, as released", "knots-ties", {"density": 0.2, "convention": "released"}),
     MethodRow("dare-ties", "dare-ties", {"density": 0.5}),
+    MethodRow("regmean", "regmean"),  # a reference: it is given Gram matrices of the tasks' data
     MethodRow("average, svc", "svc", {"inner": "average"}),
     MethodRow("ctm-ties", "ctm", {"inner": "ties", "inner_options": {"density": 0.2}}),
 )
