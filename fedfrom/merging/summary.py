@@ -64,7 +64,9 @@ def summary(report: MergeReport, width: int = 80) -> str:
     if pairs := [cosine for i, row in enumerate(report.cosines()) for cosine in row[:i]]:
         lines.append(f"cosines between updates: {min(pairs):.2f} to {max(pairs):.2f}")
     if any(layer.is_update for layer in report.layers):
-        lines.append(f"interference: the merge loses {report.interference:.1%} of the updates' energy")
+        lines.append(
+            f"interference {report.interference:.2f}: squared distance to the updates, relative to their energy"
+        )
     if ranks := sorted({layer.rank_out for layer in report.layers if layer.kind == "adapter"}):
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         most = max(layer.energy_dropped for layer in report.layers)
@@ -72,12 +74,14 @@ def summary(report: MergeReport, width: int = 80) -> str:
     largest = max(rows, key=lambda row: row.mean)
     if count > 2 and largest.mean >= MUCH:
         lines.append(f"note: one input has {largest.mean:.0%} of the weight")
-    return "\n".join(line[:width] for line in lines)
+    return "\n".join(lines)
 
 
 def _method(report: MergeReport) -> str:
     """Return the method's name with what was set of its weights, its scale and its share of entries."""
     shown = {name: report.method.get(name) for name in ("k", "coefficient", "density")}
+    if report.method["server_lr"] != 1:
+        shown["server_lr"] = report.method["server_lr"]
     settings = ", ".join(f"{name} = {value:g}" for name, value in shown.items() if isinstance(value, int | float))
     return f"{report.method['name']} ({settings})" if settings else str(report.method["name"])
 

@@ -37,7 +37,7 @@ def test_a_report_is_short_and_its_summary_says_who_weighs_what() -> None:
     assert lines[3].endswith(f"({rows[1].least:.3f} to {rows[1].most:.3f})  site 1")
     pairs = [value for i, row in enumerate(report.cosines()) for value in row[:i]]
     assert f"cosines between updates: {min(pairs):.2f} to {max(pairs):.2f}" in lines
-    assert f"interference: the merge loses {report.interference:.1%} of the updates' energy" in lines
+    assert f"interference {report.interference:.2f} (squared distance to the updates over their energy)" in lines
     most = max(layer.energy_dropped for layer in report.layers)
     assert f"rank 2: the cut drops up to {most:.1%} of a layer's energy" in lines
     assert lines[-1] == f"note: one input has {rows[1].mean:.0%} of the weight" and rows[1].mean > 0.7
