@@ -64,9 +64,7 @@ def summary(report: MergeReport, width: int = 80) -> str:
     if pairs := [cosine for i, row in enumerate(report.cosines()) for cosine in row[:i]]:
         lines.append(f"cosines between updates: {min(pairs):.2f} to {max(pairs):.2f}")
     if any(layer.is_update for layer in report.layers):
-        lines.append(
-            f"interference {report.interference:.2f}: squared distance to the updates, relative to their energy"
-        )
+        lines.append(f"interference {report.interference:.2f} (squared distance to the updates over their energy)")
     if ranks := sorted({layer.rank_out for layer in report.layers if layer.kind == "adapter"}):
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         most = max(layer.energy_dropped for layer in report.layers)
