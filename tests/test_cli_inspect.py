@@ -1,10 +1,17 @@
 """`fedfrom inspect` and `fedfrom methods`: the numbers are the oracle's, the JSON and the picture can be used."""
 
+import io
+import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from fedfrom.files.inspection import inspect_folders
+from fedfrom.files.tables import tables
 from tests import folders
 from tests.folders import PREFIX, adapters, checkpoint_state, config_of, done, load, refused
 from tests.merging import oracle
@@ -93,12 +100,46 @@ def test_the_table_shows_the_layers_that_disagree_most_and_all_when_asked(tmp_pa
             other[key] = (1 - i / 13) * other[key] + i / 13 * one[key]
     names = [folders.write_adapter(tmp_path / f"a{i}", state, config) for i, state in enumerate((one, other))]
     text = done(capsys, "inspect", *names)
-    shown = [module for module in modules if PREFIX + module + " " in text]
-    assert len(shown) == 10 and "layer.0.q" in shown and "layer.13.q" not in shown
-    every = done(capsys, "inspect", *names, "--all")
-    places = [every.index(PREFIX + module + " ") for module in modules]
-    assert places == sorted(places), "layer 9 before layer 10"
-    assert all(name in text for name in names)
+    assert f"without '{PREFIX}layer.' and '.q'." in text and all(f" {Path(name).name} " in text for name in names)
+    shown = labels(text, "layer")
+    assert len(shown) == 10 and "0" in shown and "13" not in shown
+    every = labels(done(capsys, "inspect", *names, "--all"), "layer")
+    assert every == [str(i) for i in range(14)], "layer 9 before layer 10"
+
+
+def labels(text, title):
+    """The second column of the table that has this title over it."""
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(("│", "┃"))
+    ]
+    start = next(i for i, row in enumerate(rows) if row[1] == title)
+    return [row[1] for row in itertools.takewhile(lambda row: row[0], rows[start + 1 :])]
+
+
+LLAMA = tuple(f"model.layers.{i}.{part}" for i in (0, 9, 31) for part in ("self_attn.q_proj", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 400])
+def test_no_number_is_cut_and_no_line_is_longer_than_the_terminal(tmp_path, width):
+    config = folders.adapter_config()
+    names = [
+        folders.write_adapter(tmp_path / f"{'site-' * 12}{i}", folders.adapter_state(i, modules=LLAMA), config)
+        for i in range(3)
+    ]
+    found = inspect_folders(names)
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables(found, True, width):
+        console.print(table)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for layer in found.layers:
+        assert f" {layer.interference:.2f} " in text
+        assert width == 60 or f" {' '.join(f'{weight:.2f}' for weight in layer.weights)} " in text
+    hidden = {60: True, 80: True, 100: True, 400: False}[width]
+    assert ("--wide shows all columns" in text) == hidden and ("effective rank: the" in " ".join(text.split()))
 
 
 def test_one_input_and_one_that_trained_nothing(tmp_path, capsys):

@@ -12,6 +12,8 @@ import typer
 from fedfrom.arguments import power_of, progress_bar
 from fedfrom.commands.options import Base, Device, Dora, ForceBase, Inputs, SameBase
 
+_WIDE = 400  # characters of a line, where nothing says how many there are
+
 
 def inspect(
     inputs: Inputs,
@@ -26,6 +28,7 @@ def inspect(
         str | None, typer.Option("--plot", help="Draw norms, weights, interference and cosines into FILE.png.")
     ] = None,
     every_layer: Annotated[bool, typer.Option("--all", help="Show all layers, not the 10 that disagree most.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Show every column, however narrow the terminal is.")] = False,
     base: Base = None,
     device: Device = "cpu",
     force_base: ForceBase = False,
@@ -65,6 +68,6 @@ def inspect(
     from fedfrom.files.tables import tables
 
     # a pipe has no width to fit into
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    for table in tables(found, every_layer):
+    console = Console(highlight=False, width=None if sys.stdout.isatty() and not wide else _WIDE)
+    for table in tables(found, every_layer, console.width):
         console.print(table)

@@ -1,9 +1,10 @@
-"""The tables of `fedfrom inspect` for a terminal."""
+"""The tables of `fedfrom inspect`, fitted to a terminal: whole columns are left out, numbers are never cut."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
@@ -13,69 +14,142 @@ from fedfrom.merging.report import LayerReport
 from fedfrom.merging.summary import client_rows
 
 MOST_LAYERS = 10
+_LEAST_NAME = 16  # characters of a name that are on one line before a column is left out for more of them
+_RULE = 3  # characters between two columns
 
 
-def tables(inspection: Inspection, every_layer: bool) -> Iterator[Table]:
-    """Yield a table of the inputs and one of the layers: the 10 with the largest interference, or all by name."""
-    names = inspection.report.clients
-    yield _inputs(inspection)
+@dataclass(frozen=True)
+class _Column:
+    """One column of numbers.
+
+    Attributes
+    ----------
+    title : str
+        Its heading.
+    cells : list[str]
+        One text a row.
+    rank : int
+        Columns of a higher rank are left out first.
+    """
+
+    title: str
+    cells: list[str]
+    rank: int
+
+    @property
+    def width(self) -> int:
+        return max(map(len, [self.title, *self.cells]))
+
+
+def tables(inspection: Inspection, every_layer: bool, width: int) -> Iterator[Table | Text]:
+    """Yield the tables of the inputs and of the layers, each with its explanation below.
+
+    Parameters
+    ----------
+    inspection : Inspection
+        What was found.
+    every_layer : bool
+        All layers by name, in place of the 10 with the largest interference.
+    width : int
+        Characters of a line. Columns that don't fit are left out and named; names are folded where they have to be.
+    """
+    names = list(map(os.fspath, inspection.report.clients))
+    found, left_out = _fitted("input", _without(names, *_shared(names, "/")), _of_inputs(inspection), width)
+    found.title = "Inputs"
+    yield found
+    yield _below(["weight: of FroM over the layers, mean, least and most."], left_out)
     layers = inspection.layers if every_layer else inspection.disagreeing(MOST_LAYERS)
     shown = (
         f"all {len(layers)}" if every_layer else f"{len(layers)} of {len(inspection.layers)}, most disagreement first"
     )
-    table = Table(title=f"Layers ({shown})", title_justify="left", title_style="bold")
-    table.add_column("layer", overflow="fold")
-    for title in ("rank", "norm", "effective rank", "weight", "cosine", "interference"):
-        table.add_column(title, justify="right")
-    for layer in layers:
-        effective = inspection.effective_ranks[layer.name]
-        table.add_row(
-            Text(layer.name),
-            _each(layer.ranks_in, "{:d}"),
-            _each(layer.norms, "{:.3g}"),
-            _each(effective, "{:.1f}"),
-            _each(layer.weights, "{:.2f}"),
-            _pairs(layer),
-            f"{layer.interference:.2f}",
-        )
-    table.caption = (
+    names = [layer.name for layer in layers]
+    shared = _shared(names, ".")
+    found, left_out = _fitted("layer", _without(names, *shared), _of_layers(inspection, layers), width)
+    found.title = f"Layers ({shown})"
+    yield found
+    lines = [
         f"One number an input, in the order above. weight: FroM's with k = {inspection.report.method['k']}. effective "
         "rank: the stable rank, sum of squared singular values / the largest of them. cosine: of two inputs' updates, "
-        f"least and largest. interference: share of the updates' energy that the merge loses; in all layers together "
+        "least and largest. interference: share of the updates' energy that the merge loses; in all layers together "
         f"{inspection.report.interference:.2f}."
-    )
-    table.caption_justify = "left"
-    if len(names) == 1:
-        table.columns[5].header = "cosine (one input)"
-    yield table
+    ]
+    if any(shared):
+        lines.append(f"Names of layers are without {' and '.join(repr(part) for part in shared if part)}.")
+    yield _below(lines, left_out)
 
 
-def _inputs(inspection: Inspection) -> Table:
-    rows, cosines = client_rows(inspection.report), inspection.report.cosines()
-    table = Table(title="Inputs", title_justify="left", title_style="bold")
+def _of_inputs(inspection: Inspection) -> list[_Column]:
+    rows, cosines, layers = client_rows(inspection.report), inspection.report.cosines(), inspection.layers
+    places = range(len(rows))
+    ranks = [sorted({layer.ranks_in[i] for layer in layers if layer.ranks_in}) for i in places]
+    effective = [[inspection.effective_ranks[layer.name][i] for layer in layers] for i in places]
+    columns = [
+        _Column("ranks", ["" if not r else str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranks], 4),
+        _Column("norm", [f"{row.norm:.4g}" for row in rows], 1),
+        _Column("effective rank", [f"{sum(values) / len(values):.1f}" for values in effective], 5),
+        _Column("weight", [f"{row.mean:.3f}" for row in rows], 0),
+        _Column("least", [f"{row.least:.3f}" for row in rows], 2),
+        _Column("most", [f"{row.most:.3f}" for row in rows], 2),
+    ]
+    shown = range(len(rows)) if cosines and 1 < len(rows) <= 8 else ()
+    return [*columns, *(_Column(f"cos {j + 1}", [f"{cosines[i][j]:.2f}" for i in places], 3) for j in shown)]
+
+
+def _of_layers(inspection: Inspection, layers: Sequence[LayerReport]) -> list[_Column]:
+    cosines = "cosine" if len(inspection.report.clients) > 1 else "cosine (one input)"
+    return [
+        _Column("rank", [_each(layer.ranks_in, "{:d}") for layer in layers], 5),
+        _Column("norm", [_each(layer.norms, "{:.3g}") for layer in layers], 3),
+        _Column("effective rank", [_each(inspection.effective_ranks[layer.name], "{:.1f}") for layer in layers], 4),
+        _Column("weight", [_each(layer.weights, "{:.2f}") for layer in layers], 2),
+        _Column(cosines, [_pairs(layer) for layer in layers], 1),
+        _Column("interference", [f"{layer.interference:.2f}" for layer in layers], 0),
+    ]
+
+
+def _fitted(title: str, labels: list[str], columns: list[_Column], width: int) -> tuple[Table, list[str]]:
+    """Return a table of the columns that fit beside the labels, numbered, and the titles of those that don't."""
+    number = len(str(len(labels)))
+    least = min(max(map(len, [title, *labels])), _LEAST_NAME)
+    kept: list[_Column] = []
+    for column in sorted(columns, key=lambda each: each.rank):
+        if number + least + sum(each.width + _RULE for each in [*kept, column]) + 3 * _RULE <= width:
+            kept.append(column)
+    table = Table(title_justify="left", title_style="bold")
     table.add_column("", justify="right")
-    table.add_column("input", overflow="fold")
-    for title in ("ranks", "norm", "effective rank", "weight, mean", "least", "most"):
-        table.add_column(title, justify="right")
-    shown = cosines and 1 < len(rows) <= 8
-    for i in range(len(rows) if shown else 0):
-        table.add_column(f"cosine to {i + 1}", justify="right")
-    for i, row in enumerate(rows):
-        ranks = sorted({layer.ranks_in[i] for layer in inspection.layers if layer.ranks_in})
-        effective = [inspection.effective_ranks[layer.name][i] for layer in inspection.layers]
-        table.add_row(
-            str(i + 1),
-            Text(os.fspath(row.name)),
-            "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-            f"{row.norm:.4g}",
-            f"{sum(effective) / len(effective):.1f}",
-            *(f"{weight:.3f}" for weight in (row.mean, row.least, row.most)),
-            *([f"{value:.2f}" for value in cosines[i]] if shown else []),
-        )
-    return table
+    table.add_column(title, overflow="fold")
+    shown = [column for column in columns if column in kept]
+    for column in shown:
+        table.add_column(column.title, justify="right", no_wrap=True, min_width=column.width)
+    for place, label in enumerate(labels):
+        table.add_row(str(place + 1), Text(label), *(column.cells[place] for column in shown))
+    return table, [column.title for column in columns if column not in kept]
 
 
-def _each(values: list[int] | list[float], form: str) -> str:
+def _below(lines: list[str], left_out: list[str]) -> Text:
+    if left_out:
+        lines = [*lines, f"Left out to fit: {', '.join(left_out)}; --wide shows all columns."]
+    return Text("\n".join([*lines, ""]), style="dim")
+
+
+def _shared(names: list[str], separator: str) -> tuple[str, str]:
+    """Return what all names begin with and what all end with, whole parts between separators; nothing of one name."""
+    parts = [name.split(separator) for name in names]
+    first = last = 0
+    shortest = min(map(len, parts), default=0) if len(names) > 1 else 0
+    while first < shortest - 1 and len({own[first] for own in parts}) == 1:
+        first += 1
+    while last < shortest - first - 1 and len({own[-1 - last] for own in parts}) == 1:
+        last += 1
+    before, after = (parts[0][:first], parts[0][len(parts[0]) - last :]) if parts else ([], [])
+    return "".join(part + separator for part in before), "".join(separator + part for part in after)
+
+
+def _without(names: list[str], before: str, after: str) -> list[str]:
+    return [name[len(before) : len(name) - len(after)] for name in names]
+
+
+def _each(values: Sequence[int] | Sequence[float], form: str) -> str:
     shown = [form.format(value) for value in values[:8]]
     return " ".join(shown) + (" …" if len(values) > 8 else "")
 
