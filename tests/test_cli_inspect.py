@@ -178,16 +178,30 @@ def test_a_plot_that_has_no_place_is_refused(tmp_path, capsys, place):
     refused(capsys, "inspect", *adapters(tmp_path, 2), "--plot", str(tmp_path / place))
 
 
-def test_methods_lists_every_method_with_its_options(capsys):
+@pytest.mark.parametrize("width", [60, 80, 300])
+def test_methods_says_what_all_have_once_and_of_each_what_differs(capsys, monkeypatch, width):
     from fedfrom import methods
-    from fedfrom.merging.methods.registry import method_options
+    from fedfrom.merging.methods.registry import method_class, method_options
 
-    lines = done(capsys, "methods").splitlines()
-    assert [line.partition(":")[0] for line in lines[::2]] == methods()
-    for name, line in zip(methods(), lines[1::2], strict=True):
-        listed = {word.partition("=")[0] for word in line.split("[")[0].split()}
-        assert listed == method_options(name) - {"validate", "search"}
-    alone = {name for name, line in zip(methods(), lines[1::2], strict=True) if "from Python alone" in line}
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = done(capsys, "methods")
+    assert max(map(len, text.splitlines())) <= min(width, 100)
+    first, *blocks = text.split("\n\n")
+    common = dict(word.split("=") for word in first.split() if "=" in word)
+    assert common["solver"] == "svd" and common["rank"] == "None" and "k" not in common
+    assert [block.splitlines()[0] for block in blocks] == methods()
+    for name, block in zip(methods(), blocks, strict=True):
+        words = " ".join(block.split())
+        own = dict(
+            word.split("=") for word in words.partition(" without ")[0].split() if re.fullmatch(r"\w+=\S+", word)
+        )
+        lacking = set(words.partition(" without ")[2].replace(",", "").split()) & common.keys()
+        known = {**common, **own}
+        expected = method_options(name) - {"validate", "search", "inner_options"}
+        assert known.keys() - lacking == expected, name
+        kind = method_class(name)
+        assert {option: str(getattr(kind, option)) for option in expected} == {o: known[o] for o in expected}
+    alone = {name for name, block in zip(methods(), blocks, strict=True) if "from Python alone" in block}
     assert alone == {"fisher", "greedy-soup", "lorm", "regmean"}
 
 
