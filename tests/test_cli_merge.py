@@ -342,7 +342,7 @@ def test_a_rank_of_adapters_stays_in_the_card(tmp_path, capsys, saved):
     options = ["--rank", "3", "--solver", "alternating"]
     assert "no effect" not in done(capsys, "merge", str(tmp_path / "out"), *names, *options)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "rank = 3, solver = alternating, iterations = 10000" in text and "- rank: 3" in text
+    assert "rank = 3, solver = alternating, iterations = 10000" in text and "- rank: 3; the cut drops " in text
 
 
 def test_a_hostile_name_stays_in_its_field_of_the_card(tmp_path, capsys):

@@ -45,8 +45,8 @@ def model_card(
         "",
         f"- base model: {cell(str(name)) if name else 'not named by the inputs'}",
         f"- method: {cell(settings)}",
-        *([f"- rank: {_ranks(report)}"] if adapter else []),
-        f"- interference (share of the updates' energy that the merge loses): {report.interference:.3f}",
+        *([f"- rank: {_ranks(report)}; the cut drops {_dropped(report)} of a layer's energy"] if adapter else []),
+        f"- interference (squared distance of the merge to the updates over their energy): {report.interference:.3f}",
         "",
         "| input | examples | weight given | norm of the update | weight, mean over layers | smallest | largest |",
         "|---|---|---|---|---|---|---|",
@@ -66,6 +66,11 @@ def model_card(
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
         lines += ["", f"{fence}sh", command, fence]
     return "\n".join(lines) + "\n"
+
+
+def _dropped(report: MergeReport) -> str:
+    shares = [layer.energy_dropped for layer in report.layers if layer.kind == "adapter"] or [0.0]
+    return f"{sum(shares) / len(shares):.1%} in the mean, {max(shares):.1%} at most,"
 
 
 def _ranks(report: MergeReport) -> str:
