@@ -11,6 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _ROUND = "round"
 
 
 def several(*loggers: Callable[[RoundReport], object]) -> Callable[[RoundReport], None]:
-    """Return one function for `on_round=` that calls each of these.
+    """Return one function for `on_round=` that calls each of these, also where one of them raises.
 
     Examples
     --------
@@ -35,8 +36,9 @@ def several(*loggers: Callable[[RoundReport], object]) -> Callable[[RoundReport]
     """
 
     def on_round(report: RoundReport) -> None:
-        for logger in loggers:
-            logger(report)
+        with ExitStack() as stack:  # which calls all, the first put in last, and raises what was raised
+            for logger in reversed(loggers):
+                stack.callback(logger, report)
 
     return on_round
 
@@ -44,8 +46,8 @@ def several(*loggers: Callable[[RoundReport], object]) -> Callable[[RoundReport]
 class CSV:
     """A file with a line for each round and a column for each number; a number that a round lacks is empty.
 
-    The file is written whole after each round. A run that goes on from a checkpoint adds to the file that is there; a
-    round that is repeated replaces its line.
+    The file is written whole after each round. A run that goes on from a checkpoint adds to the file that is there, and
+    a round that is repeated replaces its line: name a new file for a new run.
 
     Parameters
     ----------
@@ -118,7 +120,7 @@ class WandB:
     Parameters
     ----------
     **init
-        Of `wandb.init`: project, name, mode, dir and so on. A run that is open already is used, and none are needed.
+        Arguments of `wandb.init`: project, name, mode, dir and so on. Without any, a run that is already open is used.
 
     Raises
     ------

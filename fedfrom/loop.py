@@ -180,7 +180,8 @@ class RoundLoop(FedAvg):
         if (report := self.reports.get(server_round)) is not None:
             log.info("\t└──> Merge: %s", report.line())
             own = {name: value for name, value in own.items() if name not in report.metrics()}
-        log.info("\t└──> Training: %s", _rounded(own))
+        if own:
+            log.info("\t└──> Training: %s", _rounded(own))
         log.debug("\t└──> Aggregated MetricRecord: %s", metrics)
 
     def _evaluate_on_server(

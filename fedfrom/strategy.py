@@ -325,10 +325,9 @@ class FedFroM(FedMerge):
         examples_cap: float | None = 3.0,
         **others: Unpack[FroMArguments],
     ) -> None:
-        if method := cast(dict[str, Any], others).get("method"):
-            raise ValueError(
-                f"method: expected none, as FedFroM merges with FroM, found {method!r}: say FedMerge({method!r})"
-            )
+        if "method" in (given := cast(dict[str, Any], others)):
+            found = repr(given["method"])
+            raise ValueError(f"method: expected none, FroM is FedFroM's own, found {found}: say FedMerge({found})")
         super().__init__(
             "from",
             fraction_train=fraction_train,

@@ -28,13 +28,13 @@ class _Column:
         Its heading.
     cells : list[str]
         One text a row.
-    rank : int
-        Columns of a higher rank are left out first.
+    order : int
+        Columns are tried in this order; each is kept if it still fits.
     """
 
     title: str
     cells: list[str]
-    rank: int
+    order: int
 
     @property
     def width(self) -> int:
@@ -57,7 +57,7 @@ def tables(inspection: Inspection, every_layer: bool, width: int) -> Iterator[Ta
     found, left_out = _fitted("input", _without(names, *_shared(names, "/")), _of_inputs(inspection), width)
     found.title = "Inputs"
     yield found
-    yield _below(["weight: of FroM over the layers, mean, least and most."], left_out)
+    yield _below(["weight, least, most: mean, smallest and largest of FroM's weights over the layers."], left_out)
     layers = inspection.layers if every_layer else inspection.disagreeing(MOST_LAYERS)
     shown = (
         f"all {len(layers)}" if every_layer else f"{len(layers)} of {len(inspection.layers)}, most disagreement first"
@@ -112,7 +112,7 @@ def _fitted(title: str, labels: list[str], columns: list[_Column], width: int) -
     number = len(str(len(labels)))
     least = min(max(map(len, [title, *labels])), _LEAST_NAME)
     kept: list[_Column] = []
-    for column in sorted(columns, key=lambda each: each.rank):
+    for column in sorted(columns, key=lambda each: each.order):
         if number + least + sum(each.width + _RULE for each in [*kept, column]) + 3 * _RULE <= width:
             kept.append(column)
     table = Table(title_justify="left", title_style="bold")

@@ -64,6 +64,7 @@ def merge_beside(
         [references[i] for i in order],
         [w * factors[i] for w, i in zip(weighing.weights.tolist(), order, strict=True)],
         None if W is None else acting(W.tensor(name, part), W.scaling(name)),
-        weighing.server_lr,
+        # nor anything that the server scales; a bias without one is an update of zero, as its product is
+        weighing.server_lr if is_bias or W is not None else 1.0,
     )
     return (total / scaling if is_bias else total).to(inputs.template(name).tensor(name, part).dtype)

@@ -136,7 +136,7 @@ class MergeReport:
 
     @property
     def has_rank(self) -> bool:
-        """Whether a rank was asked for: of adapters, which are merged as products, or of any matrix by CtM."""
+        """Whether a rank applies: to adapters, which are merged as products, or to any matrix by CtM."""
         return self.method["name"] == "CtM" or any(layer.kind == "adapter" for layer in self.layers)
 
     @property

@@ -1,4 +1,4 @@
-"""The choice of a scale: all on the first tuning rows, the better half of them on all tuning rows."""
+"""The choice of a scale: every scale on the first tuning rows, then the better half of the scales on all rows."""
 
 from __future__ import annotations
 

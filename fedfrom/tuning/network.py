@@ -146,7 +146,8 @@ class Network:
         BadInput
             It does not fit the base model.
         """
-        import peft
+        with _one_line(name):
+            import peft
 
         layers = find_layers(body.state, name)
         factors = {key: body.state[key] for layer in layers.values() if layer.is_adapter for key in layer.keys.values()}

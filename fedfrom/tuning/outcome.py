@@ -111,9 +111,7 @@ class Outcome:
     def sentences(self) -> list[str]:
         """Return what was chosen, how the average compares, what was left out, and what the scores are worth."""
         scales = len({trial["scale"] for trial in self.best.trials})
-        among = (
-            f"of {len(self.tried)} methods at {scales} scales each" if len(self.tried) > 1 else f"of {scales} scales"
-        )
+        among = f"{len(self.tried)} method{'s' * (len(self.tried) > 1)} and {scales} scale{'s' * (scales > 1)} tried"
         found = [f"Chosen: {self.best.candidate} at scale {self.best.scale:g}, {among}. {self._average()}"]
         if left := [known.name for known in self.inputs if not known.counts]:
             than = "the base model" if self.inputs[0].metric == LOSS else "a constant answer"
@@ -121,7 +119,7 @@ class Outcome:
             found.append(f"Left out of the mean: {', '.join(left)}, whose {own} not better than {than} on these rows.")
         found.append("Scores are on the rows that were tuned on: expect a little less on others.")
         if self.has_heads:
-            beside = "The heads differ in shape, so OUT itself has the merged body alone."
+            beside = "The heads differ in names or shapes, so OUT itself has the merged body alone."
             if self.heads_agree:
                 scored = (
                     "which these scores don't use"

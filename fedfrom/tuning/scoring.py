@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedfrom.tuning.answers import Answers
 from fedfrom.tuning.network import Network, Tokens
 
-_FIRST = 64  # rows on which every scale is tried, at least; a third where there are more than three times as many
+_FIRST = 64  # every scale is tried on a third of the rows, but on at least so many
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_what_is_printed(classifiers: Trained, tmp_path: Path, capsys: Any) -> N
         assert f"The scaled average is as good: it keeps {average['share']:.3f}" in out
     else:
         assert f"at scale {average['scale']:g}; the difference's standard error" in out
-    assert "The heads differ in shape, so OUT itself has the merged body alone" in out
+    assert "The heads differ in names or shapes, so OUT itself has the merged body alone" in out
     assert "Scores are on the rows that were tuned on" in out
     for known in record["inputs"]:
         assert f"{known['own']:.3f}" in out and f"{known['share']:.3f}" in out

@@ -1,5 +1,6 @@
 """Differences between two methods at their tuned scales: by seed, by a crossed bootstrap, without each task."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ class Evidence:
         kept = [frame.beside(cell)["answers"][rank][task] for cell in merged]
         kept += [frame.beside(cell)["answers"][OWN][task] for cell in own]
         answers = np.stack([unpacked(text, regression) for text in kept])
-        if kind == "accuracy":  # the constant answer scores 0 in a correlation, as in all others of its kind here
+        if kind == "accuracy":  # in a correlation the constant answer scores 0
             answers = np.concatenate([answers, np.full((1, len(labels)), np.bincount(labels).argmax())])
         found = scores(kind, labels, answers, counts(generator, len(labels), DRAWS))
         constant = found[:, -1, None] if kind == "accuracy" else np.zeros((len(found), 1))
@@ -121,9 +122,12 @@ class Evidence:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted for being several by Holm's step-down method."""
+    """Return the p-values adjusted for being several by Holm's step-down method; of NaN, NaN."""
     order, adjusted, least = np.argsort(p), [0.0] * len(p), 0.0
     for place, index in enumerate(order.tolist()):
+        if math.isnan(p[index]):  # sorted last: no test was made
+            adjusted[index] = p[index]
+            continue
         least = max(least, min(1.0, p[index] * (len(p) - place)))
         adjusted[index] = least
     return adjusted

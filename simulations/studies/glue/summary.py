@@ -1,5 +1,6 @@
 """The study's tables, made of its frame."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -43,9 +44,9 @@ def write(frame: Frame, folder: Path) -> None:
         "being many. `without one task`: the smallest and the largest mean without one of the tasks."
     )
     ranks = list(rows["rank"].dropna().unique()) if "rank" in rows else []
-    table = pd.concat([contrasts(frame, rank) for rank in ranks])
-    if len(table):
-        write_table(folder, "contrasts", table, f"{text} {about}")
+    found = [table for table in (contrasts(frame, rank) for rank in ranks) if len(table)]
+    if found:
+        write_table(folder, "contrasts", pd.concat(found), f"{text} {about}")
     figures.draw_methods(shares(rows), folder / "methods.png")
     figures.draw_tasks(rows, folder / "tasks.png")
     figures.draw_scales(frame, folder / "scales.png")
@@ -113,11 +114,11 @@ def contrasts(frame: Frame, rank: str) -> pd.DataFrame:
                     "rank": rank,
                     "contrast": " - ".join(pair),
                     "share": share.interval.signed,
-                    "by seeds": f"{share.by_seeds.half_width:.3f}",
+                    "by seeds": _number(share.by_seeds.half_width),
                     "bootstrap": f"{share.low:+.3f} to {share.high:+.3f}",
                     "raw": raw.interval.signed,
-                    "p": f"{share.p:.3f}" if pair == FIRST else "",
-                    "p, Holm": f"{adjusted[pair]:.3f}" if pair in adjusted else "",
+                    "p": _number(share.p) if pair == FIRST else "",
+                    "p, Holm": _number(adjusted[pair]) if pair in adjusted else "",
                     "without one task": f"{min(share.without.values()):+.3f} to {max(share.without.values()):+.3f}",
                     "seeds": share.by_seeds.count,
                 }
@@ -137,6 +138,11 @@ def _contrasts(frame: Frame, rank: str, pair: tuple[str, str]) -> dict[str, Cont
         return {}
     evidence = Evidence(frame, rank, pair, seeds)
     return {of: evidence.contrast(*pair, of) for of in (SHARE, RAW)} if len(evidence.tasks) > 1 else {}
+
+
+def _number(value: float) -> str:
+    """Return a number as text; empty where one seed gives none."""
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def _mean(values: pd.Series) -> str:
