@@ -143,5 +143,5 @@ def test_the_template_learns_with_either_strategy(
 def test_the_template_is_as_short_as_its_page_says() -> None:
     files = [path for path in TEMPLATE.iterdir() if path.suffix in (".py", ".toml")]
     assert sorted(path.name for path in files) == ["client_app.py", "pyproject.toml", "server_app.py", "task.py"]
-    (lines,) = re.findall(r"Together they have (\d+) lines", (ROOT / "docs" / "flwr-run.md").read_text(encoding="utf-8"))
+    (lines,) = re.findall(r"have (\d+) lines", (ROOT / "docs" / "flwr-run.md").read_text(encoding="utf-8"))
     assert sum(len(path.read_text().splitlines()) for path in files) == int(lines)
