@@ -61,7 +61,7 @@ test-slow: $(STAMP)  ## The others
 test-all: $(STAMP)  ## Every test
 	@$(PYTEST) $(WORKERS) $(ARGS)
 
-test-flower: $(STAMP)  ## What stands on Flower, with the oldest and the newest (ARGS="1.40.0": with that one)
+test-flower: $(STAMP)  ## The tests that use Flower, with its oldest and newest version (ARGS="1.40.0": with that one)
 	@$(BIN)/python -m tests.flower_versions $(ARGS)
 
 bench: $(STAMP)  ## Adapters against dense Algorithm 1, PEFT, others; writes results/speed (ARGS="--quick": a minute)

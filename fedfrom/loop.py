@@ -179,7 +179,8 @@ class RoundLoop(FedAvg):
         own = dict(metrics)
         if (report := self.reports.get(server_round)) is not None:
             log.info("\t└──> Merge: %s", report.line())
-            own = {name: value for name, value in own.items() if name not in report.metrics()}
+            figures = report.metrics()
+            own = {name: value for name, value in own.items() if name not in figures}
         if own:
             log.info("\t└──> Training: %s", _rounded(own))
         log.debug("\t└──> Aggregated MetricRecord: %s", metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 from flwr.app import Message, MetricRecord
@@ -110,7 +111,7 @@ class RoundReport:
 
     def line(self) -> str:
         """Return the round in one line: merged and rejected replies, weights, cosine, energy dropped, seconds."""
-        found = self.metrics()
+        found = self._figures
         parts = [f"merged {len(self.nodes)} of {self.asked}", f"rejected {len(self.rejected)}"]
         if "weight-min" in found:
             parts.append(f"weights {found['weight-min']:.3f} to {found['weight-max']:.3f}")
@@ -156,6 +157,10 @@ class RoundReport:
 
     def metrics(self) -> MetricRecord:
         """Return the round's main figures as a MetricRecord, which `start` adds to the clients' training metrics."""
+        return MetricRecord(dict(self._figures))
+
+    @cached_property
+    def _figures(self) -> dict[str, Any]:
         metrics: dict[str, Any] = {
             "replies-valid": self.valid,
             "replies-rejected": len(self.rejected),
@@ -181,7 +186,7 @@ class RoundReport:
             if self.merge.validation:
                 metrics |= {name: float(self.merge.method[name]) for name in self.merge.searched}
                 metrics["validation-score"] = max(score for *_, score in self.merge.validation)
-        if adapters := [layer for layer in weighed if layer.kind == "adapter"]:
+        if adapters := [] if self.merge is None else self.merge.adapters:
             metrics["rank-max"] = max(layer.rank_out for layer in adapters)
             metrics["energy-dropped-max"] = max(layer.energy_dropped for layer in adapters)
-        return MetricRecord(metrics)
+        return metrics

@@ -1,4 +1,4 @@
-"""The tests that stand on Flower, with other versions of it, each in an environment of its own.
+"""The tests that use Flower, with other versions of it, each in an environment of its own.
 
     python -m tests.flower_versions [VERSION ...]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedfrom.arguments import power_of, progress_bar
+from fedfrom.commands.console import console
 from fedfrom.commands.options import Base, Device, Dora, ForceBase, Inputs, SameBase
-
-_WIDE = 400  # characters of a line, where nothing says how many there are
 
 
 def inspect(
@@ -63,11 +61,8 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
         return
-    from rich.console import Console
-
     from fedfrom.files.tables import tables
 
-    # a pipe has no width to fit into
-    console = Console(highlight=False, width=None if sys.stdout.isatty() and not wide else _WIDE)
-    for table in tables(found, every_layer, console.width):
-        console.print(table)
+    terminal = console(wide)
+    for table in tables(found, every_layer, terminal.width):
+        terminal.print(table)

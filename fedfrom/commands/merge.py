@@ -143,8 +143,7 @@ def merge(
     if not tune:
         check_without_tuning(refit_bias, max_length)
     else:
-        merging = {"examples": counts, "weights": own_weights, "clip": clip, "dora": dora, "same_base": same_base}
-        tuner = tuner_of(context, tune, method, options, rate, refit_bias, max_length, **merging)
+        tuner = tuner_of(context, tune, method, options, rate, refit_bias, max_length)
 
     import torch
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fedfrom.arguments import method_of
+from fedfrom.commands.console import console
 from fedfrom.errors import BadInput
 
 if TYPE_CHECKING:  # tuning imports torch
@@ -42,7 +42,6 @@ def tuner_of(
     rate: float | str,
     refit_bias: bool,
     max_length: int | None,
-    **merging: Any,
 ) -> Tuner:
     """Return what chooses method and scale; where --method or --server-lr is given, the other alone.
 
@@ -60,8 +59,6 @@ def tuner_of(
         --server-lr.
     refit_bias, max_length
         --refit-bias and --max-length.
-    **merging
-        See `Tuner.merging`.
 
     Raises
     ------
@@ -92,7 +89,6 @@ def tuner_of(
         asked=None if checked is None else Candidate(method, checked, alone),
         scale=float(rate) if was_given(context, "server_lr") else None,
         common=common,
-        merging=merging,
         refit_bias=refit_bias,
         max_length=_MAX_LENGTH if max_length is None else max_length,
         device=context.params["device"] if was_given(context, "device") else None,
@@ -101,11 +97,8 @@ def tuner_of(
 
 def show(outcome: Outcome) -> None:
     """Print the tables and the sentences."""
-    from rich.console import Console
-
-    # a pipe has no width to fit into
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    terminal = console()
     for table in outcome.tables():
-        console.print(table)
+        terminal.print(table)
     for sentence in outcome.sentences():
         print(sentence)

@@ -10,7 +10,7 @@ from typing import Any
 from fedfrom.files.folders import Model
 from fedfrom.merging.report import MergeReport
 from fedfrom.merging.solve import RANK_OPTIONS
-from fedfrom.merging.summary import client_rows
+from fedfrom.merging.summary import client_rows, span
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
@@ -45,7 +45,7 @@ def model_card(
         "",
         f"- base model: {cell(str(name)) if name else 'not named by the inputs'}",
         f"- method: {cell(settings)}",
-        *([f"- rank: {_ranks(report)}; the cut drops {_dropped(report)} of a layer's energy"] if adapter else []),
+        *([f"- rank: {_rank(report)}"] if adapter else []),
         f"- interference (squared distance of the merge to the updates over their energy): {report.interference:.3f}",
         "",
         "| input | examples | weight given | norm of the update | weight, mean over layers | smallest | largest |",
@@ -68,14 +68,12 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _dropped(report: MergeReport) -> str:
-    shares = [layer.energy_dropped for layer in report.layers if layer.kind == "adapter"] or [0.0]
-    return f"{sum(shares) / len(shares):.1%} in the mean, {max(shares):.1%} at most,"
-
-
-def _ranks(report: MergeReport) -> str:
-    ranks = [layer.rank_out for layer in report.layers if layer.kind == "adapter"] or [0]
-    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}, by layer"
+def _rank(report: MergeReport) -> str:
+    """Return the rank, and what the cut to it costs."""
+    layers = report.adapters
+    ranks, shares = span(layer.rank_out for layer in layers), [layer.energy_dropped for layer in layers] or [0.0]
+    lost = f"the cut drops {sum(shares) / len(shares):.1%} in the mean, {max(shares):.1%} at most, of a layer's energy"
+    return f"{ranks or 0}{', by layer' if ' to ' in ranks else ''}; {lost}"
 
 
 def _number(value: Any) -> str:

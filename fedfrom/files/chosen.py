@@ -8,6 +8,7 @@ from typing import Any
 
 from fedfrom.files.folders import Model
 from fedfrom.files.heads import Head
+from fedfrom.merging.merge import LayerByLayer
 from fedfrom.merging.methods.base import Method
 
 
@@ -36,5 +37,8 @@ class Chosen:
     record: Any
 
 
-Choose = Callable[[Sequence[Model], Model | None, Sequence[Head]], Chosen]
-"""The opened inputs, the base if tensors are merged relative to it, and each input's head -> what is chosen."""
+Prepared = Callable[[Method], LayerByLayer]
+"""A method -> the inputs' merge by it, not yet begun."""
+
+Choose = Callable[[Sequence[Model], Sequence[Head], Prepared], Chosen]
+"""The opened inputs, each one's head, and what prepares their merge -> what is chosen."""

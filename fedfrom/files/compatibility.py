@@ -9,6 +9,7 @@ from fedfrom.errors import BadInput
 from fedfrom.files.folders import Model
 from fedfrom.files.tensors import Spec
 from fedfrom.merging.peft import layers as L
+from fedfrom.merging.peft.configs import PREFIX
 
 # fields of adapter_config.json that must be equal in all adapters
 _SAME = ("task_type", "fan_in_fan_out", "layers_to_transform", "layers_pattern")
@@ -114,7 +115,7 @@ def names_in_base(model: Model, base: Model) -> dict[str, str]:
     body where a model has a head. Of all ways to add or remove one such prefix, the one that matches the most layers is
     used.
     """
-    outer = "base_model.model." if model.is_adapter else ""
+    outer = PREFIX if model.is_adapter else ""
     names = [name for name, layer in _layers(model).items() if not layer.is_adapter]
     inner = [name.removeprefix(outer) for name in names]
     added = [f"{first}." for first in sorted({key.partition(".")[0] for key in base.tensors})]

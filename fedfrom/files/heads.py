@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedfrom.files.folders import ADAPTER, ADAPTER_CONFIG, Model
 from fedfrom.files.tensors import Tensors
+from fedfrom.merging.peft.configs import PREFIX
 from fedfrom.merging.peft.layers import find_layers
 
 FOLDER = "heads"
-_PREFIX = "base_model.model."
 # what PEFT saves of every sequence classifier, whatever modules_to_save says
 _ALWAYS = ("classifier", "score")
 
@@ -33,7 +33,7 @@ def head_keys(model: Model) -> dict[str, str]:
     names = [*_ALWAYS, *(saved if isinstance(saved, list) else [])]
     found = {}
     for name, layer in find_layers(model.tensors, model.name).items():
-        inner = name.removeprefix(_PREFIX)
+        inner = name.removeprefix(PREFIX)
         if not layer.is_adapter and any(f".{entry}." in f".{inner}" for entry in names):
             found[inner] = layer.keys["tensor"]
     return found
@@ -87,7 +87,7 @@ def write_heads(folder: Path, config: Mapping[str, Any], names: Sequence[str], h
     """
     merged = Tensors({folder / ADAPTER: None})
     for name, head in zip(names, heads, strict=True):
-        own = {_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in head.items()}
+        own = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in head.items()}
         state = {key: tensor for key, tensor in merged.items() if key not in own} | own
         place = folder / FOLDER / name
         place.mkdir(parents=True)

@@ -194,10 +194,13 @@ def merge_folders(
     folders = [model.folder for model in (*models, *([] if pretrained is None else [pretrained]))]
     output = Output(Path(out).expanduser(), folders, force)
     chosen = None
+    prepared = functools.partial(
+        prepare, models, pretrained, examples=examples, weights=weights, clip=clip, dora=dora, same_base=same_base
+    )
     if choose is not None:
-        chosen = choose(models, pretrained, heads)
+        chosen = choose(models, heads, prepared)
         method, server_lr = chosen.method, chosen.scale
-    layers = prepare(models, pretrained, method, examples, weights, server_lr, clip, dora, same_base)
+    layers = prepared(method, server_lr=server_lr)
     carried = carried_files(models[0])
     watch = _Watch(models, layers, progress)
     with output as folder:
@@ -211,8 +214,8 @@ def merge_folders(
         card = model_card(report, models, pretrained, examples, command)
         if chosen is not None:
             if chosen.heads:
-                own = [{key: _cast(key, tensor, dtype) for key, tensor in head.items()} for head in chosen.heads]
-                write_heads(folder, report.config or {}, folder_names(models), own)
+                cast = [{key: _cast(key, tensor, dtype) for key, tensor in head.items()} for head in chosen.heads]
+                write_heads(folder, report.config or {}, folder_names(models), cast)
             (folder / TUNING).write_text(json.dumps(chosen.record, indent=1, allow_nan=False) + "\n")
             card = f"{card}\n{chosen.card}"
         write_card(folder, card)

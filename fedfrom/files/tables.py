@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fedfrom.files.inspection import Inspection
 from fedfrom.merging.report import LayerReport
-from fedfrom.merging.summary import client_rows
+from fedfrom.merging.summary import client_rows, shared_parts, span
 
 MOST_LAYERS = 10
 _LEAST_NAME = 16  # characters of a name that are on one line before a column is left out for more of them
@@ -54,7 +54,7 @@ def tables(inspection: Inspection, every_layer: bool, width: int) -> Iterator[Ta
         Characters of a line. Columns that don't fit are left out and named; names are folded where they have to be.
     """
     names = list(map(os.fspath, inspection.report.clients))
-    found, left_out = _fitted("input", _without(names, *_shared(names, "/")), _of_inputs(inspection), width)
+    found, left_out = _fitted("input", _without(names, *shared_parts(names, "/")), _of_inputs(inspection), width)
     found.title = "Inputs"
     yield found
     yield _below(["weight, least, most: mean, smallest and largest of FroM's weights over the layers."], left_out)
@@ -63,7 +63,7 @@ def tables(inspection: Inspection, every_layer: bool, width: int) -> Iterator[Ta
         f"all {len(layers)}" if every_layer else f"{len(layers)} of {len(inspection.layers)}, most disagreement first"
     )
     names = [layer.name for layer in layers]
-    shared = _shared(names, ".")
+    shared = shared_parts(names, ".")
     found, left_out = _fitted("layer", _without(names, *shared), _of_layers(inspection, layers), width)
     found.title = f"Layers ({shown})"
     yield found
@@ -81,10 +81,10 @@ def tables(inspection: Inspection, every_layer: bool, width: int) -> Iterator[Ta
 def _of_inputs(inspection: Inspection) -> list[_Column]:
     rows, cosines, layers = client_rows(inspection.report), inspection.report.cosines(), inspection.layers
     places = range(len(rows))
-    ranks = [sorted({layer.ranks_in[i] for layer in layers if layer.ranks_in}) for i in places]
+    ranks = [span(layer.ranks_in[i] for layer in layers if layer.ranks_in) for i in places]
     effective = [[inspection.effective_ranks[layer.name][i] for layer in layers] for i in places]
     columns = [
-        _Column("ranks", ["" if not r else str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranks], 4),
+        _Column("ranks", ranks, 4),
         _Column("norm", [f"{row.norm:.4g}" for row in rows], 1),
         _Column("effective rank", [f"{sum(values) / len(values):.1f}" for values in effective], 5),
         _Column("weight", [f"{row.mean:.3f}" for row in rows], 0),
@@ -130,19 +130,6 @@ def _below(lines: list[str], left_out: list[str]) -> Text:
     if left_out:
         lines = [*lines, f"Left out to fit: {', '.join(left_out)}; --wide shows all columns."]
     return Text("\n".join([*lines, ""]), style="dim")
-
-
-def _shared(names: list[str], separator: str) -> tuple[str, str]:
-    """Return what all names begin with and what all end with, whole parts between separators; nothing of one name."""
-    parts = [name.split(separator) for name in names]
-    first = last = 0
-    shortest = min(map(len, parts), default=0) if len(names) > 1 else 0
-    while first < shortest - 1 and len({own[first] for own in parts}) == 1:
-        first += 1
-    while last < shortest - first - 1 and len({own[-1 - last] for own in parts}) == 1:
-        last += 1
-    before, after = (parts[0][:first], parts[0][len(parts[0]) - last :]) if parts else ([], [])
-    return "".join(part + separator for part in before), "".join(separator + part for part in after)
 
 
 def _without(names: list[str], before: str, after: str) -> list[str]:

@@ -135,13 +135,18 @@ class MergeReport:
         return summary(self)
 
     @property
+    def adapters(self) -> list[LayerReport]:
+        """The layers that were merged as products, which have a rank; full models have none."""
+        return [layer for layer in self.layers if layer.kind == "adapter"]
+
+    @property
     def has_rank(self) -> bool:
         """Whether a rank applies: to adapters, which are merged as products, or to any matrix by CtM."""
-        return self.method["name"] == "CtM" or any(layer.kind == "adapter" for layer in self.layers)
+        return self.method["name"] == "CtM" or bool(self.adapters)
 
     @property
     def interference(self) -> float:
-        """Share of all updates' weighted energy that the merge loses: the layers' interference, by their energy."""
+        """Squared distance of the merge to all updates, over their weighted energy: see `LayerReport.interference`."""
         unit = self._unit()
         energies = [
             (sum(w * (n / unit * c) ** 2 for w, n, c in zip(la.weights, la.norms, _clipped(la), strict=True)), la)

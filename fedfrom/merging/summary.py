@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedfrom.merging.report import MergeReport
@@ -46,28 +46,27 @@ def client_rows(report: MergeReport) -> list[ClientRow]:
 
 
 def summary(report: MergeReport, width: int = 80) -> str:
-    """Return the clients' weights, how far their updates agree, and what the rank costs; no line is longer than width.
+    """Return the clients' weights, how far their updates agree, and what the rank costs.
 
-    Of long names the end is shown, which tells files of one folder apart.
+    Clients' names are cut to a line of this width. Their end is shown, which tells files of one folder apart.
     """
     count = len(report.clients)
     lines = [f"{_method(report)}: {_several(count, 'input')}, {_several(len(report.layers), 'layer')}"]
     rows = client_rows(report)
     if any(layer.weights for layer in report.layers):
         lines.append("weight, mean over layers (least to most):")
-        prefix = len(os.path.commonpath(report.clients)) if _are_paths(report.clients) else 0
+        folder, _ = shared_parts(report.clients, "/")
         for row in rows[:MOST_CLIENTS]:
             numbers = f"  {row.mean:.3f} ({row.least:.3f} to {row.most:.3f})  "
-            lines.append(numbers + _ended(row.name[prefix:].lstrip("/"), width - len(numbers)))
+            lines.append(numbers + _ended(row.name.removeprefix(folder), width - len(numbers)))
         if count > MOST_CLIENTS:
             lines.append(f"  and {count - MOST_CLIENTS} more")
     if pairs := [cosine for i, row in enumerate(report.cosines()) for cosine in row[:i]]:
         lines.append(f"cosines between updates: {min(pairs):.2f} to {max(pairs):.2f}")
     if any(layer.is_update for layer in report.layers):
         lines.append(f"interference {report.interference:.2f} (squared distance to the updates over their energy)")
-    if ranks := sorted({layer.rank_out for layer in report.layers if layer.kind == "adapter"}):
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        most = max(layer.energy_dropped for layer in report.layers)
+    if adapters := report.adapters:
+        rank, most = span(layer.rank_out for layer in adapters), max(layer.energy_dropped for layer in adapters)
         lines.append(f"rank {rank}: the cut drops up to {most:.1%} of a layer's energy")
     largest = max(rows, key=lambda row: row.mean)
     if count > 2 and largest.mean >= MUCH:
@@ -88,9 +87,26 @@ def _several(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _are_paths(names: list[str]) -> bool:
-    """Return whether names are paths, of which the folder that they share need not be said."""
-    return len(names) > 1 and all("/" in name and name.startswith("/") == names[0].startswith("/") for name in names)
+def span(numbers: Iterable[int]) -> str:
+    """Return whole numbers as "8", or "8 to 16" where they differ; "" of none."""
+    found = sorted(set(numbers))
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else "".join(map(str, found))
+
+
+def shared_parts(names: Sequence[str], separator: str) -> tuple[str, str]:
+    """Return what all names begin with and what all end with, in whole parts between separators.
+
+    One part of each name is never shared. Of a single name nothing is.
+    """
+    parts = [name.split(separator) for name in names]
+    first = last = 0
+    shortest = min(map(len, parts), default=0) if len(names) > 1 else 0
+    while first < shortest - 1 and len({own[first] for own in parts}) == 1:
+        first += 1
+    while last < shortest - first - 1 and len({own[-1 - last] for own in parts}) == 1:
+        last += 1
+    before, after = (parts[0][:first], parts[0][len(parts[0]) - last :]) if parts else ([], [])
+    return "".join(part + separator for part in before), "".join(separator + part for part in after)
 
 
 def _ended(name: str, width: int) -> str:

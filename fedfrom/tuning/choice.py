@@ -40,7 +40,7 @@ class Input:
     constant: float
 
     @property
-    def counts(self) -> bool:
+    def is_counted(self) -> bool:
         """Whether its own adapter is better than the constant answer; others are left out of the mean."""
         return self.own > self.constant
 
@@ -65,7 +65,7 @@ def mean_share(inputs: Sequence[Input], answers: Sequence[Answers], refit: bool)
     refit : bool
         Score classes with a bias that is fitted to these answers.
     """
-    pairs = [(known, found) for known, found in zip(inputs, answers, strict=True) if known.counts]
+    pairs = [(known, found) for known, found in zip(inputs, answers, strict=True) if known.is_counted]
     return fmean(known.share(found.score(found.bias() if refit else None)) for known, found in pairs)
 
 
@@ -102,10 +102,10 @@ def difference(inputs: Sequence[Input], one: Sequence[Answers], other: Sequence[
     value = mean_share(inputs, one, refit) - mean_share(inputs, other, refit)
     if not math.isfinite(value):
         return Difference(value, 0.0)
-    counted = sum(known.counts for known in inputs)
+    counted = sum(known.is_counted for known in inputs)
     without: dict[str, np.ndarray] = {}
     for known, a, b in zip(inputs, one, other, strict=True):
-        if known.counts:
+        if known.is_counted:
             first, second = (each.without_each(each.bias() if refit else None) for each in (a, b))
             lost = (first - second) / (known.own - known.constant) / counted
             without[known.rows] = without.get(known.rows, 0) + lost

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fedfrom.errors import BadInput
 from fedfrom.files.folders import Model
 from fedfrom.files.heads import Head
+from fedfrom.merging.peft.configs import PREFIX
 from fedfrom.merging.peft.layers import find_layers
 
 CLASSIFIER, CAUSAL = "SEQ_CLS", "CAUSAL_LM"
-_PREFIX = "base_model.model."
 _BATCH = 32
 _LOGITS = 1 << 25  # a language model's logits at once, in entries
 
@@ -112,7 +112,7 @@ class Network:
             )
         fresh = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
         for model, head in zip(models, heads, strict=True):
-            if lacking := sorted(fresh - set(head) - {name.removeprefix(_PREFIX) for name in model.tensors}):
+            if lacking := sorted(fresh - set(head) - {name.removeprefix(PREFIX) for name in model.tensors}):
                 raise BadInput(
                     f"{model.name}: expected {lacking[0]!r}, which base model {name!r} lacks, in the adapter, found "
                     "none: with weights drawn at random a score says nothing; train with it in modules_to_save"
@@ -151,7 +151,7 @@ class Network:
 
         layers = find_layers(body.state, name)
         factors = {key: body.state[key] for layer in layers.values() if layer.is_adapter for key in layer.keys.values()}
-        modules = [layer.name.removeprefix(_PREFIX) for layer in layers.values() if layer.is_adapter]
+        modules = [layer.name.removeprefix(PREFIX) for layer in layers.values() if layer.is_adapter]
         there = {path.replace(".base_layer", "") for path, _ in self.model.named_modules()}
         if strange := [module for module in modules if module not in there]:
             raise BadInput(
@@ -193,7 +193,7 @@ class Network:
             for key in self._body.state:
                 if ".lora_" in key:
                     continue
-                name, tensor = key.removeprefix(_PREFIX), self._body.state[key]
+                name, tensor = key.removeprefix(PREFIX), self._body.state[key]
                 parameter = self._parameters.get(name)
                 if parameter is None or parameter.shape != tensor.shape:
                     there = "none" if parameter is None else str(tuple(parameter.shape))

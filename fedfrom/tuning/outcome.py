@@ -81,7 +81,7 @@ class Outcome:
         found: list[tuple[str, ...]] = []
         for known, answers in zip(self.inputs, self.best.answers, strict=True):
             score = answers.score(answers.bias() if self.refit else None)
-            kept = f"{known.share(score):.3f}" if known.counts else "left out"
+            kept = f"{known.share(score):.3f}" if known.is_counted else "left out"
             scores = (known.shown(known.own), known.shown(known.constant), known.shown(score))
             found.append((known.name, str(known.count), known.metric, *scores, kept))
         return found
@@ -113,7 +113,7 @@ class Outcome:
         scales = len({trial["scale"] for trial in self.best.trials})
         among = f"{len(self.tried)} method{'s' * (len(self.tried) > 1)} and {scales} scale{'s' * (scales > 1)} tried"
         found = [f"Chosen: {self.best.candidate} at scale {self.best.scale:g}, {among}. {self._average()}"]
-        if left := [known.name for known in self.inputs if not known.counts]:
+        if left := [known.name for known in self.inputs if not known.is_counted]:
             than = "the base model" if self.inputs[0].metric == LOSS else "a constant answer"
             own = "own adapter is" if len(left) == 1 else "own adapters are"
             found.append(f"Left out of the mean: {', '.join(left)}, whose {own} not better than {than} on these rows.")
@@ -168,7 +168,7 @@ class Outcome:
                 "own": _finite(known.own),
                 "constant": _finite(known.constant),
                 "merged": _finite(score := answers.score(answers.bias() if self.refit else None)),
-                "share": _finite(known.share(score)) if known.counts else None,
+                "share": _finite(known.share(score)) if known.is_counted else None,
             }
             for known, answers in zip(self.inputs, self.best.answers, strict=True)
         ]

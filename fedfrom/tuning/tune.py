@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedfrom.errors import BadInput
-from fedfrom.files.chosen import Chosen
+from fedfrom.files.chosen import Chosen, Prepared
 from fedfrom.files.folders import CONFIG, Model, open_model, read_json
 from fedfrom.files.heads import Head, head_keys
-from fedfrom.files.merge import prepare
 from fedfrom.tuning.answers import ACCURACY, LOSS, SPEARMAN, Answers
 from fedfrom.tuning.candidates import SCALES, Candidate, body_of, candidates
 from fedfrom.tuning.choice import Input, difference, mean_share
@@ -45,8 +44,6 @@ class Tuner:
         The scale, where it is not to be chosen.
     common : Mapping[str, Any]
         Options of every method: rank, solver, examples_power.
-    merging : Mapping[str, Any]
-        `prepare`'s other arguments: examples, weights, clip, dora, same_base.
     refit_bias : bool
         Fit each head's bias to the rows.
     max_length : int
@@ -66,7 +63,6 @@ class Tuner:
     asked: Candidate | None = None
     scale: float | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
-    merging: Mapping[str, Any] = field(default_factory=dict)
     refit_bias: bool = False
     max_length: int = 256
     device: str | None = None
@@ -74,17 +70,17 @@ class Tuner:
     say: Callable[[str], None] | None = None
     outcome: Outcome | None = None
 
-    def __call__(self, models: Sequence[Model], pretrained: Model | None, heads: Sequence[Head]) -> Chosen:
+    def __call__(self, models: Sequence[Model], heads: Sequence[Head], prepared: Prepared) -> Chosen:
         """Return what scores best.
 
         Parameters
         ----------
         models : Sequence[Model]
             The inputs: adapters of classifiers, or of causal language models.
-        pretrained : Model | None
-            The base, where tensors are merged relative to it.
         heads : Sequence[Head]
             Each input's head.
+        prepared : Prepared
+            Returns the inputs' merge by a method.
 
         Raises
         ------
@@ -94,7 +90,7 @@ class Tuner:
         task = self._task(models)
         tried = candidates(self.common, self.asked)
         # what can't be merged is refused before minutes of scoring; nothing is merged yet
-        merges = [prepare(models, pretrained, each.method, **self.merging) for each in tried]
+        merges = [prepared(each.method) for each in tried]
         files = {name: read_rows(name) for name in self.files}
         every = [files[name] for name in (self.files if len(self.files) > 1 else list(self.files) * len(models))]
         base = self._base(models)
@@ -176,7 +172,7 @@ class Tuner:
             start = None if bases is None else bases[place]
             constant = own.constant() if start is None else start.score()
             found.append(Input(model.name, of.rows, len(of.tokens), of.metric, own.score(), constant))
-        if not any(known.counts for known in found):
+        if not any(known.is_counted for known in found):
             than = "the base model" if run.causal else "a constant answer"
             raise BadInput(
                 f"--tune: expected an input whose own adapter is better than {than} on its rows, found none "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from simulations import environment
+from tests.tiny import write_bert
 
 environment.prepare(online=False)
 
@@ -33,22 +34,8 @@ WORDS = ("good", "great", "fine", "bad", "poor", "dull", "film", "plot", "the", 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a randomly initialised BERT with three layers of width 16, and a tokenizer of single words."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny-bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
+    write_bert(folder, WORDS, layers=3)
     return str(folder)
 
 

@@ -3,13 +3,15 @@
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.tiny import write_bert
 
 WORDS = ("good", "great", "fine", "bad", "poor", "dull", "film", "plot", "song", "the", "a", "is", "was")
 ROWS = 60
@@ -60,28 +62,24 @@ def _length(words: list[str]) -> int:
     return int(len(words) > 5)
 
 
+def train(model: Any, batch: Callable[[], dict[str, torch.Tensor]], lr: float) -> None:
+    """Train what is not frozen for sixty steps."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    for _ in range(60):
+        model(**batch()).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
 @pytest.fixture(scope="session")
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Three adapters of two, three and two classes on one BERT, trained a little, each under a head of its own."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
+    from transformers import AutoModelForSequenceClassification
 
     root = tmp_path_factory.mktemp("classifiers")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
     base = root / "base"
-    BertModel(config).save_pretrained(base)
-    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)})
-    tokenizer.save_pretrained(base)
+    tokenizer = write_bert(base, WORDS, layers=2, initializer_range=0.2)
     adapters, files = [], []
     tasks = (("sentiment", _sentiment, 2), ("topic", _topic, 3), ("length", _length, 2))
     for name, right, classes in tasks:
@@ -90,14 +88,13 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         lora = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"])
         model = get_peft_model(model, lora)
         generator = random.Random(name)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
-        for _ in range(60):
+
+        def batch(right: Any = right, generator: random.Random = generator) -> dict[str, torch.Tensor]:
             words = [words_of(generator) for _ in range(32)]
             tokens = tokenizer([" ".join(each) for each in words], padding=True, return_tensors="pt")
-            loss = model(**tokens, labels=torch.tensor([right(each) for each in words])).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            return {**tokens, "labels": torch.tensor([right(each) for each in words])}
+
+        train(model, batch, lr=3e-2)
         model.save_pretrained(root / name)
         adapters.append(root / name)
         words = [words_of(generator) for _ in range(ROWS)]
@@ -145,16 +142,14 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             start = generator.randrange(3)
             return " ".join(ring[(start + i) % 3] for i in range(generator.randint(5, 9)))
 
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-2)
-        for _ in range(60):
-            batch = [tokenizer(text())["input_ids"] for _ in range(16)]
-            longest = max(map(len, batch))
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
-            loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+        def batch(text: Any = text) -> dict[str, torch.Tensor]:
+            rows = [tokenizer(text())["input_ids"] for _ in range(16)]
+            longest = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+        train(model, batch, lr=5e-2)
         model.save_pretrained(root / name)
         adapters.append(root / name)
         path = root / f"{name}.jsonl"

@@ -113,7 +113,7 @@ def test_the_standard_error_is_that_of_the_rows_paired_differences() -> None:
 def test_an_input_no_better_than_a_constant_answer_is_left_out() -> None:
     one, other = answers(ACCURACY, 1), answers(ACCURACY, 2)
     poor = known("b", own=0.4)
-    assert not poor.counts
+    assert not poor.is_counted
     assert mean_share([known("a"), poor], [one, other], refit=False) == pytest.approx((one.score() - 0.4) / 0.5)
     both = difference([known("a"), poor], [one, one], [other, other], refit=False)
     assert both == difference([known("a")], [one], [other], refit=False)

@@ -15,7 +15,7 @@ Config = Mapping[str, Any]
 
 # initialisations that subtract from the base model what they put into the adapter
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # a pattern that is a module's name: compared, never compiled
 _NAME = re.compile(r"[\w.-]+")
 # what in an expression is neither a repetition nor a choice
@@ -74,7 +74,7 @@ def _check_expression(pattern: Any, field: str, who: str) -> None:
 
 def _peft_name(module: str) -> str:
     """Return what PEFT matches patterns with: a MultiheadAttention's output projection goes by the whole's name."""
-    return module.removeprefix(_PREFIX).removesuffix(".base_layer.out_proj")
+    return module.removeprefix(PREFIX).removesuffix(".base_layer.out_proj")
 
 
 def rank_and_scaling(config: Config, module: str) -> tuple[int, float]:

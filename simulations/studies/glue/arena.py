@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedfrom.merging.peft.configs import PREFIX
 from fedfrom.tuning.bias import refitted_bias
 from simulations import models, training
 from simulations.batches import Tokens
@@ -16,7 +17,7 @@ from simulations.studies.glue import bodies
 from simulations.studies.glue.data import TaskData, score
 from simulations.studies.glue.options import GlueOptions
 
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Arena:
         with torch.no_grad():
             for key, B in body.items():
                 if key.endswith(_B):
-                    module = key.removeprefix(_PREFIX).removesuffix(_B)
+                    module = key.removeprefix(PREFIX).removesuffix(_B)
                     weight: Any = self._model.get_submodule(module).weight
                     start = self._pretrained.setdefault(module, weight.detach().cpu().clone())
                     A = body[key.removesuffix(_B) + _A]

@@ -11,7 +11,7 @@ from fedfrom.pages import intervals
 from simulations.studies.frame import Frame
 from simulations.studies.glue.data import metric
 from simulations.studies.glue.kept import unpacked
-from simulations.studies.glue.plan import KIND, MERGE, OWN, gated
+from simulations.studies.glue.plan import KIND, MERGE, OWN, gated, share
 from simulations.studies.glue.resampling import Array, counts, scores
 
 DRAWS = 2000
@@ -72,7 +72,8 @@ class Evidence:
 
     def __init__(self, frame: Frame, rank: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
         self._methods = list(methods)
-        counted = [gated(frame.rows(), seed) for seed in seeds]
+        rows = frame.rows()
+        counted = [gated(rows, seed) for seed in seeds]
         self.tasks = [task for task in frame.study.tasks if any(task in tasks for tasks in counted)]
         generator = np.random.default_rng(_SEED)
         self._drawn = counts(generator, len(seeds), DRAWS) / len(seeds)
@@ -100,9 +101,9 @@ class Evidence:
         found = scores(kind, labels, answers, counts(generator, len(labels), DRAWS))
         constant = found[:, -1, None] if kind == "accuracy" else np.zeros((len(found), 1))
         plain = found[:, : len(merged)].reshape(len(found), len(seeds), -1)
-        lead = found[:, len(merged) : len(kept)] - constant
+        own_scores = found[:, len(merged) : len(kept)]
         with np.errstate(divide="ignore", invalid="ignore"):  # a lead of 0: on that seed the task does not count
-            return (plain - constant[..., None]) / lead[..., None], plain
+            return share(plain, constant[..., None], own_scores[..., None]), plain
 
     def contrast(self, method: str, other: str, of: str = SHARE) -> Contrast:
         """Return one method less another, in shares of the own lead or in plain scores ("raw")."""

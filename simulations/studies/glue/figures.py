@@ -10,9 +10,9 @@ from fedfrom.pages import intervals
 from fedfrom.pages.canvas import canvas, write_values
 from fedfrom.pages.look import COLOURS, MARKERS
 from simulations.studies.frame import Frame
-from simulations.studies.glue.options import DESIGN, GATE
-from simulations.studies.glue.plan import FULL, MERGE, TUNED
-from simulations.studies.glue.rows import FIRST, ROWS
+from simulations.studies.glue.options import DESIGN
+from simulations.studies.glue.plan import FULL, MERGE, TUNED, counts, share
+from simulations.studies.glue.rows import PRIMARY, ROWS
 
 KEPT = "share of the own models' lead that is kept"
 
@@ -53,8 +53,8 @@ def draw_methods(shares: pd.DataFrame, path: Path) -> None:
 def draw_tasks(rows: pd.DataFrame, path: Path) -> None:
     """Draw what each merged body keeps of each task's own lead, at full rank and its tuned scale."""
     found = rows[(rows["part"] == MERGE) & (rows["rank"] == FULL) & (rows["setting"] == TUNED)]
-    found = found[found["own"] >= found["constant"] + GATE]
-    kept = found.assign(share=(found["score"] - found["constant"]) / (found["own"] - found["constant"]))
+    found = found[counts(found["own"], found["constant"])]
+    kept = found.assign(share=share(found["score"], found["constant"], found["own"]))
     table = kept.groupby(["method", "task"], sort=False)["share"].mean().unstack()
     table = table.assign(mean=table.mean(axis=1)).sort_values("mean", ascending=False)
     size = (2.6 + 0.85 * len(table.columns), 1.4 + 0.3 * len(table))
@@ -78,7 +78,7 @@ def draw_scales(frame: Frame, path: Path) -> None:
         if trial["rows"] == "first"
     ]
     table = pd.DataFrame(rows).groupby(["method", "scale"], sort=False)["merit"].mean().unstack(level=0)
-    strong = {name: place for place, name in enumerate([*FIRST[::-1], "from k=1", "ties", "iso-cts", "core-ties"])}
+    strong = {name: place for place, name in enumerate([*PRIMARY[::-1], "from k=1", "ties", "iso-cts", "core-ties"])}
     with canvas(path, figsize=(8.6, 4.6)) as (_, ((axes,),)):
         for name in (row.name for row in ROWS if row.name in table):
             place = strong.get(name)

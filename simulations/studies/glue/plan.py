@@ -18,7 +18,7 @@ from simulations.studies.glue.arena import Answers, Arena, Scaled
 from simulations.studies.glue.data import TaskData, load
 from simulations.studies.glue.kept import packed
 from simulations.studies.glue.options import GATE, GlueOptions
-from simulations.studies.glue.rows import FIRST, NAMED, OTHERS, ROWS, MethodRow, by_name
+from simulations.studies.glue.rows import NAMED, OTHERS, PRIMARY, ROWS, MethodRow, by_name
 from simulations.studies.glue.scales import around, data_free
 from simulations.studies.study import Cell, Done, Row, Study
 
@@ -53,7 +53,17 @@ def _merge_cells(options: GlueOptions, seed: int, rows: Sequence[MethodRow]) -> 
 def gated(known: pd.DataFrame, seed: int) -> list[str]:
     """Return the tasks that count: those whose own model is well above a constant answer on the reported rows."""
     own = known[(known["part"] == OWN) & (known["seed"] == seed)]
-    return [row.task for row in own.itertuples() if row.score >= row.constant + GATE]
+    return own[counts(own["score"], own["constant"])]["task"].tolist()
+
+
+def counts(own: Any, constant: Any) -> Any:
+    """Return whether an own model's score is so far above the constant answer's that its task counts."""
+    return own >= constant + GATE
+
+
+def share(score: Any, constant: Any, own: Any) -> Any:
+    """Return how much of an own model's lead over a constant answer a score keeps: 1 all, 0 none."""
+    return (score - constant) / (own - constant)
 
 
 def _run(options: GlueOptions, cells: Sequence[Cell], known: pd.DataFrame) -> Iterator[Done]:
@@ -89,7 +99,8 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
     tasks = gated(known, cell.seed)
 
     def merit(answers: Mapping[str, Answers]) -> float:
-        return fmean(_share(answers[task].score(), own.loc[task]) for task in tasks) if tasks else 0.0
+        kept = [share(answers[task].score(), own.at[task, "constant"], own.at[task, "score"]) for task in tasks]
+        return fmean(kept) if tasks else 0.0
 
     found: list[Row] = []
     tried: dict[str, Any] = {}
@@ -107,7 +118,7 @@ def _merged(options: GlueOptions, cell: Cell, known: pd.DataFrame) -> Done:
         if rank == FULL:
             settings |= {
                 PUBLISHED: row.published,
-                **(_data_free(options, cell.seed, merged) if row.name in FIRST else {}),
+                **(_data_free(options, cell.seed, merged) if row.name in PRIMARY else {}),
             }
         for setting, scale in settings.items():
             if scale is not None:
@@ -144,11 +155,6 @@ def _scored(reported: Mapping[str, Answers], tuning: Mapping[str, Answers], sett
             "score": answers.score(),
             "refit": answers.score(tuning[task].bias()),
         }
-
-
-def _share(score: float, own: pd.Series) -> float:
-    """Return how much of its own model's lead over a constant answer a task keeps: 1 all, 0 none."""
-    return float((score - own["constant"]) / (own["score"] - own["constant"]))
 
 
 def _merge(

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REFERENCE = "average"  # what the other methods are compared with, at its tuned scale
-FIRST = ("tsv", REFERENCE)  # tested first; the contrasts of SECOND are tested together, by Holm's method
-SECOND = (
+PRIMARY = ("tsv", REFERENCE)  # tested first; the contrasts of SECONDARY are tested together, by Holm's method
+SECONDARY = (
     ("from k=1", REFERENCE),
     ("ties", REFERENCE),
     ("iso-cts", REFERENCE),
@@ -47,7 +47,7 @@ def _from(k: float, constant: float | None = None) -> MethodRow:
     return MethodRow(f"from k={k:g}", "from", {"k": k, "examples_power": 0.0}, constant=constant)
 
 
-NAMED = (  # all that FIRST and SECOND compare
+NAMED = (  # all that PRIMARY and SECONDARY compare
     MethodRow("average", "average", constant=1.41),
     MethodRow("tsv", "tsv", constant=0.5),
     _from(1.0, constant=1.41),

@@ -11,8 +11,8 @@ from simulations.studies.frame import Frame
 from simulations.studies.glue import figures
 from simulations.studies.glue.contrasts import RAW, SHARE, Contrast, Evidence, holm
 from simulations.studies.glue.options import DESIGN, GATE
-from simulations.studies.glue.plan import MERGE, OWN, REPORTED
-from simulations.studies.glue.rows import FIRST, REFERENCE, ROWS, SECOND
+from simulations.studies.glue.plan import MERGE, OWN, REPORTED, counts, share
+from simulations.studies.glue.rows import PRIMARY, REFERENCE, ROWS, SECONDARY
 from simulations.tables import write_table
 
 
@@ -55,7 +55,7 @@ def write(frame: Frame, folder: Path) -> None:
 def own(rows: pd.DataFrame) -> pd.DataFrame:
     """Return each task's own score, the constant answer's, and on how many seeds the task counts."""
     found = rows[(rows["part"] == OWN) & (rows["split"] == REPORTED)].copy()
-    found["counts"] = found["score"] >= found["constant"] + GATE
+    found["counts"] = counts(found["score"], found["constant"])
     grouped = found.groupby("task", sort=False)
     table = grouped.agg(
         n=("n", "first"),
@@ -70,10 +70,8 @@ def own(rows: pd.DataFrame) -> pd.DataFrame:
 def shares(rows: pd.DataFrame, score: str = "score") -> pd.DataFrame:
     """Return the mean share over the tasks that count, by method, rank, setting and seed."""
     merged = rows[(rows["part"] == MERGE) & (rows["split"] == REPORTED)]
-    merged = merged[merged["own"] >= merged["constant"] + GATE]
-    lead = merged.assign(
-        share=(merged[score] - merged["constant"]) / (merged["own"] - merged["constant"]), raw=merged[score]
-    )
+    merged = merged[counts(merged["own"], merged["constant"])]
+    lead = merged.assign(share=share(merged[score], merged["constant"], merged["own"]), raw=merged[score])
     return lead.groupby(["method", "rank", "setting", "seed"], sort=False)[["share", "raw"]].mean().reset_index()
 
 
@@ -102,25 +100,25 @@ def methods(rows: pd.DataFrame) -> pd.DataFrame:
 def contrasts(frame: Frame, rank: str) -> pd.DataFrame:
     """Return the contrasts at one rank: those named beforehand, then every other method less the average."""
     others = [(row.name, REFERENCE) for row in ROWS if row.name != REFERENCE]
-    others = [pair for pair in others if pair not in (FIRST, *SECOND)]
-    table, found = [], {pair: _contrasts(frame, rank, pair) for pair in (FIRST, *SECOND, *others)}
-    tested = [pair for pair in SECOND if found[pair]]
+    others = [pair for pair in others if pair not in (PRIMARY, *SECONDARY)]
+    table, found = [], {pair: _contrasts(frame, rank, pair) for pair in (PRIMARY, *SECONDARY, *others)}
+    tested = [pair for pair in SECONDARY if found[pair]]
     adjusted = dict(zip(tested, holm([found[pair][SHARE].p for pair in tested]), strict=True))
     for pair, of in found.items():
         if of:
-            share, raw = of[SHARE], of[RAW]
+            kept, raw = of[SHARE], of[RAW]
             table.append(
                 {
                     "rank": rank,
                     "contrast": " - ".join(pair),
-                    "share": share.interval.signed,
-                    "by seeds": _number(share.by_seeds.half_width),
-                    "bootstrap": f"{share.low:+.3f} to {share.high:+.3f}",
+                    "share": kept.interval.signed,
+                    "by seeds": _number(kept.by_seeds.half_width),
+                    "bootstrap": f"{kept.low:+.3f} to {kept.high:+.3f}",
                     "raw": raw.interval.signed,
-                    "p": _number(share.p) if pair == FIRST else "",
+                    "p": _number(kept.p) if pair == PRIMARY else "",
                     "p, Holm": _number(adjusted[pair]) if pair in adjusted else "",
-                    "without one task": f"{min(share.without.values()):+.3f} to {max(share.without.values()):+.3f}",
-                    "seeds": share.by_seeds.count,
+                    "without one task": f"{min(kept.without.values()):+.3f} to {max(kept.without.values()):+.3f}",
+                    "seeds": kept.by_seeds.count,
                 }
             )
     return pd.DataFrame(table)
